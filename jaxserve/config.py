@@ -1,0 +1,191 @@
+"""Configuration: frozen dataclasses, every check at the door, and their command line and YAML file.
+
+A field is declared once, with its help; ``parse_config`` makes a flag of it (``token_budget`` -> ``--token-budget``)
+and accepts the same name in the YAML file. The command line wins over the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SCHEDULERS = ("sarathi", "prefill_first")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work: names the field, the value and the limit."""
+
+
+def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def cache_dir() -> Path:
+    """Where weights and compiled programs are kept: $JAXSERVE_CACHE, else the user's cache folder."""
+    root = os.environ.get("JAXSERVE_CACHE")
+    if root:
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxserve"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How one engine serves one model. Lengths and budgets are in tokens. Raises ConfigError."""
+
+    model: str = option("smollm2-135m", "smollm2-135m, a local folder or .gguf file, or a Hugging Face hub id")
+    tokenizer: str | None = option(None, "folder or hub id of the tokenizer; the model's own by default")
+    dtype: str = option("auto", "weights and activations; auto: float32 on CPUs, bfloat16 on GPUs", DTYPES)
+    max_model_len: int | None = option(None, "longest prompt + output; the model's own limit by default")
+    token_budget: int = option(256, "most tokens in one step, decodes and prefill chunks together")
+    max_num_seqs: int = option(16, "most sequences that run at once")
+    scheduler: str = option("sarathi", "batching policy", SCHEDULERS)
+    block_size: int | None = option(None, "tokens in one KV-cache block; 16 on CPUs, 64 on GPUs by default")
+    num_blocks: int | None = option(None, "KV-cache blocks; by default what the memory holds")
+    gpu_memory_utilization: float = option(0.9, "share of the GPU's memory for weights and KV cache")
+    seed: int = option(0, "seed of the sampled requests that bring none")
+    compilation_cache: str | None = option(None, "folder of compiled programs; in the user's cache folder by default")
+    trace: str | None = option(None, "write a Perfetto/Chrome trace of the steps to this file")
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "token_budget", "max_num_seqs", "block_size", "num_blocks"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not self.model:
+            raise ConfigError("model must not be empty")
+        if self.max_num_seqs > self.token_budget:
+            raise ConfigError(
+                f"max_num_seqs must not exceed token_budget (every running decode is in every batch), "
+                f"got {self.max_num_seqs} > {self.token_budget}"
+            )
+        if self.block_size is not None and (self.block_size & (self.block_size - 1) or not 8 <= self.block_size <= 128):
+            raise ConfigError(f"block_size must be a power of two in [8, 128], got {self.block_size}")
+        for name, allowed in (("scheduler", SCHEDULERS), ("dtype", DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not 0.1 <= self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(f"gpu_memory_utilization must be in [0.1, 1], got {self.gpu_memory_utilization!r}")
+        if not 0 <= self.seed <= 2**31 - 1:
+            raise ConfigError(f"seed must be in [0, {2**31 - 1}], got {self.seed}")
+
+    def resolve(self, *, model_max_len: int, on_gpu: bool) -> EngineConfig:
+        """Fill in what depends on the model and the platform: max_model_len, block_size and dtype."""
+        max_model_len = self.max_model_len or model_max_len
+        if max_model_len > model_max_len:
+            raise ConfigError(
+                f"max_model_len must not exceed the model's {model_max_len} positions, got {max_model_len}"
+            )
+        block_size = self.block_size or (64 if on_gpu else 16)
+        if self.scheduler == "prefill_first" and self.token_budget < max_model_len:
+            raise ConfigError(
+                f"scheduler prefill_first runs whole prompts: token_budget must be at least max_model_len, "
+                f"got {self.token_budget} < {max_model_len}"
+            )
+        # One block is the dummy page; the rest must hold at least one request of full length, or it could never run.
+        needed = 1 + -(-max_model_len // block_size)
+        if self.num_blocks is not None and self.num_blocks < needed:
+            raise ConfigError(
+                f"num_blocks must be at least {needed} for max_model_len {max_model_len} at block_size {block_size}, "
+                f"got {self.num_blocks}"
+            )
+        dtype = self.dtype if self.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
+        return dataclasses.replace(self, max_model_len=max_model_len, block_size=block_size, dtype=dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """The gRPC front end. Raises ConfigError."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(50051, "gRPC port; 0 picks a free one")
+    metrics_port: int | None = option(None, "port of the Prometheus endpoint; none by default")
+    max_waiting: int = option(1024, "requests in flight before new ones are refused with RESOURCE_EXHAUSTED")
+    max_message_bytes: int = option(16 * 1024 * 1024, "largest gRPC message")
+    drain_seconds: float = option(30.0, "how long SIGTERM waits for running requests")
+
+    def __post_init__(self) -> None:
+        for name in ("port", "metrics_port"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 65535:
+                raise ConfigError(f"{name} must be in [0, 65535], got {value}")
+        for name in ("max_waiting", "max_message_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.drain_seconds >= 0:
+            raise ConfigError(f"drain_seconds must not be negative, got {self.drain_seconds}")
+
+
+def _value_type(annotation: Any) -> type:
+    """int for ``int | None``, str for ``str``, ..."""
+    if isinstance(annotation, types.UnionType):
+        (annotation,) = [a for a in typing.get_args(annotation) if a is not types.NoneType]
+    return annotation
+
+
+def add_arguments(parser: argparse.ArgumentParser, *configs: type) -> None:
+    """One flag for each field of the given dataclasses; flags left out stay out of the namespace."""
+    for config in configs:
+        hints = typing.get_type_hints(config)
+        group = parser.add_argument_group(config.__name__)
+        for f in dataclasses.fields(config):
+            default = "" if f.default is None else f" (default: {f.default})"
+            group.add_argument(
+                "--" + f.name.replace("_", "-"),
+                type=_value_type(hints[f.name]),
+                choices=f.metadata["choices"],
+                default=argparse.SUPPRESS,
+                help=f.metadata["help"] + default,
+            )
+
+
+def read_config_file(path: str, *configs: type) -> dict[str, Any]:
+    """The settings of a YAML file, keyed by field name; unknown names and wrong types raise ConfigError."""
+    try:
+        data = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"config: cannot read {path!r}: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"config: {path!r} must hold a mapping of settings, got {type(data).__name__}")
+    known = {name: hint for config in configs for name, hint in typing.get_type_hints(config).items()}
+    settings = {}
+    for key, value in data.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise ConfigError(f"config: unknown setting {key!r} in {path!r}; known: {', '.join(sorted(known))}")
+        wanted = _value_type(known[name])
+        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if value is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
+            raise ConfigError(f"config: {key} must be of type {wanted.__name__}, got {value!r} in {path!r}")
+        settings[name] = value
+    return settings
+
+
+def parse_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None, *configs: type) -> tuple[Any, ...]:
+    """Instances of ``configs`` from ``argv`` and the YAML file that ``--config`` names, then the parsed namespace.
+
+    Wrong flags and ConfigErrors end the program with the parser's usage message and exit code 2.
+    """
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; the command line wins")
+    add_arguments(parser, *configs)
+    args = parser.parse_args(argv)
+    try:
+        settings = read_config_file(args.config, *configs) if args.config else {}
+        settings |= {k: v for k, v in vars(args).items() if k != "config"}
+        made = []
+        for config in configs:
+            names = {f.name for f in dataclasses.fields(config)}
+            made.append(config(**{k: v for k, v in settings.items() if k in names}))
+    except ConfigError as error:
+        parser.error(str(error))
+    return (*made, args)

@@ -1,0 +1,231 @@
+"""A request's life: what the caller asks for, what the engine tracks, what the caller gets back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+MAX_LOGPROBS = 20
+"""Most alternatives per position that ``logprobs`` and ``prompt_logprobs`` may ask for (vLLM's default)."""
+MAX_STOP_STRINGS = 16
+MAX_SEED = 2**31 - 1
+
+
+class RequestError(ValueError):
+    """A request that cannot be served as asked: names the field, the value and the limit."""
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class RequestStatus(StrEnum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Logprob(NamedTuple):
+    """Log-probability of one token under the model's unmodified distribution, and its rank (1 = most likely)."""
+
+    logprob: float
+    rank: int
+
+
+def _check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or value > high or value < low or (open_low and value == low):
+        bracket = "(" if open_low else "["
+        raise RequestError(f"{name} must be in {bracket}{low:g}, {high:g}], got {value!r}")
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise RequestError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to continue a prompt; names and defaults are vLLM's.
+
+    temperature: 0 is greedy.   top_k: 0 or -1 keeps the whole vocabulary.
+    min_p: drops tokens less likely than ``min_p`` times the likeliest.
+    seed: makes a sampled request repeatable whatever it is batched with.
+    max_tokens: None continues up to the engine's max_model_len.
+    stop, stop_token_ids: end the output; a stop string is left out of the text unless include_stop_str_in_output.
+    logprobs, prompt_logprobs: that many alternatives per position besides the chosen token.
+    Raises RequestError, naming the field and the limit.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    stop: str | tuple[str, ...] | list[str] = ()
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        _check_range("temperature", self.temperature, 0.0, 100.0)
+        _check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _check_range("min_p", self.min_p, 0.0, 1.0)
+        _check_int("top_k", self.top_k, -1, 2**31 - 1)
+        if self.seed is not None:
+            _check_int("seed", self.seed, 0, MAX_SEED)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if len(stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in stop):
+            raise RequestError(f"stop must be at most {MAX_STOP_STRINGS} non-empty strings, got {stop!r}")
+        for token_id in self.stop_token_ids:
+            _check_int("stop_token_ids", token_id, 0, 2**31 - 1)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass
+class RequestMetrics:
+    """Times on the engine's clock, in seconds; None until they happen."""
+
+    arrival_seconds: float
+    first_scheduled_seconds: float | None = None
+    token_seconds: list[float] = field(default_factory=list)
+    """When each output token reached the host."""
+    finished_seconds: float | None = None
+    num_preemptions: int = 0
+    num_stalls: int = 0
+    """Steps that ran without this request while it was ready to decode: zero under a stall-free policy."""
+
+    @property
+    def ttft_seconds(self) -> float | None:
+        """Time to first token: from arrival to the first output token."""
+        return self.token_seconds[0] - self.arrival_seconds if self.token_seconds else None
+
+    @property
+    def tbt_seconds(self) -> list[float]:
+        """Times between consecutive output tokens."""
+        return [b - a for a, b in zip(self.token_seconds, self.token_seconds[1:], strict=False)]
+
+    @property
+    def scheduling_delay_seconds(self) -> float | None:
+        """From arrival to the first batch that held a part of the prompt."""
+        if self.first_scheduled_seconds is None:
+            return None
+        return self.first_scheduled_seconds - self.arrival_seconds
+
+
+@dataclass(eq=False)
+class Request:
+    """One request inside the engine.
+
+    There is no prefill or decode phase: ``num_computed_tokens`` chases ``num_tokens``. A token that was sampled on the
+    device but has not reached the host yet counts as pending, so the scheduler can run one step ahead.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+    """Output tokens to make at most: params.max_tokens bounded by the room that max_model_len leaves."""
+    metrics: RequestMetrics
+    stop_token_ids: frozenset[int] = frozenset()
+    """Ids that end the output: the caller's, and the model's EOS unless ignore_eos."""
+    seed: int = 0
+    output_token_ids: list[int] = field(default_factory=list)
+    num_pending_tokens: int = 0
+    num_computed_tokens: int = 0
+    slot: int = -1
+    """Row of the per-sequence device arrays while running, -1 otherwise."""
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens, those still pending on the device included."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_pending_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens whose KV is not in the cache yet: 1 while decoding, more during prefill or after a preemption."""
+        return self.num_tokens - self.num_computed_tokens
+
+    def known_token_ids(self, start: int, stop: int) -> list[int]:
+        """Tokens ``[start, stop)`` as far as the host knows them: a pending one is missing at the end."""
+        prompt = self.num_prompt_tokens
+        known = self.prompt_token_ids[start:stop]
+        if stop > prompt:
+            known = known + self.output_token_ids[max(start - prompt, 0) : stop - prompt]
+        return known
+
+    @property
+    def decoding(self) -> bool:
+        """True when one token of work is left and it follows an output token."""
+        return self.num_uncomputed_tokens == 1 and self.num_tokens > self.num_prompt_tokens
+
+    @property
+    def exhausted(self) -> bool:
+        """True when every token the request may make has been sampled, processed by the host or not."""
+        return len(self.output_token_ids) + self.num_pending_tokens >= self.max_tokens
+
+
+@dataclass(frozen=True)
+class RequestDelta:
+    """What one engine step added to one request."""
+
+    request_id: str
+    token_ids: list[int]
+    text: str
+    logprobs: list[dict[int, Logprob]] | None
+    """One dict per new token: token id -> Logprob; the chosen token comes first."""
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    """Given once, with the first token: an entry per prompt token, the first None."""
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None
+    """The stop string or stop token id that ended the output; None for EOS and other endings."""
+    metrics: RequestMetrics
+    num_prompt_tokens: int
+
+
+@dataclass
+class CompletionOutput:
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+
+@dataclass
+class RequestOutput:
+    """A finished request, in vLLM's shape."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
