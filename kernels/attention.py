@@ -1,0 +1,56 @@
+"""Paged attention over a hybrid batch: any mix of prefill chunks and decodes in one flat array of rows.
+
+This is the interface that models use. The XLA implementation serves every platform; GPU kernels will be chosen here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+from jaxserve.kernels import xla
+from jaxserve.kernels.plan import AttentionPlan
+
+
+class KVCache[Array](NamedTuple):
+    """Keys and values of all layers, ``[layers * pages, page_size, kv_heads, head_dim]`` each.
+
+    Page ``p`` of layer ``l`` is row ``l * pages + p``, so a layer is an offset and no slice is ever copied. Page 0 of
+    each layer is the dummy page that padding rows write to.
+    """
+
+    k: Array
+    v: Array
+
+
+class AttentionInputs(NamedTuple):
+    """What attention needs to know of a step, shared by all layers."""
+
+    slots: jax.Array
+    """``int32[T]``: where a row's key and value go, page * page_size + offset."""
+    block_tables: jax.Array
+    """``int32[max_num_seqs, pages of max_model_len]``: the pages of each sequence, 0 where it has none."""
+    plan: AttentionPlan[jax.Array]
+    num_pages: int
+    """Pages of one layer."""
+
+
+def write_kv(
+    cache: KVCache[jax.Array], k: jax.Array, v: jax.Array, inputs: AttentionInputs, layer: jax.Array
+) -> KVCache[jax.Array]:
+    """Store the rows' keys and values ``[T, kv_heads, head_dim]`` in layer number ``layer``, a scalar."""
+    page_size = cache.k.shape[1]
+    slots = inputs.slots + layer * inputs.num_pages * page_size
+    return KVCache(xla.write_rows(cache.k, k, slots), xla.write_rows(cache.v, v, slots))
+
+
+def paged_attention(
+    q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array, *, scale: float
+) -> jax.Array:
+    """Causal attention of every row over its own sequence's cached keys, its own included.
+
+    q: ``[T, heads, head_dim]``, already rotated; returns the same shape and type. Rows of no sequence return zeros.
+    """
+    tables = inputs.block_tables + layer * inputs.num_pages
+    return xla.paged_attention(q, cache.k, cache.v, tables, inputs.plan, scale=scale)

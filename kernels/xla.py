@@ -1,0 +1,151 @@
+"""Paged attention in plain jax.numpy: the CPU backend, and the twin that GPU kernels are compared with.
+
+Both loops are bounded by the work list, that is by real lengths, never by max_model_len.
+Softmax statistics are float32.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.kernels.plan import DECODE_TILE_TOKENS, PREFILL_TILE_ROWS, AttentionPlan
+
+DECODE_GROUP = 16
+"""Decode items that one iteration handles together."""
+PREFILL_TILE_TOKENS = 256
+"""KV tokens that one iteration of a prefill item handles."""
+MASKED = -1e30
+
+
+def write_rows(pages: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
+    """Scatter ``rows`` ``[T, kv_heads, head_dim]`` into ``pages`` ``[pages, page_size, kv_heads, head_dim]``."""
+    flat = pages.reshape(-1, *pages.shape[2:])
+    return flat.at[slots].set(rows.astype(pages.dtype)).reshape(pages.shape)
+
+
+def paged_attention(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    tables: jax.Array,
+    plan: AttentionPlan[jax.Array],
+    *,
+    scale: float,
+) -> jax.Array:
+    """See kernels.attention.paged_attention; ``tables`` already point into the layer's pages."""
+    rows, heads, dim = q.shape
+    kv_heads = k_pages.shape[2]
+    q = (q * scale).reshape(rows, kv_heads, heads // kv_heads, dim)
+    decoded = _decode(q, k_pages, v_pages, tables, plan)
+    out = jnp.zeros_like(q).at[plan.decode_rows].set(decoded, mode="drop")
+    return _prefill(q, k_pages, v_pages, tables, plan, out).reshape(rows, heads, dim)
+
+
+def _softmax_tile(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Maximum, sum and unnormalised weights of one tile's scores over the last axis."""
+    scores = jnp.where(visible, scores, MASKED)
+    top = scores.max(axis=-1)
+    weights = jnp.where(visible, jnp.exp(scores - top[..., None]), 0.0)
+    return top, weights.sum(axis=-1), weights
+
+
+def _decode(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, tables: jax.Array, plan: AttentionPlan) -> jax.Array:
+    """Single-row queries: partial softmax for each KV tile, then one combine (split-KV, as in Flash-Decoding).
+
+    q ``[T, kv_heads, group, head_dim]`` -> ``[max_num_seqs, kv_heads, group, head_dim]``; sequences that do not decode
+    give values that nobody reads.
+    """
+    page_size, kv_heads, dim = k_pages.shape[1:]
+    group = q.shape[2]
+    tile_pages = max(1, DECODE_TILE_TOKENS // page_size)
+    tile = tile_pages * page_size
+    num_seqs = tables.shape[0]
+    num_items = -(-plan.decode.shape[0] // DECODE_GROUP) * DECODE_GROUP
+    items = jnp.pad(plan.decode, ((0, num_items - plan.decode.shape[0]), (0, 0)))
+    tables = jnp.pad(tables, ((0, 0), (0, tile_pages)))
+
+    def one_group(i: jax.Array, partials: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        start = i * DECODE_GROUP
+        item = jax.lax.dynamic_slice_in_dim(items, start, DECODE_GROUP)
+        sequence, row, first_page, kv_len = item[:, 0], item[:, 1], item[:, 4], item[:, 6]
+        pages = tables[sequence[:, None], first_page[:, None] + jnp.arange(tile_pages)]
+        shape = (DECODE_GROUP, tile, kv_heads, dim)
+        k, v = k_pages[pages].reshape(shape), v_pages[pages].reshape(shape)
+        scores = jnp.einsum("nkgd,ntkd->nkgt", q[row], k, preferred_element_type=jnp.float32)
+        position = first_page[:, None] * page_size + jnp.arange(tile)
+        top, total, weights = _softmax_tile(scores, (position < kv_len[:, None])[:, None, None])
+        value = jnp.einsum("nkgt,ntkd->nkgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=0)
+            for whole, part in zip(partials, (top, total, value), strict=True)
+        )
+
+    statistics = jnp.zeros((num_items, kv_heads, group), jnp.float32)
+    empty = (statistics + MASKED, statistics, jnp.zeros((num_items, kv_heads, group, dim), jnp.float32))
+    num_groups = (plan.counts[0] + DECODE_GROUP - 1) // DECODE_GROUP
+    top, total, value = jax.lax.fori_loop(0, num_groups, one_group, empty)
+
+    # Combine by one small matrix product: which item belongs to which sequence.
+    real = jnp.arange(num_items) < plan.counts[0]
+    owner = (items[:, 0] == jnp.arange(num_seqs)[:, None]) & real
+    seq_top = jnp.where(owner[..., None, None], top, MASKED).max(axis=1)
+    rescale = jnp.exp(jnp.minimum(top - seq_top[items[:, 0]], 0.0))
+    owner = owner.astype(jnp.float32)
+    combined = owner @ (value * rescale[..., None]).reshape(num_items, -1)
+    totals = owner @ (total * rescale).reshape(num_items, -1)
+    combined = combined.reshape(num_seqs, kv_heads, group, dim)
+    return (combined / jnp.maximum(totals, 1e-30).reshape(num_seqs, kv_heads, group, 1)).astype(q.dtype)
+
+
+def _prefill(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    tables: jax.Array,
+    plan: AttentionPlan[jax.Array],
+    out: jax.Array,
+) -> jax.Array:
+    """Tiles of query rows, each with an online softmax over its pages (as in FlashAttention); fills ``out``."""
+    num_rows, kv_heads, group, dim = q.shape
+    page_size = k_pages.shape[1]
+    tile_rows = min(PREFILL_TILE_ROWS, num_rows)
+    tile_pages = max(1, PREFILL_TILE_TOKENS // page_size)
+    tile = tile_pages * page_size
+    # Room for the last tile's slice: dynamic_slice would otherwise shift it back.
+    tables = jnp.pad(tables, ((0, 0), (0, tile_pages)))
+    q = jnp.pad(q, ((0, tile_rows), (0, 0), (0, 0), (0, 0)))
+    out = jnp.pad(out, ((0, tile_rows), (0, 0), (0, 0), (0, 0)))
+
+    def one_item(i: jax.Array, out: jax.Array) -> jax.Array:
+        sequence, row, num_item_rows, position, _, end_page = (plan.prefill[i, field] for field in range(6))
+        q_tile = jax.lax.dynamic_slice_in_dim(q, row, tile_rows).transpose(1, 2, 0, 3)
+        q_position = position + jnp.arange(tile_rows)[:, None]
+
+        def one_tile(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            top, total, value = state
+            pages = jax.lax.dynamic_slice(tables, (sequence, j * tile_pages), (1, tile_pages))[0]
+            k, v = k_pages[pages].reshape(tile, kv_heads, dim), v_pages[pages].reshape(tile, kv_heads, dim)
+            scores = jnp.einsum("kgrd,tkd->kgrt", q_tile, k, preferred_element_type=jnp.float32)
+            visible = j * tile + jnp.arange(tile) <= q_position
+            tile_top, tile_total, weights = _softmax_tile(scores, visible)
+            new_top = jnp.maximum(top, tile_top)
+            old_scale, tile_scale = jnp.exp(top - new_top), jnp.exp(tile_top - new_top)
+            tile_value = jnp.einsum("kgrt,tkd->kgrd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            return (
+                new_top,
+                total * old_scale + tile_total * tile_scale,
+                value * old_scale[..., None] + tile_value * tile_scale[..., None],
+            )
+
+        statistics = jnp.zeros((kv_heads, group, tile_rows), jnp.float32)
+        empty = (statistics + MASKED, statistics, jnp.zeros((kv_heads, group, tile_rows, dim), jnp.float32))
+        num_tiles = (end_page + tile_pages - 1) // tile_pages
+        _, total, value = jax.lax.fori_loop(0, num_tiles, one_tile, empty)
+        attended = (value / total[..., None]).transpose(2, 0, 1, 3).astype(q.dtype)
+        # Rows past the item belong to the next one: keep what is there.
+        current = jax.lax.dynamic_slice_in_dim(out, row, tile_rows)
+        mine = (jnp.arange(tile_rows) < num_item_rows)[:, None, None, None]
+        return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(mine, attended, current), row, axis=0)
+
+    return jax.lax.fori_loop(0, plan.counts[1], one_item, out)[:num_rows]

@@ -1,0 +1,106 @@
+"""A checkpoint of any supported format, opened: its dimensions, its tokenizer, its parameters on demand."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+from jaxserve.models.config import ModelConfig, ModelError
+from jaxserve.models.loading import hf, orbax
+from jaxserve.models.loading.assemble import assemble
+from jaxserve.models.loading.gguf import GGUFSource
+from jaxserve.models.loading.hub import resolve
+from jaxserve.models.registry import model_class
+from jaxserve.models.weights import Weight
+from jaxserve.tokenizer import Tokenizer
+
+
+class Checkpoint(ABC):
+    """Opening one reads headers only; ``load`` reads the weights."""
+
+    path: Path
+    config: ModelConfig
+    eos_token_ids: tuple[int, ...]
+    """Ids that end an output unless the request ignores them."""
+
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer: ...
+
+    @abstractmethod
+    def load(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> dict[str, jax.Array]:
+        """The parameters of ``abstract`` with its shapes, types and shardings; ``weights`` says how they are built.
+
+        Raises one ModelError that names everything missing, unexpected and mis-shaped, before any device memory is
+        taken.
+        """
+
+
+class HuggingFaceCheckpoint(Checkpoint):
+    """A folder of config.json, tokenizer.json and safetensors files."""
+
+    def __init__(self, folder: Path) -> None:
+        raw = hf.read_json(folder / "config.json")
+        model_class(hf.architecture_of(raw))
+        self.path = folder
+        self.config = hf.config_from_hf(raw)
+        generation = hf.read_json(folder / "generation_config.json")
+        self.eos_token_ids = hf.eos_token_ids(generation) or hf.eos_token_ids(raw) or _tokenizer_eos(self.tokenizer())
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_folder(self.path)
+
+    def load(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> dict[str, jax.Array]:
+        return assemble(self.path, hf.SafetensorsSource(self.path), abstract, weights)
+
+
+class GGUFCheckpoint(Checkpoint):
+    """One .gguf file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._source = GGUFSource(path)
+        self.config = self._source.config
+        metadata = self._source.file.metadata
+        # Chat models may end a turn with another token than a document.
+        ids = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+        self.eos_token_ids = tuple(dict.fromkeys(i for i in ids if i is not None))
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_gguf(self._source.file.metadata)
+
+    def load(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> dict[str, jax.Array]:
+        return assemble(self.path, self._source, abstract, weights)
+
+
+class OrbaxCheckpoint(Checkpoint):
+    """A folder that scripts/convert.py wrote. Its parameters are stored assembled, so ``load`` needs no weights."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        self.config, self.eos_token_ids = orbax.read_config(folder)
+        model_class(self.config.architecture)
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_folder(self.path)
+
+    def load(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> dict[str, jax.Array]:
+        return orbax.restore(self.path, abstract)
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """Open ``model``: smollm2-135m, a local folder or .gguf file, or a Hugging Face hub id. Raises ModelError."""
+    path = resolve(model)
+    if path.is_file():
+        return GGUFCheckpoint(path)
+    if (path / orbax.CONFIG).is_file():
+        return OrbaxCheckpoint(path)
+    if (path / "config.json").is_file():
+        return HuggingFaceCheckpoint(path)
+    raise ModelError(f"{path}: neither config.json (Hugging Face) nor {orbax.CONFIG} (Orbax) in this folder")
+
+
+def _tokenizer_eos(tokenizer: Tokenizer) -> tuple[int, ...]:
+    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)

@@ -1,0 +1,167 @@
+"""GGUF files of the Llama architecture: names, dimensions and tensors as Hugging Face has them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from gguf import quants
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.constants import GGMLQuantizationType as Kind
+
+from jaxserve.models.config import ModelConfig, ModelError, RopeScaling
+from jaxserve.models.loading.gguf_file import GGUFFile, TensorInfo, read_gguf
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM"}
+FLOATS = {Kind.F32: np.dtype(np.float32), Kind.F16: np.dtype(np.float16), Kind.BF16: np.dtype(ml_dtypes.bfloat16)}
+QUANTISED = (
+    Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K,
+)  # fmt: skip
+
+_TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+_CHUNK_VALUES = 1 << 17
+
+
+class GGUFSource:
+    """The tensors of a GGUF file under their Hugging Face names. Raises ModelError for what cannot be served."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = read_gguf(path)
+        self.config = config_from_gguf(self.file)
+        readable = (*FLOATS, *QUANTISED)
+        wrong = [f"{name} ({info.kind.name})" for name, info in self.file.tensors.items() if info.kind not in readable]
+        if wrong:
+            supported = ", ".join(kind.name for kind in readable)
+            raise ModelError(f"{path}: tensor types not supported: {', '.join(wrong)}; supported: {supported}")
+        # The rope factors are part of the configuration (see _rope_scaling).
+        self._names = {hf_name(name): name for name in self.file.tensors if name != _ROPE_FACTORS}
+
+    def names(self) -> set[str]:
+        return set(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.file.tensors[self._names[name]].shape
+
+    def read(self, name: str) -> np.ndarray:
+        """Float tensors as stored, mapped from the file; quantised ones as a new float32 array."""
+        theirs = self._names[name]
+        info, data = self.file.tensors[theirs], self.file.bytes_of(theirs)
+        if ".attn_q." in theirs:
+            data = unpermute(data.reshape(info.shape[0], -1), self.config.num_heads).reshape(-1)
+        elif ".attn_k." in theirs:
+            data = unpermute(data.reshape(info.shape[0], -1), self.config.num_kv_heads).reshape(-1)
+        return decode(data, info)
+
+
+def hf_name(name: str) -> str:
+    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; names without a counterpart stay."""
+    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
+        layer, stem, suffix = match.groups()
+        return f"model.layers.{layer}.{_LAYER_NAMES[stem]}.{suffix}" if stem in _LAYER_NAMES else name
+    stem, _, suffix = name.partition(".")
+    return f"{_TOP_NAMES[stem]}.{suffix}" if stem in _TOP_NAMES else name
+
+
+def unpermute(rows: np.ndarray, num_heads: int) -> np.ndarray:
+    """q or k rows ``[heads * head_dim, n]`` in Hugging Face's order, rotary halves apart.
+
+    llama.cpp stores the two values that are rotated together next to each other. Rows can be permuted while they are
+    still quantised, as no block spans two of them.
+    """
+    pairs = rows.reshape(num_heads, -1, 2, rows.shape[1])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def decode(data: np.ndarray, info: TensorInfo) -> np.ndarray:
+    """The values of ``data`` ``uint8[info.num_bytes]``, shaped ``info.shape``."""
+    if info.kind in FLOATS:
+        return data.view(FLOATS[info.kind]).reshape(info.shape)
+    block, block_bytes = GGML_QUANT_SIZES[info.kind]
+    values = np.empty(len(data) // block_bytes * block, np.float32)
+    # In chunks that stay in the CPU's cache: over the whole tensor, the intermediate arrays cost 4x the time.
+    step = _CHUNK_VALUES // block
+    for first in range(0, len(data) // block_bytes, step):
+        chunk = data[first * block_bytes : (first + step) * block_bytes]
+        values[first * block : (first + step) * block] = quants.dequantize(chunk[np.newaxis], info.kind)[0]
+    return values.reshape(info.shape)
+
+
+def config_from_gguf(file: GGUFFile) -> ModelConfig:
+    """Dimensions from the metadata (key names: docs/gguf.md of ggml). Raises ModelError."""
+    architecture = file.require("general.architecture", str)
+    if architecture not in ARCHITECTURES:
+        raise ModelError(
+            f"{file.path}: architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
+    if file.metadata.get("llama.expert_count"):
+        raise ModelError(f"{file.path}: mixtures of experts are not supported in GGUF files")
+    if "token_embd.weight" not in file.tensors:
+        raise ModelError(f"{file.path}: missing tensor token_embd.weight")
+
+    def integer(key: str, default: int | None = None) -> int:
+        if default is not None and f"llama.{key}" not in file.metadata:
+            return default
+        return file.require(f"llama.{key}", int)
+
+    num_heads, hidden_size = integer("attention.head_count"), integer("embedding_length")
+    head_dim = integer("attention.key_length", hidden_size // max(num_heads, 1))
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if integer(key, head_dim) != head_dim:
+            raise ModelError(f"{file.path}: llama.{key} is {integer(key)}, supported: the head size {head_dim}")
+    return ModelConfig(
+        architecture=ARCHITECTURES[architecture],
+        vocab_size=file.tensors["token_embd.weight"].shape[0],
+        hidden_size=hidden_size,
+        intermediate_size=integer("feed_forward_length"),
+        num_layers=integer("block_count"),
+        num_heads=num_heads,
+        num_kv_heads=integer("attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        max_position_embeddings=integer("context_length"),
+        rms_norm_eps=file.require("llama.attention.layer_norm_rms_epsilon", float),
+        rope_theta=file.metadata.get("llama.rope.freq_base", 10000.0),
+        rope_scaling=_rope_scaling(file),
+        tie_word_embeddings="output.weight" not in file.tensors,
+        attention_bias="blk.0.attn_q.bias" in file.tensors,
+        mlp_bias="blk.0.ffn_up.bias" in file.tensors,
+    )
+
+
+def _rope_scaling(file: GGUFFile) -> RopeScaling | None:
+    if _ROPE_FACTORS in file.tensors:
+        # llama3's scaling, worked out by the converter into a divisor for each frequency: longrope with one list.
+        factors = decode(file.bytes_of(_ROPE_FACTORS), file.tensors[_ROPE_FACTORS]).tolist()
+        options: dict[str, Any] = {
+            "short_factor": factors,
+            "long_factor": factors,
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": file.require("llama.context_length", int),
+        }
+        return RopeScaling(kind="longrope", options=options)
+    prefix = "llama.rope.scaling."
+    scaling = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    kind = scaling.pop("type", "none")
+    scaling.pop("finetuned", None)
+    factor = scaling.pop("factor", 1.0)
+    trained = scaling.pop("original_context_length", file.metadata.get("llama.context_length"))
+    if kind not in ("none", "linear", "yarn") or scaling:
+        found = ", ".join([f"{prefix}type = {kind}", *(prefix + key for key in scaling)])
+        raise ModelError(f"{file.path}: rope scaling not supported: {found}; supported types: none, linear, yarn")
+    if kind == "none":
+        return None
+    return RopeScaling(kind=kind, options={"factor": factor, "original_max_position_embeddings": trained})

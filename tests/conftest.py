@@ -1,0 +1,35 @@
+"""Runs before jax is imported anywhere: eight virtual CPU devices, to test meshes without accelerators."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from jaxserve import LLM
+
+
+@pytest.fixture(scope="session")
+def session_llm() -> Iterator[LLM]:
+    from jaxserve import LLM
+
+    with LLM(model="smollm2-135m", token_budget=256, max_num_seqs=16, max_model_len=2048) as llm:
+        yield llm
+
+
+@pytest.fixture
+def llm(session_llm: LLM) -> Iterator[LLM]:
+    """The embedded model. Afterwards its engine must be idle, with every KV block back."""
+    yield session_llm
+    engine = session_llm.engine
+    while engine.has_unfinished():
+        engine.step()
+    engine.blocks.check()
+    assert engine.blocks.num_used == 0
+    assert engine.compiles.count == 0

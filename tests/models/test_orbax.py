@@ -1,0 +1,135 @@
+"""Orbax checkpoints: written from one mesh, restored onto others, and made by scripts/convert.py."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxserve.models.config import ModelConfig, ModelError, RopeScaling
+from jaxserve.models.loading import orbax
+from jaxserve.models.loading.checkpoint import OrbaxCheckpoint, open_checkpoint
+from jaxserve.models.registry import model_class
+from jaxserve.sharding.mesh import make_mesh
+from jaxserve.sharding.rules import abstract_model, abstract_parameters
+
+CONFIG = ModelConfig(
+    architecture="LlamaForCausalLM", vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4,
+    num_kv_heads=4, head_dim=4, max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=1e4,
+    rope_scaling=RopeScaling(kind="linear", options={"factor": 2.0}),
+)  # fmt: skip
+
+
+def abstract(
+    tensor: int, dtype: jnp.dtype = jnp.float32, config: ModelConfig = CONFIG
+) -> dict[str, jax.ShapeDtypeStruct]:
+    _, state = abstract_model(model_class(config.architecture), config, max_len=64, dtype=dtype)
+    return abstract_parameters(state, make_mesh(tensor))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, dict[str, jax.Array]]:
+    """A checkpoint written from two devices, and its parameters."""
+    random = np.random.default_rng(0)
+    parameters = {
+        name: jax.device_put(random.normal(size=spec.shape).astype(np.float32), spec.sharding)
+        for name, spec in abstract(2).items()
+    }
+    folder = tmp_path / "checkpoint"
+    tokenizer = open_checkpoint("smollm2-135m").tokenizer()
+    orbax.save(folder, parameters, CONFIG, eos_token_ids=(2, 5), tokenizer=tokenizer)
+    return folder, parameters
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+def test_restores_onto_other_meshes(tensor: int, saved: tuple[Path, dict[str, jax.Array]]) -> None:
+    folder, parameters = saved
+    checkpoint = open_checkpoint(str(folder))
+    assert isinstance(checkpoint, OrbaxCheckpoint)
+    assert (checkpoint.config, checkpoint.eos_token_ids) == (CONFIG, (2, 5))
+    wanted = abstract(tensor)
+    restored = checkpoint.load(wanted, {})
+    assert list(restored) == list(wanted)
+    for name, spec in wanted.items():
+        assert restored[name].sharding == spec.sharding
+        np.testing.assert_array_equal(restored[name], parameters[name])
+    shard = restored["layers.0.mlp.down"].addressable_shards[0]
+    assert shard.data.shape == (24 // tensor, 16)
+
+
+def test_casts_and_places_without_a_sharding(saved: tuple[Path, dict[str, jax.Array]]) -> None:
+    folder, parameters = saved
+    bare = {name: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16) for name, spec in abstract(1).items()}
+    for name, restored in orbax.restore(folder, bare).items():
+        assert restored.devices() == {jax.devices()[0]}
+        np.testing.assert_array_equal(restored, parameters[name].astype(jnp.bfloat16))
+
+
+def test_everything_that_does_not_fit_is_named_at_once(saved: tuple[Path, dict[str, jax.Array]]) -> None:
+    wanted = abstract(1)
+    del wanted["norm.weight"]
+    wanted["extra"] = jax.ShapeDtypeStruct((2,), jnp.float32)
+    wanted["embedding"] = jax.ShapeDtypeStruct((33, 16), jnp.float32)
+    with pytest.raises(ModelError, match=r"missing extra; unexpected norm\.weight; mis-shaped embedding \(32, 16\)"):
+        orbax.restore(saved[0], wanted)
+
+
+def test_damaged_folders(saved: tuple[Path, dict[str, jax.Array]], tmp_path: Path) -> None:
+    folder, parameters = saved
+    with pytest.raises(ModelError, match="already exists, expected a new or empty folder"):
+        orbax.save(folder, parameters, CONFIG, eos_token_ids=(), tokenizer=open_checkpoint(str(folder)).tokenizer())
+    data = max(folder.glob("parameters/**/d/*"), key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[:10])
+    with pytest.raises(ModelError, match="parameters: cannot be read: "):
+        orbax.restore(folder, abstract(1))
+    (folder / "parameters").rename(folder / "elsewhere")
+    with pytest.raises(ModelError, match="not a readable Orbax checkpoint"):
+        orbax.restore(folder, abstract(1))
+    (folder / orbax.CONFIG).write_text('{"model": {}}')
+    with pytest.raises(ModelError, match=r"jaxserve_config\.json: not a configuration"):
+        open_checkpoint(str(folder))
+
+
+def convert_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("convert", Path(__file__).parents[2] / "scripts" / "convert.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_convert_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert, folder = convert_script(), tmp_path / "new"
+    assert convert.main(["smollm2-135m", str(folder), "--tensor", "3"]) == 0
+    assert capsys.readouterr().out == f"wrote {folder}\n"
+    original, converted = open_checkpoint("smollm2-135m"), open_checkpoint(str(folder))
+    assert (converted.config, converted.eos_token_ids) == (original.config, original.eos_token_ids)
+    wanted = abstract(1, jnp.bfloat16, original.config)
+    loaded = original.load(wanted, model_class(original.config.architecture).weight_map(original.config))
+    for name, restored in converted.load(wanted, {}).items():
+        np.testing.assert_array_equal(restored, loaded[name])
+    chat = [{"role": "user", "content": "你好 1234"}]
+    tokenizers = original.tokenizer(), converted.tokenizer()
+    first, second = (t.encode(t.apply_chat_template(chat)) for t in tokenizers)
+    assert first == second
+    assert tokenizers[1].eos_token_id == 2
+
+
+def test_convert_script_names_the_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert_script().main(["nothing", str(tmp_path / "new")]) == 2
+    assert capsys.readouterr().err.startswith("convert: unknown model 'nothing': expected smollm2-135m")
+    assert not (tmp_path / "new").exists()
+
+
+def test_spec_without_partition(saved: tuple[Path, dict[str, jax.Array]]) -> None:
+    """A replicated sharding reads every parameter onto every device."""
+    replicated = NamedSharding(make_mesh(4), PartitionSpec())
+    wanted = {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated) for n, s in abstract(1).items()}
+    for name, restored in orbax.restore(saved[0], wanted).items():
+        assert restored.is_fully_replicated
+        np.testing.assert_array_equal(restored, saved[1][name])
