@@ -1,0 +1,31 @@
+"""jaxserve: stall-free LLM serving on JAX/XLA. The names below are the public API."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.request import CompletionOutput, Logprob, RequestError, RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from jaxserve.llm import LLM
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "ConfigError",
+    "EngineConfig",
+    "Logprob",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # LLM brings jax along; clients of a server must not pay for that.
+    if name == "LLM":
+        from jaxserve.llm import LLM
+
+        return LLM
+    raise AttributeError(f"module 'jaxserve' has no attribute {name!r}")

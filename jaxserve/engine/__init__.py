@@ -1,0 +1,1 @@
+"""The engine: scheduling, packed batches, compiled steps, outputs."""

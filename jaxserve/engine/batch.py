@@ -1,0 +1,145 @@
+"""From a scheduled batch to the packed arrays of one step.
+
+Everything that varies between steps travels in one int32 array and one small float32 array, so a step costs two
+host-to-device copies and its program is keyed by the token bucket alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import numpy as np
+
+from jaxserve.engine.blocks import BlockManager
+from jaxserve.kernels.plan import AttentionPlan, PlanLimits, make_plan, plan_shapes
+from jaxserve.scheduler import Chunk
+
+FLOAT_FIELDS = ("temperature", "top_p", "min_p")
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """Where each field of a step lies in the packed int32 array.
+
+    Rows are the flat ragged batch, T of them; slots are running sequences, S of them.
+    Per row: ``token_ids``, ``positions``, ``kv_slots``; ``feedback``, the sequence slot whose last sample is the row's
+    token, or -1. Per slot: ``block_tables``; ``sample_rows``, the row whose logits to sample, or -1;
+    ``sample_positions``, ``top_k``, ``seeds``.
+    ``want_logprobs``: 1 when a sample's log-probabilities are asked for.
+    """
+
+    limits: PlanLimits
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        rows, slots = self.limits.num_rows, self.limits.max_num_seqs
+        pages = -(-self.limits.max_model_len // self.limits.page_size)
+        per_row = dict.fromkeys(("token_ids", "positions", "kv_slots", "feedback"), (rows,))
+        per_slot = dict.fromkeys(("sample_rows", "sample_positions", "top_k", "seeds"), (slots,))
+        plan = plan_shapes(self.limits)
+        return {**per_row, **per_slot, "block_tables": (slots, pages), "want_logprobs": (1,), **plan}
+
+    @cached_property
+    def num_ints(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def float_shape(self) -> tuple[int, int]:
+        return len(FLOAT_FIELDS), self.limits.max_num_seqs
+
+    def split[Array: (np.ndarray, jax.Array)](self, packed: Array) -> dict[str, Array]:
+        """The fields of a packed array: views of a numpy array, static slices of a jax one."""
+        fields, offset = {}, 0
+        for name, shape in self.shapes.items():
+            size = math.prod(shape)
+            fields[name] = packed[offset : offset + size].reshape(shape)
+            offset += size
+        return fields
+
+
+@dataclass(frozen=True)
+class PackedStep:
+    ints: np.ndarray
+    """``int32[layout.num_ints]``"""
+    floats: np.ndarray
+    """``float32[3, S]``: temperature, top_p, min_p."""
+
+
+def plan_of[Array](fields: dict[str, Array]) -> AttentionPlan[Array]:
+    return AttentionPlan(*(fields[name] for name in AttentionPlan._fields))
+
+
+def empty_step(layout: StepLayout) -> PackedStep:
+    """A step of padding only: its rows go to the dummy page and nothing is sampled."""
+    ints = np.zeros(layout.num_ints, np.int32)
+    fields = layout.split(ints)
+    fields["feedback"].fill(-1)
+    fields["sample_rows"].fill(-1)
+    fields["decode_rows"].fill(layout.limits.num_rows)
+    return PackedStep(ints, np.zeros(layout.float_shape, np.float32))
+
+
+def pack(layout: StepLayout, chunks: Iterable[Chunk], blocks: BlockManager) -> PackedStep:
+    """Write ``chunks``, one after the other, into fresh arrays."""
+    step = empty_step(layout)
+    fields, floats = layout.split(step.ints), step.floats
+    slots, query_lens, kv_lens = [], [], []
+    row = 0
+    for chunk in chunks:
+        slot = chunk.slot
+        _pack_rows(fields, slice(row, row + chunk.num_tokens), chunk, blocks)
+        row += chunk.num_tokens
+        if chunk.samples:
+            fields["sample_rows"][slot] = row - 1
+            _pack_sampling(fields, floats, chunk)
+        slots.append(slot)
+        query_lens.append(chunk.num_tokens)
+        kv_lens.append(chunk.start + chunk.num_tokens)
+    make_plan(layout.limits, np.array(slots), np.array(query_lens), np.array(kv_lens), plan_of(fields))
+    return step
+
+
+def _pack_rows(fields: dict[str, np.ndarray], rows: slice, chunk: Chunk, blocks: BlockManager) -> None:
+    request, stop = chunk.request, chunk.start + chunk.num_tokens
+    token_ids = request.known_token_ids(chunk.start, stop)
+    fields["token_ids"][rows.start : rows.start + len(token_ids)] = token_ids
+    if len(token_ids) < chunk.num_tokens:
+        # The last token was sampled by the step before, which the host has not seen yet.
+        fields["feedback"][rows.stop - 1] = chunk.slot
+    table = np.array(blocks.table(request.request_id), np.int32)
+    fields["block_tables"][chunk.slot, : len(table)] = table
+    positions = np.arange(chunk.start, stop)
+    fields["positions"][rows] = positions
+    page, offset = np.divmod(positions, blocks.block_size)
+    fields["kv_slots"][rows] = table[page] * blocks.block_size + offset
+
+
+def _pack_sampling(fields: dict[str, np.ndarray], floats: np.ndarray, chunk: Chunk) -> None:
+    request, params = chunk.request, chunk.request.params
+    fields["sample_positions"][chunk.slot] = chunk.start + chunk.num_tokens
+    fields["top_k"][chunk.slot] = max(params.top_k, 0)
+    fields["seeds"][chunk.slot] = request.seed
+    floats[:, chunk.slot] = params.temperature, params.top_p, params.min_p
+    if params.logprobs is not None:
+        fields["want_logprobs"].fill(1)
+
+
+def wants_prompt_logprobs(chunk: Chunk) -> bool:
+    """True when rows of the chunk predict prompt tokens whose logprobs were asked for."""
+    request = chunk.request
+    return request.params.prompt_logprobs is not None and chunk.start < request.num_prompt_tokens - 1
+
+
+def prompt_targets(num_rows: int, chunks: Iterable[Chunk]) -> np.ndarray:
+    """``int32[num_rows]``: the prompt token that follows each row of the batch, 0 where there is none."""
+    targets = np.zeros(num_rows, np.int32)
+    row = 0
+    for chunk in chunks:
+        following = chunk.request.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.num_tokens + 1]
+        targets[row : row + len(following)] = following
+        row += chunk.num_tokens
+    return targets

@@ -1,0 +1,85 @@
+"""Ahead-of-time compilation: token buckets, parallel builds, the persistent cache, and the count of compilations."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.monitoring
+from tqdm import tqdm
+
+SMALLEST_BUCKET = 16
+"""A step of very few rows is slower than this one on CPUs: XLA gives it a matrix-vector kernel."""
+TILE = 128
+"""Rows of a GPU's matmul tile: larger buckets are multiples of it (arXiv 2403.02310, section 4.3)."""
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+def token_buckets(token_budget: int) -> tuple[int, ...]:
+    """Step sizes in tokens: powers of two up to 128, multiples of 128 above, and the budget itself.
+
+    Above 1024 they grow by an eighth at a time, so that a large budget does not mean dozens of programs.
+    """
+    buckets, size = [], SMALLEST_BUCKET
+    while size < token_budget:
+        buckets.append(size)
+        step = size if size < TILE else max(TILE, size // 8 // TILE * TILE)
+        size += step
+    return (*buckets, token_budget)
+
+
+def use_persistent_cache(folder: Path) -> None:
+    """Keep compiled programs in ``folder``, so that the next start loads them instead of compiling.
+
+    This is jax's process-wide setting; the first engine of a process decides.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def compile_all[Key: Hashable](
+    lower: Mapping[Key, Callable[[], jax.stages.Lowered]], *, show_progress: bool
+) -> dict[Key, jax.stages.Compiled]:
+    """Lower and compile every program, in parallel threads, with a progress bar."""
+    with (
+        ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
+        tqdm(total=len(lower), desc="compiling", unit="program", disable=not show_progress) as progress,
+    ):
+
+        def build(key: Key) -> jax.stages.Compiled:
+            compiled = lower[key]().compile()
+            progress.update()
+            return compiled
+
+        return dict(zip(lower, pool.map(build, lower), strict=True))
+
+
+class CompileCounter:
+    """Counts the programs that the thread inside ``with counter`` compiles, or loads from the persistent cache.
+
+    After warm-up the engine steps inside it, and the count must stay 0: whatever raises it stalled a step.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._thread: int | None = None
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
+
+    def __enter__(self) -> None:
+        self._thread = threading.get_ident()
+
+    def __exit__(self, *exception: object) -> None:
+        self._thread = None
+
+    def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == _COMPILE_EVENT and self._thread == threading.get_ident():
+            self.count += 1

@@ -1,0 +1,275 @@
+"""The engine: schedule a batch, launch it, process the one before while the device works."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxserve.config import EngineConfig, cache_dir
+from jaxserve.engine.batch import pack, prompt_targets, wants_prompt_logprobs
+from jaxserve.engine.blocks import BlockManager
+from jaxserve.engine.compile import CompileCounter, use_persistent_cache
+from jaxserve.engine.output import OutputStream, host_logprobs, logprob_entry
+from jaxserve.engine.runner import ModelRunner, StepOutputs
+from jaxserve.engine.sampler import TokenLogprobs
+from jaxserve.metrics import EngineMetrics, StepRecord
+from jaxserve.models.loading.checkpoint import open_checkpoint
+from jaxserve.models.loading.hub import resolve
+from jaxserve.request import (
+    FinishReason,
+    Logprob,
+    Request,
+    RequestDelta,
+    RequestError,
+    RequestMetrics,
+    RequestStatus,
+    SamplingParams,
+)
+from jaxserve.scheduler import Chunk, make_scheduler
+from jaxserve.sharding.mesh import make_mesh
+from jaxserve.tokenizer import Tokenizer
+from jaxserve.tracing import StepTracer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _LaunchedStep:
+    """A step the device works on."""
+
+    chunks: list[Chunk]
+    outputs: StepOutputs
+    prompt_logprobs: TokenLogprobs[jax.Array] | None
+    """Of the batch's rows, where a request asked for them."""
+    record: StepRecord
+
+
+class Engine:
+    """Serves one model. One thread calls ``add_request``, ``abort`` and ``step``; ``validate`` may be called from any.
+
+    Raises ConfigError and ModelError from the constructor, which loads, compiles and warms up.
+    """
+
+    def __init__(
+        self, config: EngineConfig, *, show_progress: bool = True, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        use_persistent_cache(Path(config.compilation_cache or cache_dir() / "compiled"))
+        checkpoint = open_checkpoint(config.model)
+        self.model_config = checkpoint.config
+        self.config = config.resolve(
+            model_max_len=checkpoint.config.max_position_embeddings, on_gpu=jax.default_backend() == "gpu"
+        )
+        assert self.config.max_model_len
+        assert self.config.block_size
+        self.max_model_len = self.config.max_model_len
+        self.tokenizer = (
+            Tokenizer.from_folder(resolve(config.tokenizer)) if config.tokenizer else checkpoint.tokenizer()
+        )
+        self.eos_token_ids = checkpoint.eos_token_ids
+        self.runner = ModelRunner(self.config, checkpoint, make_mesh(), show_progress=show_progress)
+        self.blocks = BlockManager(self.runner.num_blocks, self.config.block_size)
+        self.scheduler = make_scheduler(
+            config.scheduler,
+            token_budget=config.token_budget,
+            max_num_seqs=config.max_num_seqs,
+            blocks=self.blocks,
+        )
+        self.metrics = EngineMetrics(config.token_budget)
+        self._tracer = StepTracer(Path(config.trace)) if config.trace else None
+        self.on_step: list[Callable[[StepRecord, list[Chunk]], None]] = [self.metrics.observe_step]
+        """Called with every processed step and its chunks."""
+        if self._tracer is not None:
+            self.on_step.append(self._tracer.add)
+        self._clock = clock
+        self._random = np.random.default_rng(config.seed)
+        self._streams: dict[str, OutputStream] = {}
+        self._launched: _LaunchedStep | None = None
+        self._aborted: list[RequestDelta] = []
+        self.compiles = CompileCounter()
+
+    def validate(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        """Raise RequestError, naming the field and the limit, if the request cannot be served."""
+        vocab, limit = self.model_config.vocab_size, self.max_model_len
+        if not prompt_token_ids:
+            raise RequestError("prompt must hold at least one token, got none")
+        if len(prompt_token_ids) >= limit:
+            raise RequestError(
+                f"prompt of {len(prompt_token_ids)} tokens leaves no room for output: max_model_len is {limit}"
+            )
+        for name, token_ids in (("prompt", prompt_token_ids), ("stop_token_ids", params.stop_token_ids)):
+            wrong = next((t for t in token_ids if not 0 <= t < vocab), None)
+            if wrong is not None:
+                raise RequestError(f"{name} holds token id {wrong}, outside the vocabulary [0, {vocab})")
+        if params.max_tokens is not None and len(prompt_token_ids) + params.max_tokens > limit:
+            raise RequestError(
+                f"max_tokens of {params.max_tokens} after a prompt of {len(prompt_token_ids)} tokens "
+                f"exceeds max_model_len {limit}"
+            )
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        arrival_seconds: float | None = None,
+    ) -> None:
+        """Queue a request. ``arrival_seconds`` is on the engine's clock, now by default. Raises RequestError."""
+        if request_id in self._streams:
+            raise RequestError(f"request_id {request_id!r} is already in flight")
+        self.validate(prompt_token_ids, params)
+        room = self.max_model_len - len(prompt_token_ids)
+        eos = () if params.ignore_eos else self.eos_token_ids
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=list(prompt_token_ids),
+            params=params,
+            max_tokens=room if params.max_tokens is None else params.max_tokens,
+            metrics=RequestMetrics(self._clock() if arrival_seconds is None else arrival_seconds),
+            stop_token_ids=frozenset((*params.stop_token_ids, *eos)),
+            seed=params.seed if params.seed is not None else int(self._random.integers(2**31)),
+        )
+        self._streams[request_id] = OutputStream(request, self.tokenizer)
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request now: its blocks are free when this returns, and a last delta comes with the next step."""
+        stream = self._streams.get(request_id)
+        if stream is None:
+            return False
+        self._aborted.append(self._finish(stream, [], stream.abort(), None, FinishReason.ABORT))
+        return True
+
+    def has_unfinished(self) -> bool:
+        return bool(self._streams or self._launched or self._aborted)
+
+    def step(self) -> list[RequestDelta]:
+        """Launch the next batch, then return what the previous one gave, a delta for each request it served."""
+        start = self._clock()
+        batch = self.scheduler.schedule()
+        self.metrics.preemptions.inc(len(batch.preempted))
+        with self.compiles:
+            launched = self._launch(list(batch.chunks.values()), start) if batch.chunks else None
+        previous, self._launched = self._launched, launched
+        deltas, self._aborted = self._aborted, []
+        if previous is not None:
+            deltas += self._process(previous)
+        self.metrics.observe_queues(self.scheduler, self.blocks, self.compiles.count)
+        return deltas
+
+    def close(self) -> None:
+        """Wait for the device and write the trace; the engine cannot be used afterwards."""
+        if self._launched is not None:
+            jax.block_until_ready(self._launched.outputs)
+            self._launched = None
+        self.compiles.close()
+        if self._tracer is not None:
+            self._tracer.close()
+
+    def _launch(self, chunks: list[Chunk], start: float) -> _LaunchedStep:
+        scheduled = self._clock()
+        num_tokens = sum(chunk.num_tokens for chunk in chunks)
+        layout = self.runner.layout(num_tokens)
+        outputs = self.runner.launch(layout, pack(layout, chunks, self.blocks))
+        prompt_logprobs = None
+        if any(wants_prompt_logprobs(chunk) for chunk in chunks):
+            prompt_logprobs = self.runner.score(outputs.hidden, prompt_targets(layout.limits.num_rows, chunks))
+        launched = self._clock()
+        for chunk in chunks:
+            if chunk.request.metrics.first_scheduled_seconds is None:
+                chunk.request.metrics.first_scheduled_seconds = scheduled
+        record = StepRecord(
+            start_seconds=start,
+            scheduled_seconds=scheduled,
+            launched_seconds=launched,
+            num_tokens=num_tokens,
+            num_decode_tokens=sum(chunk.start >= chunk.request.num_prompt_tokens for chunk in chunks),
+            num_rows=layout.limits.num_rows,
+            num_seqs=len(chunks),
+        )
+        return _LaunchedStep(chunks, outputs, prompt_logprobs, record)
+
+    def _process(self, step: _LaunchedStep) -> list[RequestDelta]:
+        """Wait for a step's tokens and turn them into deltas."""
+        waiting = self._clock()
+        tokens = np.asarray(step.outputs.tokens)
+        ready = self._clock()
+        step.record.waited_seconds, step.record.ready_seconds = waiting, ready
+        live = [chunk for chunk in step.chunks if chunk.request.status is not RequestStatus.FINISHED]
+        if step.prompt_logprobs is not None:
+            self._collect_prompt_logprobs(step.chunks, host_logprobs(step.prompt_logprobs))
+        wants_logprobs = any(chunk.samples and chunk.request.params.logprobs is not None for chunk in live)
+        logprobs = host_logprobs(step.outputs.logprobs) if wants_logprobs else None
+        deltas = [
+            self._append(chunk.request, int(tokens[chunk.slot]), logprobs, chunk.slot, ready)
+            for chunk in live
+            if chunk.samples
+        ]
+        step.record.processed_seconds = self._clock()
+        for observe in self.on_step:
+            observe(step.record, step.chunks)
+        return deltas
+
+    def _append(
+        self, request: Request, token_id: int, logprobs: TokenLogprobs[np.ndarray] | None, slot: int, now: float
+    ) -> RequestDelta:
+        stream = self._streams[request.request_id]
+        request.num_pending_tokens -= 1
+        request.metrics.token_seconds.append(now)
+        text, reason = stream.push(token_id)
+        entry = None
+        if request.params.logprobs is not None and logprobs is not None:
+            entry = [logprob_entry(logprobs, slot, token_id, request.params.logprobs)]
+        if reason is None:
+            return self._delta(stream, [token_id], text, entry)
+        return self._finish(stream, [token_id], text, entry, reason)
+
+    def _finish(
+        self,
+        stream: OutputStream,
+        token_ids: list[int],
+        text: str,
+        logprobs: list[dict[int, Logprob]] | None,
+        reason: FinishReason,
+    ) -> RequestDelta:
+        request = stream.request
+        self.scheduler.finish(request, reason)
+        request.metrics.finished_seconds = self._clock()
+        del self._streams[request.request_id]
+        self.metrics.observe_request(request)
+        return self._delta(stream, token_ids, text, logprobs)
+
+    def _delta(
+        self, stream: OutputStream, token_ids: list[int], text: str, logprobs: list[dict[int, Logprob]] | None
+    ) -> RequestDelta:
+        request = stream.request
+        first = len(request.output_token_ids) == 1
+        wants_prompt = request.params.prompt_logprobs is not None and first and bool(token_ids)
+        return RequestDelta(
+            request_id=request.request_id,
+            token_ids=token_ids,
+            text=text,
+            logprobs=logprobs,
+            prompt_logprobs=stream.prompt_logprobs if wants_prompt else None,
+            finish_reason=request.finish_reason,
+            stop_reason=stream.stop_reason,
+            metrics=request.metrics,
+            num_prompt_tokens=request.num_prompt_tokens,
+        )
+
+    def _collect_prompt_logprobs(self, chunks: list[Chunk], logprobs: TokenLogprobs[np.ndarray]) -> None:
+        row = 0
+        for chunk in chunks:
+            request = chunk.request
+            num_top = request.params.prompt_logprobs
+            if num_top is not None and request.status is not RequestStatus.FINISHED:
+                stream = self._streams[request.request_id]
+                for i in range(min(chunk.num_tokens, request.num_prompt_tokens - 1 - chunk.start)):
+                    token_id = request.prompt_token_ids[chunk.start + i + 1]
+                    stream.prompt_logprobs[chunk.start + i + 1] = logprob_entry(logprobs, row + i, token_id, num_top)
+            row += chunk.num_tokens

@@ -1,0 +1,83 @@
+"""From sampled tokens to text: streaming detokenisation, stop strings, log-probabilities."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from jaxserve.engine.sampler import TokenLogprobs
+from jaxserve.request import FinishReason, Logprob, Request
+from jaxserve.tokenizer import Tokenizer
+
+
+class OutputStream:
+    """The text of one request as it grows.
+
+    Text that may be the beginning of a stop string is held back until the next token decides; half a character is
+    held back by the detokeniser.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+        self.request = request
+        self.stop_reason: int | str | None = None
+        self.prompt_logprobs: list[dict[int, Logprob] | None] = [None] * request.num_prompt_tokens
+        self._decoder = tokenizer.decode_stream(skip_special_tokens=request.params.skip_special_tokens)
+        self._held = ""
+
+    def push(self, token_id: int) -> tuple[str, FinishReason | None]:
+        """Append a sampled token: the text that is now certain, and the reason to stop here, if any."""
+        request, params = self.request, self.request.params
+        request.output_token_ids.append(token_id)
+        if token_id in request.stop_token_ids:
+            # The stop token itself is not part of the text, unless the caller asked for it.
+            self.stop_reason = token_id if token_id in params.stop_token_ids else None
+            text = self._decoder.step(token_id) if params.include_stop_str_in_output else ""
+            return self._held + text + self._decoder.flush(), FinishReason.STOP
+        self._held += self._decoder.step(token_id)
+        stopped = self._cut_at_stop_string()
+        if stopped is not None:
+            return stopped, FinishReason.STOP
+        if len(request.output_token_ids) >= request.max_tokens:
+            self._held += self._decoder.flush()
+            stopped = self._cut_at_stop_string()
+            return (self._held, FinishReason.LENGTH) if stopped is None else (stopped, FinishReason.STOP)
+        return self._release(), None
+
+    def abort(self) -> str:
+        """The rest of the text when the request ends from outside."""
+        return self._held + self._decoder.flush()
+
+    def _cut_at_stop_string(self) -> str | None:
+        """The text up to the earliest stop string in what is held, or None."""
+        found = [(at, stop) for stop in self.request.params.stop if (at := self._held.find(stop)) >= 0]
+        if not found:
+            return None
+        at, stop = min(found)
+        self.stop_reason = stop
+        return self._held[: at + len(stop)] if self.request.params.include_stop_str_in_output else self._held[:at]
+
+    def _release(self) -> str:
+        """Give out what can no longer become a stop string."""
+        keep = max((_overlap(self._held, stop) for stop in self.request.params.stop), default=0)
+        split = len(self._held) - keep
+        text, self._held = self._held[:split], self._held[split:]
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def host_logprobs(logprobs: TokenLogprobs[jax.Array]) -> TokenLogprobs[np.ndarray]:
+    """The same on the host, as numpy arrays."""
+    return TokenLogprobs(*(np.asarray(array) for array in logprobs))
+
+
+def logprob_entry(logprobs: TokenLogprobs[np.ndarray], row: int, token_id: int, num_top: int) -> dict[int, Logprob]:
+    """Row ``row`` as vLLM gives it: the chosen token first, then the ``num_top`` likeliest."""
+    entry = {token_id: Logprob(float(logprobs.chosen[row]), int(logprobs.rank[row]))}
+    for rank, (top_id, top) in enumerate(zip(logprobs.top_ids[row, :num_top], logprobs.top[row], strict=False), 1):
+        entry.setdefault(int(top_id), Logprob(float(top), rank))
+    return entry

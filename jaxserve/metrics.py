@@ -1,0 +1,99 @@
+"""Prometheus metrics of one engine: vLLM's names with our prefix, and what stall-free batching adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from jaxserve.engine.blocks import BlockManager
+from jaxserve.request import Request
+from jaxserve.scheduler import Chunk, Scheduler
+
+_LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 3, 5, 10, 20, 40, 80)
+_STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5)
+_SHARE_BUCKETS = tuple(i / 10 for i in range(1, 11))
+
+
+@dataclass
+class StepRecord:
+    """One step on the engine's clock, in seconds, and what it computed."""
+
+    start_seconds: float
+    scheduled_seconds: float
+    launched_seconds: float
+    num_tokens: int
+    num_decode_tokens: int
+    """Tokens that follow an output token: decodes, and outputs recomputed after a preemption count as one chunk."""
+    num_rows: int
+    """Rows of the program that ran: num_tokens and padding."""
+    num_seqs: int
+    waited_seconds: float = 0.0
+    """When the host began to wait for the results,"""
+    ready_seconds: float = 0.0
+    """when they were there,"""
+    processed_seconds: float = 0.0
+    """and when they had become deltas."""
+
+
+class EngineMetrics:
+    """Metrics in a registry of their own, so that engines in one process do not mix."""
+
+    def __init__(self, token_budget: int) -> None:
+        self.registry = CollectorRegistry()
+        self._token_budget = token_budget
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"jaxserve_{name}", text, labels, registry=self.registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"jaxserve_{name}", text, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...] = _LATENCY_BUCKETS) -> Histogram:
+            return Histogram(f"jaxserve_{name}", text, buckets=buckets, registry=self.registry)
+
+        self.running = gauge("num_requests_running", "Requests that hold a sequence slot")
+        self.waiting = gauge("num_requests_waiting", "Requests in the queue")
+        self.kv_usage = gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1")
+        self.compiles = gauge("compiles_after_warmup", "Programs compiled after warm-up: must stay 0")
+        self.preemptions = counter("num_preemptions", "Requests that lost their KV blocks and were recomputed")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished requests")
+        self.generation_tokens = counter("generation_tokens", "Output tokens of finished requests")
+        self.finished = counter("request_success", "Finished requests", "finished_reason")
+        self.stalls = counter("stalls", "Steps that left out a request that was ready to decode")
+        self.ttft = histogram("time_to_first_token_seconds", "Arrival to first output token")
+        self.tbt = histogram("inter_token_latency_seconds", "Time between output tokens of one request (TBT)")
+        self.e2e = histogram("e2e_request_latency_seconds", "Arrival to last output token")
+        self.queue = histogram("request_queue_time_seconds", "Scheduling delay: arrival to first batch")
+        self.step_time = histogram("step_time_seconds", "Launch of a step to its results", _STEP_BUCKETS)
+        self.step_tokens = counter("step_tokens", "Tokens computed by steps")
+        self.step_padding = counter("step_padding_tokens", "Padding rows computed by steps")
+        self.budget_use = histogram("token_budget_use", "Share of the token budget a step used", _SHARE_BUCKETS)
+
+    def observe_queues(self, scheduler: Scheduler, blocks: BlockManager, num_compiles: int) -> None:
+        self.running.set(len(scheduler.running))
+        self.waiting.set(len(scheduler.waiting))
+        self.kv_usage.set(blocks.usage)
+        self.compiles.set(num_compiles)
+
+    def observe_step(self, step: StepRecord, chunks: list[Chunk]) -> None:
+        self.step_time.observe(step.ready_seconds - step.scheduled_seconds)
+        self.step_tokens.inc(step.num_tokens)
+        self.step_padding.inc(step.num_rows - step.num_tokens)
+        self.budget_use.observe(step.num_tokens / self._token_budget)
+
+    def observe_request(self, request: Request) -> None:
+        """Count a request that has just ended."""
+        times = request.metrics
+        assert request.finish_reason is not None
+        self.finished.labels(request.finish_reason.value).inc()
+        self.prompt_tokens.inc(request.num_prompt_tokens)
+        self.generation_tokens.inc(len(request.output_token_ids))
+        self.stalls.inc(times.num_stalls)
+        if times.scheduling_delay_seconds is not None:
+            self.queue.observe(times.scheduling_delay_seconds)
+        if times.ttft_seconds is not None:
+            self.ttft.observe(times.ttft_seconds)
+            self.e2e.observe(times.token_seconds[-1] - times.arrival_seconds)
+        for seconds in times.tbt_seconds:
+            self.tbt.observe(seconds)

@@ -1,0 +1,141 @@
+"""What every batching policy shares: the queues, sequence slots, KV blocks, preemption."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from jaxserve.engine.blocks import BlockManager
+from jaxserve.request import FinishReason, Request, RequestStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens ``[start, start + num_tokens)`` of one request, computed in one step."""
+
+    request: Request
+    start: int
+    num_tokens: int
+    slot: int
+    """The request's slot in this step; a preemption may take it away before the step's results are processed."""
+    samples: bool
+    """True when the chunk reaches the request's last token, so the step samples the next one."""
+
+
+@dataclass
+class Batch:
+    """One step's work: at most ``budget`` tokens."""
+
+    budget: int
+    chunks: dict[str, Chunk] = field(default_factory=dict)
+    """By request id."""
+    preempted: list[Request] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks.values())
+
+    @property
+    def budget_left(self) -> int:
+        return self.budget - self.num_tokens
+
+
+class Scheduler(ABC):
+    """Owns the requests that wait and run, first come first served; a policy fills each step's batch.
+
+    ``waiting`` and ``running`` are in order of arrival. When blocks run out the latest arrival is preempted: it gives
+    all its blocks back, returns to the head of the queue and is recomputed.
+    """
+
+    def __init__(self, *, token_budget: int, max_num_seqs: int, blocks: BlockManager) -> None:
+        self.token_budget = token_budget
+        self.max_num_seqs = max_num_seqs
+        self.blocks = blocks
+        self.waiting: OrderedDict[str, Request] = OrderedDict()
+        self.running: list[Request] = []
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+
+    @abstractmethod
+    def _fill(self, batch: Batch) -> None:
+        """Choose the batch's chunks through ``_grant`` and ``_admit``."""
+
+    def add(self, request: Request) -> None:
+        self.waiting[request.request_id] = request
+
+    def has_unfinished(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def schedule(self) -> Batch:
+        """The next step's batch. Its requests count as computed from now on, so the next call can run ahead."""
+        ready = self._decodes()
+        batch = Batch(self.token_budget)
+        self._fill(batch)
+        for chunk in batch.chunks.values():
+            chunk.request.num_computed_tokens += chunk.num_tokens
+            chunk.request.num_pending_tokens += chunk.samples
+        for request in ready:
+            if request.status is RequestStatus.RUNNING and request.request_id not in batch.chunks:
+                request.metrics.num_stalls += 1
+        return batch
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """End a request wherever it is; its blocks and slot are free at once.
+
+        A step that still computes for it has been launched before any step that reuses the blocks, so it does no harm.
+        """
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+            self._release(request)
+        else:
+            self.waiting.pop(request.request_id, None)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+
+    def _decodes(self) -> list[Request]:
+        return [r for r in self.running if r.decoding and not r.exhausted]
+
+    def _prefills(self) -> list[Request]:
+        return [r for r in self.running if not r.decoding and not r.exhausted]
+
+    def _grant(self, batch: Batch, request: Request, wanted: int) -> None:
+        """Schedule up to ``wanted`` tokens of a running request, as far as budget and blocks go.
+
+        Where not even one token fits, later arrivals are preempted, the request itself last.
+        """
+        wanted = min(wanted, batch.budget_left)
+        if wanted == 0 or request.status is not RequestStatus.RUNNING:
+            return
+        start = request.num_computed_tokens
+        while (num_tokens := min(wanted, self.blocks.room(request.request_id) - start)) <= 0:
+            victim = self.running[-1]
+            self._preempt(batch, victim)
+            if victim is request:
+                return
+        self.blocks.grow(request.request_id, start + num_tokens)
+        batch.chunks[request.request_id] = Chunk(
+            request, start, num_tokens, request.slot, samples=start + num_tokens == request.num_tokens
+        )
+
+    def _admit(self, request: Request) -> None:
+        """Move the head of the queue to the running ones."""
+        del self.waiting[request.request_id]
+        request.status = RequestStatus.RUNNING
+        request.slot = self._free_slots.pop()
+        self.running.append(request)
+
+    def _preempt(self, batch: Batch, victim: Request) -> None:
+        batch.chunks.pop(victim.request_id, None)
+        batch.preempted.append(victim)
+        self.running.remove(victim)
+        self._release(victim)
+        victim.status = RequestStatus.WAITING
+        victim.num_computed_tokens = 0
+        victim.metrics.num_preemptions += 1
+        self.waiting[victim.request_id] = victim
+        self.waiting.move_to_end(victim.request_id, last=False)
+
+    def _release(self, request: Request) -> None:
+        self.blocks.release(request.request_id)
+        self._free_slots.append(request.slot)
+        request.slot = -1

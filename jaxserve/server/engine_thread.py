@@ -1,0 +1,196 @@
+"""The one thread that steps the engine, and the asyncio side of it.
+
+Commands go to the thread through a queue; what a step produced comes back to the event loop in one call. The engine
+itself is only ever touched by its thread, so it needs no locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from jaxserve.request import RequestDelta, RequestError, SamplingParams
+
+if TYPE_CHECKING:
+    from jaxserve.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+class EngineDeadError(RuntimeError):
+    """The engine failed or was stopped, and with it every request in flight; it takes no new ones."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine has stopped")
+
+
+@dataclass(eq=False)
+class _Stream:
+    """One request's way back: the engine thread produces what the loop puts in ``items``."""
+
+    request_id: str
+    items: asyncio.Queue[RequestDelta | Exception] = field(default_factory=asyncio.Queue)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def put(self, item: RequestDelta | Exception) -> None:
+        self.items.put_nowait(item)
+        if isinstance(item, Exception) or item.finish_reason is not None:
+            self.ended.set()
+
+
+@dataclass(frozen=True)
+class _Add:
+    stream: _Stream
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    arrival_seconds: float
+
+
+@dataclass(frozen=True)
+class _Abort:
+    request_id: str
+
+
+class _Stop:
+    pass
+
+
+class EngineThread:
+    """Runs the engine in a thread of its own and streams its output to coroutines. Create it inside the event loop.
+
+    ``on_death`` is called in the loop when a step of the engine raises: the requests in flight get EngineDeadError,
+    as does every later one.
+    """
+
+    def __init__(self, engine: Engine, on_death: Callable[[], None]) -> None:
+        self.engine = engine
+        self._on_death = on_death
+        self._loop = asyncio.get_running_loop()
+        self._commands: queue.SimpleQueue[_Add | _Abort | _Stop] = queue.SimpleQueue()
+        # Two views of the requests in flight, each touched by one side only: the loop's holds a request until its
+        # consumer is done, the thread's until the engine is.
+        self._streams: dict[str, _Stream] = {}
+        self._live: dict[str, _Stream] = {}
+        self._dead = False
+        # A daemon: a program that fails elsewhere ends without a word to the engine.
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # ---- the event loop's side
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._streams)
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
+    ) -> AsyncGenerator[RequestDelta, None]:
+        """Deltas up to the one with a finish reason. Closing or cancelling the iterator aborts the request at once.
+
+        Raises RequestError before the first delta, EngineDeadError at any time.
+        """
+        if self._dead:
+            raise EngineDeadError()
+        if request_id in self._streams:
+            raise RequestError(f"request_id must be unique among the requests in flight, got {request_id!r} again")
+        stream = self._streams[request_id] = _Stream(request_id)
+        self._commands.put(_Add(stream, prompt_token_ids, params, arrival_seconds=time.monotonic()))
+        try:
+            while True:
+                item = await stream.items.get()
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+                if item.finish_reason is not None:
+                    return
+        finally:
+            if not stream.ended.is_set():
+                self._commands.put(_Abort(request_id))
+                stream.ended.set()
+            del self._streams[request_id]
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request from outside; its stream ends with FinishReason.ABORT. False if there is no such request."""
+        stream = self._streams.get(request_id)
+        if stream is None or stream.ended.is_set():
+            return False
+        self._commands.put(_Abort(request_id))
+        await stream.ended.wait()
+        return True
+
+    async def stop(self) -> None:
+        """Abort what is left and end the thread; a step under way is finished first."""
+        self._dead = True
+        self._commands.put(_Stop())
+        await asyncio.to_thread(self._thread.join)
+
+    def _deliver(self, items: Sequence[tuple[_Stream, RequestDelta | Exception]]) -> None:
+        for stream, item in items:
+            stream.put(item)
+
+    def _die(self) -> None:
+        self._dead = True
+        for stream in self._streams.values():
+            if not stream.ended.is_set():
+                stream.put(EngineDeadError())
+        self._on_death()
+
+    # ---- the engine thread's side
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands():
+                self._step()
+            for request_id in self._live:
+                self.engine.abort(request_id)
+            while self.engine.has_unfinished():
+                self._step()
+        except Exception:
+            logger.exception("the engine failed with %d requests in flight", len(self._live))
+            self._loop.call_soon_threadsafe(self._die)
+
+    def _step(self) -> None:
+        deltas = self.engine.step()
+        if deltas:
+            self._send([(self._live[delta.request_id], delta) for delta in deltas])
+        for delta in deltas:
+            if delta.finish_reason is not None:
+                del self._live[delta.request_id]
+
+    def _send(self, items: Sequence[tuple[_Stream, RequestDelta | Exception]]) -> None:
+        self._loop.call_soon_threadsafe(self._deliver, items)
+
+    def _take_commands(self) -> bool:
+        """Carry out the commands that wait; with an idle engine, wait for some. False to stop."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                match self._commands.get(block=not self.engine.has_unfinished()):
+                    case _Add() as command:
+                        self._add(command)
+                    case _Abort(request_id):
+                        # Knows nothing of a request that ended while the command was on its way.
+                        self.engine.abort(request_id)
+                    case _Stop():
+                        return False
+        return True
+
+    def _add(self, command: _Add) -> None:
+        stream = command.stream
+        if stream.request_id in self._live:
+            # An aborted request of the same name whose end the engine has yet to report.
+            self._step()
+        try:
+            self.engine.add_request(
+                stream.request_id, command.prompt_token_ids, command.params, command.arrival_seconds
+            )
+        except Exception as error:  # RequestError, or a fault: in either case this request fails alone
+            self._send([(stream, error)])
+        else:
+            self._live[stream.request_id] = stream
