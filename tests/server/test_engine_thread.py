@@ -1,0 +1,119 @@
+"""The engine thread without gRPC around it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+
+import pytest
+
+from jaxserve.request import FinishReason, RequestError, SamplingParams
+from jaxserve.server.engine_thread import EngineDeadError, EngineThread
+
+ENDLESS = SamplingParams(max_tokens=None)
+
+
+@contextlib.asynccontextmanager
+async def running(engine):
+    thread = EngineThread(engine, on_death=lambda: None)
+    try:
+        yield thread
+    finally:
+        await thread.stop()
+        assert not engine.has_unfinished()
+
+
+def test_a_name_can_be_used_again_right_after_a_cancel(engine):
+    """The engine reports an abort a step late; that report must not end the next request of the same name."""
+
+    async def scenario() -> None:
+        async with running(engine) as thread:
+            for _ in range(20):
+                stream = thread.generate("same", [2, 3], ENDLESS)
+                assert (await anext(stream)).finish_reason is None
+                await stream.aclose()
+                assert thread.num_in_flight == 0
+
+    asyncio.run(scenario())
+
+
+def test_cancelled_before_its_first_delta(engine):
+    async def scenario() -> None:
+        async with running(engine) as thread:
+            waiting = asyncio.ensure_future(anext(thread.generate("a", [2], ENDLESS)))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            assert thread.num_in_flight == 0
+
+    asyncio.run(scenario())
+
+
+def test_stop_aborts_what_is_left_and_refuses_more(engine):
+    async def scenario() -> None:
+        async with running(engine) as thread:
+            stream = thread.generate("a", [2], ENDLESS)
+            await anext(stream)
+            await thread.stop()
+            assert [delta async for delta in stream][-1].finish_reason is FinishReason.ABORT
+            with pytest.raises(EngineDeadError):
+                await anext(thread.generate("b", [2], ENDLESS))
+
+    asyncio.run(scenario())
+
+
+def test_death_is_reported_to_every_request_once(engine):
+    async def scenario() -> None:
+        deaths = []
+        thread = EngineThread(engine, lambda: deaths.append(True))
+        streams = [thread.generate(str(i), [2], ENDLESS) for i in range(3)]
+        for stream in streams:
+            await anext(stream)
+        engine.step_error = RuntimeError("a device error")
+        for stream in streams:
+            with pytest.raises(EngineDeadError):
+                async for _ in stream:
+                    pass
+        assert not await thread.abort("0")
+        assert deaths == [True]
+        await thread.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_bad_request_fails_alone_and_leaves_no_trace(engine):
+    async def scenario() -> None:
+        async with running(engine) as thread:
+            good = thread.generate("good", [2], ENDLESS)
+            await anext(good)
+            with pytest.raises(RequestError, match="prompt"):
+                await anext(thread.generate("bad", [], ENDLESS))
+            with pytest.raises(RequestError, match="request_id"):
+                await anext(thread.generate("good", [2], ENDLESS))
+            await anext(good)
+            assert thread.num_in_flight == 1
+            await good.aclose()
+
+    asyncio.run(scenario())
+
+
+def test_the_engine_is_touched_by_one_thread_only(engine):
+    async def scenario() -> None:
+        threads = set()
+        for name in ("add_request", "abort", "step"):
+            method = getattr(engine, name)
+
+            def recording(*args, method=method):
+                threads.add(threading.current_thread().name)
+                return method(*args)
+
+            setattr(engine, name, recording)
+        async with running(engine) as thread:
+            stream = thread.generate("a", [2], ENDLESS)
+            await anext(stream)
+            assert await thread.abort("a")
+        assert threads == {"engine"}
+
+    asyncio.run(scenario())

@@ -1,0 +1,361 @@
+"""The gRPC server over a fake engine: protocol, status codes, cancellation, health, drain and failure."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import threading
+import time
+
+import grpc
+import pytest
+from grpc import StatusCode
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+from jaxserve.config import ConfigError, ServerConfig
+from jaxserve.server import servicer
+from jaxserve.server.client import Client
+from jaxserve.server.grpc_server import LIVE, SERVICE_NAME, GrpcServer
+from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+def health(target: str, service: str) -> int:
+    with grpc.insecure_channel(target) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        return health_pb2_grpc.HealthStub(channel).Check(request, timeout=5).status
+
+
+# ---- streaming
+
+
+def test_generate_streams_text_tokens_and_usage(client):
+    responses = list(client.generate("hello", max_tokens=4, request_id="a"))
+    assert [r.text for r in responses] == ["x"] * 4
+    assert [list(r.token_ids) for r in responses] == [[120]] * 4
+    assert {r.request_id for r in responses} == {"a"}
+    assert all(r.finish_reason == pb.FINISH_REASON_UNSPECIFIED and not r.HasField("usage") for r in responses[:-1])
+    last = responses[-1]
+    assert last.finish_reason == pb.FINISH_REASON_LENGTH
+    assert (last.usage.prompt_tokens, last.usage.output_tokens) == (5, 4)
+    assert 0 < last.usage.scheduling_delay_seconds <= last.usage.ttft_seconds < 1
+    assert last.WhichOneof("stop_reason") is None
+
+
+@pytest.mark.parametrize(("prompt", "num_tokens"), [("abc", 3), ([5, 6, 7, 8], 4), (CHAT, len("<user>hi"))])
+def test_every_kind_of_prompt(client, prompt, num_tokens):
+    *_, last = client.generate(prompt, max_tokens=2)
+    assert last.usage.prompt_tokens == num_tokens
+    assert last.request_id  # made by the server
+
+
+def test_defaults_are_those_of_sampling_params(client):
+    assert len(list(client.generate("abc"))) == 16
+
+
+def test_max_tokens_none_goes_on_to_max_model_len(client):
+    *_, last = client.generate([2] * 990, max_tokens=None)
+    assert last.usage.output_tokens == 10
+
+
+def test_stop_reason(client):
+    (only,) = client.generate("abc", stop="x")
+    assert only.finish_reason == pb.FINISH_REASON_STOP
+    assert only.stop_string == "x"
+
+
+def test_logprobs(client):
+    first, second = client.generate("ab", max_tokens=2, logprobs=1, prompt_logprobs=1)
+    assert [len(p.candidates) for p in first.prompt_logprobs] == [0, 2]
+    assert not second.prompt_logprobs
+    chosen, other = second.logprobs[0].candidates
+    assert (chosen.token_id, chosen.logprob, chosen.rank) == (120, -0.5, 1)
+    assert (other.token_id, other.logprob, other.rank) == (121, -1.5, 2)
+
+
+def test_concurrent_streams(client):
+    calls = [client.generate("abc", max_tokens=n) for n in range(1, 33)]
+    assert [len(list(call)) for call in calls] == list(range(1, 33))
+
+
+def test_tokenize_and_detokenize(client, fails):
+    assert client.tokenize("abc") == [97, 98, 99]
+    assert client.tokenize(CHAT) == [ord(c) for c in "<user>hi"]
+    assert client.detokenize([97, 0, 98]) == "ab"
+    assert client.detokenize([97, 0, 98], skip_special_tokens=False) == "a\0b"
+    message = fails(StatusCode.INVALID_ARGUMENT, lambda: client.detokenize([97, 128]))
+    assert message == "token_ids must be in [0, 127], got 128"
+
+
+def test_model_info(client):
+    info = client.model_info()
+    assert (info.model, info.architecture, info.dtype, info.scheduler) == ("fake", "Fake", "float32", "sarathi")
+    assert (info.vocab_size, info.max_model_len, info.token_budget, info.max_num_seqs) == (128, 1000, 256, 16)
+    assert list(info.eos_token_ids) == [0]
+
+
+# ---- bad requests: each fails alone
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"temperature": -0.1}, "temperature must be in [0, 100], got -0.1"),
+        ({"temperature": float("nan")}, "temperature must be in [0, 100], got nan"),
+        ({"top_p": 0.0}, "top_p must be in (0, 1], got 0.0"),
+        ({"top_k": -2}, "top_k must be an integer in [-1, 2147483647], got -2"),
+        ({"min_p": 1.5}, "min_p must be in [0, 1], got 1.5"),
+        ({"seed": 2**31}, "seed must be an integer in [0, 2147483647], got 2147483648"),
+        ({"max_tokens": 0}, "max_tokens must be an integer in [1, 2147483647], got 0"),
+        ({"logprobs": 21}, "logprobs must be an integer in [0, 20], got 21"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs must be an integer in [0, 20], got 21"),
+        ({"stop": [""]}, "stop must be at most 16 non-empty strings"),
+        ({"stop_token_ids": [2**31]}, "stop_token_ids must be an integer in [0, 2147483647], got 2147483648"),
+    ],
+)
+def test_bad_sampling_params_name_field_and_limit(client, fails, sampling, message):
+    assert message in fails(StatusCode.INVALID_ARGUMENT, lambda: list(client.generate("abc", **sampling)))
+    assert list(client.generate("abc", max_tokens=1))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "prompt must hold at least one token, got none"),
+        ([], "prompt must hold at least one token, got none"),
+        ([2] * 1000, "prompt of 1000 tokens exceeds max_model_len 1000"),
+    ],
+)
+def test_bad_prompts(client, fails, prompt, message):
+    assert message in fails(StatusCode.INVALID_ARGUMENT, lambda: list(client.generate(prompt)))
+
+
+def test_prompt_left_out(client, fails):
+    call = client._stub.Generate
+    assert (
+        fails(StatusCode.INVALID_ARGUMENT, lambda: list(call(pb.GenerateRequest()))) == "prompt must be given, got none"
+    )
+
+
+def test_request_ids(client, fails):
+    long_id = "a" * 129
+    message = fails(StatusCode.INVALID_ARGUMENT, lambda: list(client.generate("abc", request_id=long_id)))
+    assert message == "request_id must have at most 128 characters, got 129"
+    running = client.generate("abc", request_id="same", max_tokens=None)
+    next(iter(running))
+    message = fails(StatusCode.INVALID_ARGUMENT, lambda: list(client.generate("abc", request_id="same")))
+    assert "request_id must be unique" in message
+    assert next(iter(running)).text == "x"
+    running.cancel()
+
+
+def test_unknown_model(client, fails):
+    message = fails(StatusCode.NOT_FOUND, lambda: list(client.generate("abc", model="other")))
+    assert "'fake'" in message
+    assert "'other'" in message
+    assert list(client.generate("abc", model="fake", max_tokens=1))
+
+
+def test_unknown_method(client, fails):
+    call = client._channel.unary_unary(f"/{SERVICE_NAME}/Nothing")
+    fails(StatusCode.UNIMPLEMENTED, lambda: call(b""))
+
+
+def test_message_over_the_limit(make_server, fails):
+    server = make_server(max_message_bytes=1000)
+    with Client(server.target) as client:
+        fails(StatusCode.RESOURCE_EXHAUSTED, lambda: list(client.generate("a" * 2000)))
+        assert list(client.generate("abc", max_tokens=1))
+
+
+def test_a_long_error_fits_the_headers(client, fails):
+    stop = ["s" * 100_000] * 17
+    message = fails(StatusCode.INVALID_ARGUMENT, lambda: list(client.generate("abc", stop=stop)))
+    assert len(message) == servicer.MAX_STATUS_CHARACTERS
+
+
+@pytest.mark.parametrize("prompt", ["break", [1]])  # the fake tokenizer and the fake engine raise on these
+def test_exceptions_do_not_leak(server, client, fails, prompt):
+    assert fails(StatusCode.INTERNAL, lambda: list(client.generate(prompt))) == "internal error"
+    assert health(server.target, SERVICE_NAME) == SERVING
+    assert list(client.generate("abc", max_tokens=1))
+
+
+def test_slow_tokenizer_neither_blocks_streams_nor_hangs(server, client, fails, monkeypatch):
+    monkeypatch.setattr(servicer, "TOKENIZE_TIMEOUT_SECONDS", 0.2)
+    release = threading.Event()
+    monkeypatch.setattr(server.engine.tokenizer, "apply_chat_template", lambda messages: release.wait(5) and "")
+    stream = iter(client.generate("abc", max_tokens=None))
+    next(stream)
+    slow = client.generate(CHAT)
+    started_seconds = time.monotonic()
+    for _ in range(10):
+        next(stream)
+    assert time.monotonic() - started_seconds < 0.2
+    assert "prompt must tokenize within" in fails(StatusCode.INVALID_ARGUMENT, lambda: list(slow))
+    release.set()
+    stream.cancel()
+
+
+# ---- aborts, cancels, deadlines
+
+
+def test_abort_ends_the_stream(server, client):
+    stream = client.generate("abc", request_id="a", max_tokens=None)
+    next(iter(stream))
+    assert client.abort("a")
+    assert server.engine.aborted == ["a"]
+    *_, last = stream
+    assert last.finish_reason == pb.FINISH_REASON_ABORT
+    assert last.usage.prompt_tokens == 3
+    assert last.usage.output_tokens >= 1
+    assert not client.abort("a")
+    assert not client.abort("never seen")
+
+
+def test_cancel_frees_the_request(server, client, eventually):
+    stream = client.generate("abc", request_id="a", max_tokens=None)
+    next(iter(stream))
+    stream.cancel()
+    eventually(lambda: server.engine.aborted == ["a"])
+    assert list(client.generate("abc", request_id="a", max_tokens=1))
+
+
+def test_deadline_frees_the_request(server, client, fails, eventually):
+    fails(
+        StatusCode.DEADLINE_EXCEEDED,
+        lambda: list(client.generate("abc", request_id="late", max_tokens=None, timeout_seconds=0.2)),
+    )
+    eventually(lambda: server.engine.aborted == ["late"])
+
+
+def test_storm_of_disconnects(server, client, eventually):
+    for _ in range(5):
+        with Client(server.target) as other:
+            streams = [other.generate("abc", max_tokens=None) for _ in range(20)]
+            next(iter(streams[0]))
+    eventually(lambda: not server.engine.has_unfinished() and not server.server._servicer.num_active)
+    assert len(list(client.generate("abc", max_tokens=3))) == 3
+
+
+def test_idle_engine_does_not_spin(server, client):
+    list(client.generate("abc", max_tokens=3))
+    num_steps = server.engine.num_steps
+    time.sleep(0.2)
+    assert server.engine.num_steps == num_steps
+
+
+def test_queue_full(make_server, eventually):
+    server = make_server(max_waiting=2)
+    with Client(server.target) as client:
+        streams = [client.generate("abc", max_tokens=None) for _ in range(2)]
+        for stream in streams:
+            next(iter(stream))
+        with pytest.raises(grpc.RpcError) as caught:
+            list(client.generate("abc"))
+        assert caught.value.code() is StatusCode.RESOURCE_EXHAUSTED
+        assert "max_waiting" in caught.value.details()
+        assert int(dict(caught.value.trailing_metadata())["retry-after-ms"]) > 0
+        streams[0].cancel()
+        eventually(lambda: server.server._servicer.num_active < 2)
+        assert list(client.generate("abc", max_tokens=1))
+
+
+# ---- health, reflection, connections
+
+
+def test_health_follows_warm_up_and_drain(make_server, fails):
+    server = make_server(ready=False)
+    assert health(server.target, LIVE) == SERVING
+    assert health(server.target, SERVICE_NAME) == NOT_SERVING
+    with Client(server.target) as client:
+        assert not client.ready()
+        with pytest.raises(TimeoutError, match=re.escape(server.target)):
+            client.wait_ready(timeout_seconds=0.2)
+        for call in (lambda: list(client.generate("abc")), client.model_info, lambda: client.tokenize("abc")):
+            assert fails(StatusCode.UNAVAILABLE, call) == "the server is warming up"
+        server.set_ready()
+        client.wait_ready(timeout_seconds=5)
+
+
+def test_drain_lets_running_requests_finish(make_server, fails):
+    server = make_server(drain_seconds=20)
+    with Client(server.target) as client:
+        stream = iter(client.generate("abc", max_tokens=100))
+        next(stream)
+        shutdown = server.submit(server.server.shutdown())
+        while health(server.target, SERVICE_NAME) == SERVING:
+            time.sleep(0.005)
+        assert health(server.target, LIVE) == SERVING
+        assert fails(StatusCode.UNAVAILABLE, lambda: list(client.generate("abc"))) == "the server is draining"
+        *_, last = stream
+        assert last.finish_reason == pb.FINISH_REASON_LENGTH
+        shutdown.result(timeout=5)
+        assert server.engine.closed
+        assert not server.engine.aborted
+
+
+def test_drain_aborts_what_takes_too_long(make_server):
+    server = make_server(drain_seconds=0.1)
+    with Client(server.target) as client:
+        stream = client.generate("abc", request_id="long", max_tokens=None)
+        next(iter(stream))
+        server.call(server.server.shutdown())
+        *_, last = stream
+        assert last.finish_reason == pb.FINISH_REASON_ABORT
+        assert server.engine.aborted == ["long"]
+
+
+def test_engine_death_ends_streams_and_health(server, client, fails):
+    stream = client.generate("abc", max_tokens=None)
+    next(iter(stream))
+    server.engine.step_error = RuntimeError("secret of the device")
+    assert fails(StatusCode.UNAVAILABLE, lambda: list(stream)) == "the engine has stopped"
+    assert fails(StatusCode.UNAVAILABLE, lambda: list(client.generate("abc"))) == "the engine has stopped"
+    assert health(server.target, SERVICE_NAME) == NOT_SERVING
+    assert health(server.target, LIVE) == NOT_SERVING
+
+
+def test_reflection_describes_the_services(server):
+    with grpc.insecure_channel(server.target) as channel:
+        database = ProtoReflectionDescriptorDatabase(channel)
+        assert {SERVICE_NAME, "grpc.health.v1.Health"} <= set(database.get_services())
+        described = database.FindFileContainingSymbol(SERVICE_NAME)
+        assert [m.name for m in described.service[0].method][:2] == ["Generate", "Abort"]
+
+
+def test_pings_of_an_idle_client_are_welcome(server):
+    options = [
+        ("grpc.keepalive_time_ms", 1_050),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+    states = []
+    with grpc.insecure_channel(server.target, options=options) as channel:
+        channel.subscribe(states.append, try_to_connect=True)
+        time.sleep(5)
+    assert states[-1] is grpc.ChannelConnectivity.READY
+    assert states.count(grpc.ChannelConnectivity.READY) == 1
+
+
+def test_port_in_use():
+    async def start(port: int) -> None:
+        await GrpcServer(ServerConfig(port=port)).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"^port {port} is in use$"):
+            asyncio.run(start(port))
+
+
+def test_host_that_is_not_ours():
+    async def start() -> None:
+        await GrpcServer(ServerConfig(host="192.0.2.1", port=0)).start()
+
+    with pytest.raises(ConfigError, match=r"^cannot listen on 192\.0\.2\.1:0: "):
+        asyncio.run(start())
