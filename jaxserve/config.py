@@ -78,7 +78,7 @@ class EngineConfig:
         if not 0 <= self.seed <= 2**31 - 1:
             raise ConfigError(f"seed must be in [0, {2**31 - 1}], got {self.seed}")
 
-    def resolve(self, *, model_max_len: int, on_gpu: bool) -> EngineConfig:
+    def resolve(self, *, model_max_len: int, on_gpu: bool) -> ResolvedConfig:
         """Fill in what depends on the model and the platform: max_model_len, block_size and dtype."""
         max_model_len = self.max_model_len or model_max_len
         if max_model_len > model_max_len:
@@ -99,7 +99,16 @@ class EngineConfig:
                 f"got {self.num_blocks}"
             )
         dtype = self.dtype if self.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
-        return dataclasses.replace(self, max_model_len=max_model_len, block_size=block_size, dtype=dtype)
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(EngineConfig)}
+        return ResolvedConfig(**settings | {"max_model_len": max_model_len, "block_size": block_size, "dtype": dtype})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(EngineConfig):
+    """An EngineConfig with nothing left open that depends on the model or the platform."""
+
+    max_model_len: int
+    block_size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +160,11 @@ def add_arguments(parser: argparse.ArgumentParser, *configs: type) -> None:
 def read_config_file(path: str, *configs: type) -> dict[str, Any]:
     """The settings of a YAML file, keyed by field name; unknown names and wrong types raise ConfigError."""
     try:
-        data = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"config: cannot read {path!r}: {error}") from error
+    if data is None:
+        return {}
     if not isinstance(data, dict):
         raise ConfigError(f"config: {path!r} must hold a mapping of settings, got {type(data).__name__}")
     known = {name: hint for config in configs for name, hint in typing.get_type_hints(config).items()}
@@ -165,7 +176,8 @@ def read_config_file(path: str, *configs: type) -> dict[str, Any]:
         wanted = _value_type(known[name])
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if value is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
+        optional = isinstance(known[name], types.UnionType)
+        if not (value is None and optional) and (not isinstance(value, wanted) or isinstance(value, bool)):
             raise ConfigError(f"config: {key} must be of type {wanted.__name__}, got {value!r} in {path!r}")
         settings[name] = value
     return settings

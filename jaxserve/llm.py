@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
@@ -131,17 +131,19 @@ class LLM:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt, text or token ids, is a list of one."""
-    if isinstance(prompts, str):
-        return [prompts]
-    ids = [token for token in prompts if isinstance(token, int)]
-    return [ids] if ids else [prompt for prompt in prompts if not isinstance(prompt, int)]
+    """One prompt, text or token ids, is a list of one. Raises RequestError for what is neither."""
+    if isinstance(prompts, str) or (prompts and all(isinstance(token, int) for token in prompts)):
+        prompts = cast(list[Prompt], [prompts])
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str | list):
+            raise RequestError(f"prompts[{index}] must be a text or a list of token ids, got {prompt!r:.80}")
+    return cast(list[Prompt], list(prompts))
 
 
 def _as_conversations(messages: list[Message] | Sequence[list[Message]]) -> list[list[Message]]:
     """One conversation is a list of one."""
-    single = [message for message in messages if isinstance(message, dict)]
-    return [single] if single else [conversation for conversation in messages if isinstance(conversation, list)]
+    single = messages and all(isinstance(message, dict) for message in messages)
+    return cast(list[list[Message]], [messages] if single else list(messages))
 
 
 class _Collector:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MAX_LOGPROBS = 20
 """Most alternatives per position that ``logprobs`` and ``prompt_logprobs`` may ask for (vLLM's default)."""
@@ -37,8 +36,8 @@ class Logprob(NamedTuple):
 
 
 def _check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not ok or value > high or value < low or (open_low and value == low):
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if not ok or (open_low and value == low):
         bracket = "(" if open_low else "["
         raise RequestError(f"{name} must be in {bracket}{low:g}, {high:g}], got {value!r}")
 
@@ -46,6 +45,12 @@ def _check_range(name: str, value: float, low: float, high: float, *, open_low: 
 def _check_int(name: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise RequestError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
+
+
+def _as_tuple(name: str, value: object) -> tuple[Any, ...]:
+    if value is not None and not isinstance(value, list | tuple):
+        raise RequestError(f"{name} must be a list, got {value!r}")
+    return tuple(value or ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +72,8 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int | None = None
     max_tokens: int | None = 16
-    stop: str | tuple[str, ...] | list[str] = ()
-    stop_token_ids: tuple[int, ...] | list[int] = ()
+    stop: str | tuple[str, ...] | list[str] | None = ()
+    stop_token_ids: tuple[int, ...] | list[int] | None = ()
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -87,13 +92,17 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
         if len(stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in stop):
             raise RequestError(f"stop must be at most {MAX_STOP_STRINGS} non-empty strings, got {stop!r}")
-        for token_id in self.stop_token_ids:
+        stop_token_ids = _as_tuple("stop_token_ids", self.stop_token_ids)
+        for token_id in stop_token_ids:
             _check_int("stop_token_ids", token_id, 0, 2**31 - 1)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
 
     @property
     def greedy(self) -> bool:

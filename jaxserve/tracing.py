@@ -42,7 +42,8 @@ class StepTracer:
         self._file.flush()
 
     def close(self) -> None:
-        self._file.write("{}]\n")
+        end = {"name": "process_name", "ph": "M", "pid": 1, "args": {"name": "jaxserve"}}
+        self._file.write(json.dumps(end) + "]\n")
         self._file.close()
 
     def _span(self, track: int, name: str, start_seconds: float, end_seconds: float, args: dict | None = None) -> None:

@@ -20,6 +20,16 @@ def parameter(shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, rngs: nnx.Rn
     return nnx.Param(values, axes=axes)
 
 
+def linear(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    """``[T, in]`` by ``[out, ...in]`` -> ``[T, out]``, in the operands' type or ``out_dtype``.
+
+    Weights stay as Hugging Face stores them, outputs first: nothing is transposed at load, XLA's CPU products of few
+    rows are up to 1.4 times faster than with ``[in, out]``, and GPU libraries take either.
+    """
+    matrix = weight.reshape(weight.shape[0], -1)
+    return jax.lax.dot_general(x, matrix, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype)
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm (arXiv 1910.07467), computed in float32."""
 
@@ -36,15 +46,15 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention over the paged KV cache.
 
-    ``qkv`` is one matrix ``[hidden, kv_heads, group + 2, head_dim]``: for each KV head its query heads, its key and its
+    ``qkv`` is one matrix ``[kv_heads, group + 2, head_dim, hidden]``: for each KV head its query heads, its key and its
     value. One wide product is faster than three, and a shard of KV heads is a contiguous slice with all it needs.
     """
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.config = config
         kv, group, dim, hidden = config.num_kv_heads, config.group_size, config.head_dim, config.hidden_size
-        self.qkv = parameter((hidden, kv, group + 2, dim), ("embed", "kv_heads", None, None), dtype, rngs)
-        self.out = parameter((kv, group, dim, hidden), ("kv_heads", None, None, "embed"), dtype, rngs)
+        self.qkv = parameter((kv, group + 2, dim, hidden), ("kv_heads", None, None, "embed"), dtype, rngs)
+        self.out = parameter((hidden, kv, group, dim), ("embed", "kv_heads", None, None), dtype, rngs)
         bias = config.attention_bias
         self.qkv_bias = parameter((kv, group + 2, dim), ("kv_heads", None, None), dtype, rngs) if bias else None
         self.out_bias = parameter((hidden,), ("embed",), dtype, rngs) if bias else None
@@ -59,40 +69,36 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, KVCache[jax.Array]]:
         """``[T, hidden]`` -> ``[T, hidden]`` and the cache with this step's keys and values of ``layer``."""
         c, rows = self.config, x.shape[0]
-        qkv = (x @ self.qkv[...].reshape(c.hidden_size, -1)).reshape(rows, c.num_kv_heads, c.group_size + 2, c.head_dim)
+        qkv = linear(x, self.qkv[...].reshape(-1, c.hidden_size))
+        qkv = qkv.reshape(rows, c.num_kv_heads, c.group_size + 2, c.head_dim)
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...]
         q = rotate(qkv[:, :, : c.group_size].reshape(rows, c.num_heads, c.head_dim), *rope)
         k = rotate(qkv[:, :, c.group_size], *rope)
         cache = write_kv(cache, k, qkv[:, :, c.group_size + 1], inputs, layer)
         attended = paged_attention(q, cache, inputs, layer, scale=c.head_dim**-0.5)
-        y = attended.reshape(rows, -1) @ self.out[...].reshape(-1, c.hidden_size)
+        y = linear(attended.reshape(rows, -1), self.out[...])
         return (y if self.out_bias is None else y + self.out_bias[...]), cache
 
 
 class GatedMLP(nnx.Module):
-    """SwiGLU (arXiv 2002.05202): ``down(silu(gate(x)) * up(x))``; gate and up are one matrix ``[hidden, 2, inner]``."""
+    """SwiGLU (arXiv 2002.05202): ``down(silu(gate(x)) * up(x))``; gate and up are one matrix ``[2, inner, hidden]``."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_up = parameter((hidden, 2, inner), ("embed", None, "mlp"), dtype, rngs)
-        self.down = parameter((inner, hidden), ("mlp", "embed"), dtype, rngs)
+        self.gate_up = parameter((2, inner, hidden), (None, "mlp", "embed"), dtype, rngs)
+        self.down = parameter((hidden, inner), ("embed", "mlp"), dtype, rngs)
         bias = config.mlp_bias
         self.gate_up_bias = parameter((2, inner), (None, "mlp"), dtype, rngs) if bias else None
         self.down_bias = parameter((hidden,), ("embed",), dtype, rngs) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden, _, inner = self.gate_up.shape
-        gate_up = (x @ self.gate_up[...].reshape(hidden, 2 * inner)).reshape(-1, 2, inner)
+        _, inner, hidden = self.gate_up.shape
+        gate_up = linear(x, self.gate_up[...].reshape(2 * inner, hidden)).reshape(-1, 2, inner)
         if self.gate_up_bias is not None:
             gate_up = gate_up + self.gate_up_bias[...]
-        y = (jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]) @ self.down[...]
+        y = linear(jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], self.down[...])
         return y if self.down_bias is None else y + self.down_bias[...]
-
-
-def transpose(weight: np.ndarray) -> np.ndarray:
-    """A Linear of Hugging Face, ``[out, in]``, as ``[in, out]``."""
-    return weight.T
 
 
 def fuse_qkv(config: ModelConfig, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -100,16 +106,14 @@ def fuse_qkv(config: ModelConfig, q: np.ndarray, k: np.ndarray, v: np.ndarray) -
     kv, group, dim = config.num_kv_heads, config.group_size, config.head_dim
     tail = q.shape[1:]
     parts = [q.reshape(kv, group, dim, *tail), k.reshape(kv, 1, dim, *tail), v.reshape(kv, 1, dim, *tail)]
-    fused = np.concatenate(parts, axis=1)
-    return np.moveaxis(fused, -1, 0) if tail else fused
+    return np.concatenate(parts, axis=1)
 
 
 def split_heads(config: ModelConfig, out: np.ndarray) -> np.ndarray:
     """Hugging Face's o_proj ``[hidden, heads * head_dim]`` as Attention.out."""
-    return out.T.reshape(config.num_kv_heads, config.group_size, config.head_dim, -1)
+    return out.reshape(-1, config.num_kv_heads, config.group_size, config.head_dim)
 
 
 def fuse_gate_up(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     """Hugging Face's gate and up, ``[inner, hidden]`` or biases ``[inner]``, as GatedMLP.gate_up."""
-    fused = np.stack([gate, up])
-    return np.moveaxis(fused, -1, 0) if gate.ndim == 2 else fused
+    return np.stack([gate, up])

@@ -16,12 +16,12 @@ from jaxserve.models.layers import (
     RMSNorm,
     fuse_gate_up,
     fuse_qkv,
+    linear,
     parameter,
     split_heads,
-    transpose,
 )
 from jaxserve.models.rope import rope_frequencies, rope_tables
-from jaxserve.models.weights import Weight
+from jaxserve.models.weights import Weight, unchanged
 
 
 class DecoderLayer(nnx.Module):
@@ -65,8 +65,9 @@ class Llama(nnx.Module):
         self.embedding = parameter((config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype, rngs)
         self.layers = nnx.List([DecoderLayer(config, dtype, rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        head = (config.hidden_size, config.vocab_size)
-        self.lm_head = None if config.tie_word_embeddings else parameter(head, ("embed", "vocab"), dtype, rngs)
+        self.lm_head = (
+            None if config.tie_word_embeddings else parameter(self.embedding.shape, ("vocab", "embed"), dtype, rngs)
+        )
 
     def __call__(
         self, token_ids: jax.Array, positions: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs
@@ -83,18 +84,18 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """``[R, hidden]`` -> ``float32[R, vocab]``."""
-        head = self.embedding[...].T if self.lm_head is None else self.lm_head[...]
-        return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+        head = self.embedding if self.lm_head is None else self.lm_head
+        return linear(hidden, head[...], out_dtype=jnp.dtype("float32"))
 
     @staticmethod
     def weight_map(config: ModelConfig) -> dict[str, Weight]:
         """Parameter path -> the Hugging Face tensors it is built from."""
         weights = {
-            "embedding": Weight(("model.embed_tokens.weight",), lambda w: w),
-            "norm.weight": Weight(("model.norm.weight",), lambda w: w),
+            "embedding": Weight(("model.embed_tokens.weight",), unchanged),
+            "norm.weight": Weight(("model.norm.weight",), unchanged),
         }
         if not config.tie_word_embeddings:
-            weights["lm_head"] = Weight(("lm_head.weight",), transpose)
+            weights["lm_head"] = Weight(("lm_head.weight",), unchanged)
         for index in range(config.num_layers):
             weights |= _layer_weights(config, index)
         return weights
@@ -108,19 +109,19 @@ def _layer_weights(config: ModelConfig, index: int) -> dict[str, Weight]:
         return tuple(f"{prefix}.{p}_proj.{kind}" for p in projections)
 
     weights = {
-        f"{ours}.attention_norm.weight": Weight((f"{theirs}.input_layernorm.weight",), lambda w: w),
-        f"{ours}.mlp_norm.weight": Weight((f"{theirs}.post_attention_layernorm.weight",), lambda w: w),
+        f"{ours}.attention_norm.weight": Weight((f"{theirs}.input_layernorm.weight",), unchanged),
+        f"{ours}.mlp_norm.weight": Weight((f"{theirs}.post_attention_layernorm.weight",), unchanged),
         f"{ours}.attention.qkv": Weight(names(attention, "weight", "q", "k", "v"), partial(fuse_qkv, config)),
         f"{ours}.attention.out": Weight(names(attention, "weight", "o"), partial(split_heads, config)),
         f"{ours}.mlp.gate_up": Weight(names(mlp, "weight", "gate", "up"), fuse_gate_up),
-        f"{ours}.mlp.down": Weight(names(mlp, "weight", "down"), transpose),
+        f"{ours}.mlp.down": Weight(names(mlp, "weight", "down"), unchanged),
     }
     if config.attention_bias:
         weights[f"{ours}.attention.qkv_bias"] = Weight(
             names(attention, "bias", "q", "k", "v"), partial(fuse_qkv, config)
         )
-        weights[f"{ours}.attention.out_bias"] = Weight(names(attention, "bias", "o"), lambda b: b)
+        weights[f"{ours}.attention.out_bias"] = Weight(names(attention, "bias", "o"), unchanged)
     if config.mlp_bias:
         weights[f"{ours}.mlp.gate_up_bias"] = Weight(names(mlp, "bias", "gate", "up"), fuse_gate_up)
-        weights[f"{ours}.mlp.down_bias"] = Weight(names(mlp, "bias", "down"), lambda b: b)
+        weights[f"{ours}.mlp.down_bias"] = Weight(names(mlp, "bias", "down"), unchanged)
     return weights

@@ -21,6 +21,10 @@ class TensorSource(Protocol):
         ...
 
 
+def unchanged(tensor: np.ndarray) -> np.ndarray:
+    return tensor
+
+
 @dataclass(frozen=True)
 class Weight:
     """One parameter: ``build(*[source.read(name) for name in names])`` has the parameter's shape."""

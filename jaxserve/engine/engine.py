@@ -65,8 +65,6 @@ class Engine:
         self.config = config.resolve(
             model_max_len=checkpoint.config.max_position_embeddings, on_gpu=jax.default_backend() == "gpu"
         )
-        assert self.config.max_model_len
-        assert self.config.block_size
         self.max_model_len = self.config.max_model_len
         self.tokenizer = (
             Tokenizer.from_folder(resolve(config.tokenizer)) if config.tokenizer else checkpoint.tokenizer()
@@ -102,7 +100,7 @@ class Engine:
             raise RequestError(
                 f"prompt of {len(prompt_token_ids)} tokens leaves no room for output: max_model_len is {limit}"
             )
-        for name, token_ids in (("prompt", prompt_token_ids), ("stop_token_ids", params.stop_token_ids)):
+        for name, token_ids in (("prompt", prompt_token_ids), ("stop_token_ids", params.stop_token_ids or ())):
             wrong = next((t for t in token_ids if not 0 <= t < vocab), None)
             if wrong is not None:
                 raise RequestError(f"{name} holds token id {wrong}, outside the vocabulary [0, {vocab})")
@@ -131,7 +129,7 @@ class Engine:
             params=params,
             max_tokens=room if params.max_tokens is None else params.max_tokens,
             metrics=RequestMetrics(self._clock() if arrival_seconds is None else arrival_seconds),
-            stop_token_ids=frozenset((*params.stop_token_ids, *eos)),
+            stop_token_ids=frozenset((*(params.stop_token_ids or ()), *eos)),
             seed=params.seed if params.seed is not None else int(self._random.integers(2**31)),
         )
         self._streams[request_id] = OutputStream(request, self.tokenizer)
@@ -163,10 +161,9 @@ class Engine:
         return deltas
 
     def close(self) -> None:
-        """Wait for the device and write the trace; the engine cannot be used afterwards."""
-        if self._launched is not None:
-            jax.block_until_ready(self._launched.outputs)
-            self._launched = None
+        """Give the device's memory back and finish the trace; the engine cannot be used afterwards."""
+        self._launched = None
+        self.runner.close()
         self.compiles.close()
         if self._tracer is not None:
             self._tracer.close()

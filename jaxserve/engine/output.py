@@ -30,7 +30,7 @@ class OutputStream:
         request.output_token_ids.append(token_id)
         if token_id in request.stop_token_ids:
             # The stop token itself is not part of the text, unless the caller asked for it.
-            self.stop_reason = token_id if token_id in params.stop_token_ids else None
+            self.stop_reason = token_id if token_id in (params.stop_token_ids or ()) else None
             text = self._decoder.step(token_id) if params.include_stop_str_in_output else ""
             return self._held + text + self._decoder.flush(), FinishReason.STOP
         self._held += self._decoder.step(token_id)
@@ -49,7 +49,7 @@ class OutputStream:
 
     def _cut_at_stop_string(self) -> str | None:
         """The text up to the earliest stop string in what is held, or None."""
-        found = [(at, stop) for stop in self.request.params.stop if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self.request.params.stop or () if (at := self._held.find(stop)) >= 0]
         if not found:
             return None
         at, stop = min(found)
@@ -58,7 +58,7 @@ class OutputStream:
 
     def _release(self) -> str:
         """Give out what can no longer become a stop string."""
-        keep = max((_overlap(self._held, stop) for stop in self.request.params.stop), default=0)
+        keep = max((_overlap(self._held, stop) for stop in self.request.params.stop or ()), default=0)
         split = len(self._held) - keep
         text, self._held = self._held[:split], self._held[split:]
         return text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -11,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.config import ConfigError, ResolvedConfig
 from jaxserve.engine.batch import PackedStep, StepLayout, empty_step, plan_of
 from jaxserve.engine.compile import compile_all, token_buckets
 from jaxserve.engine.sampler import SamplingInputs, TokenLogprobs, optional_logprobs, sample, token_logprobs
@@ -41,9 +43,7 @@ class StepOutputs(NamedTuple):
 class ModelRunner:
     """Runs packed steps. ``config`` is resolved; ``num_blocks`` is the KV cache's size in blocks."""
 
-    def __init__(self, config: EngineConfig, checkpoint: Checkpoint, mesh: Mesh, *, show_progress: bool) -> None:
-        assert config.max_model_len
-        assert config.block_size
+    def __init__(self, config: ResolvedConfig, checkpoint: Checkpoint, mesh: Mesh, *, show_progress: bool) -> None:
         self.config = config
         self.model_config: ModelConfig = checkpoint.config
         self.buckets = token_buckets(config.token_budget)
@@ -52,17 +52,20 @@ class ModelRunner:
         cls = model_class(checkpoint.config.architecture)
         dtype = jnp.dtype(config.dtype)
         self._graph, state = abstract_model(cls, checkpoint.config, max_len=config.max_model_len, dtype=dtype)
-        abstract = abstract_parameters(state, mesh)
         self._state_tree = jax.tree.structure(state)
-        loaded = checkpoint.load(abstract, cls.weight_map(checkpoint.config))
-        self._parameters = [loaded[name] for name in abstract]
+        abstract = abstract_parameters(state, mesh)
+        self._abstract_parameters = list(abstract.values())
         self.num_blocks = self._choose_num_blocks(dtype)
         self._layouts = {rows: self._layout(rows) for rows in self.buckets}
-        self._programs = compile_all(
-            {("step", rows): partial(self._lower_step, rows) for rows in self.buckets}
-            | {("score", rows): partial(self._lower_score, rows) for rows in self.buckets},
-            show_progress=show_progress,
-        )
+        lower = {("step", rows): partial(self._lower_step, rows) for rows in self.buckets} | {
+            ("score", rows): partial(self._lower_score, rows) for rows in self.buckets
+        }
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            # Programs need the shapes of the weights only, so both come at once.
+            loading = pool.submit(checkpoint.load, abstract, cls.weight_map(checkpoint.config))
+            self._programs = compile_all(lower, show_progress=show_progress)
+            parameters = loading.result()
+        self._parameters = [parameters[name] for name in abstract]
         cache = self._abstract_cache()
         self._cache = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), cache)
         self._last_tokens = jax.device_put(np.zeros(config.max_num_seqs, np.int32), self._replicated)
@@ -87,10 +90,14 @@ class ModelRunner:
         program = self._programs["score", len(targets)]
         return program(self._parameters, hidden, jax.device_put(targets, self._replicated))
 
+    def close(self) -> None:
+        """Wait for the device and give its memory back."""
+        for array in jax.tree.leaves((self._parameters, self._cache, self._last_tokens)):
+            array.block_until_ready().delete()
+        self._programs.clear()
+
     def _layout(self, rows: int) -> StepLayout:
         config = self.config
-        assert config.max_model_len
-        assert config.block_size
         return StepLayout(
             PlanLimits(rows, config.max_num_seqs, config.max_model_len, config.block_size, self.num_blocks)
         )
@@ -105,8 +112,6 @@ class ModelRunner:
     def _choose_num_blocks(self, dtype: np.dtype) -> int:
         """The configured number, or what the memory that is left holds, at most what all sequences can use."""
         model, config = self.model_config, self.config
-        assert config.max_model_len
-        assert config.block_size
         if config.num_blocks is not None:
             return config.num_blocks
         per_block = 2 * model.num_layers * config.block_size * model.num_kv_heads * model.head_dim * dtype.itemsize
@@ -115,9 +120,11 @@ class ModelRunner:
         if device.platform == "cpu":
             memory_bytes = max(CPU_KV_CACHE_BYTES, (1 + blocks_per_seq) * per_block)
         else:
-            stats = device.memory_stats()
-            memory_bytes = int(stats["bytes_limit"] * config.gpu_memory_utilization) - stats["bytes_in_use"]
-            memory_bytes *= self._mesh.shape["tensor"]
+            weight_bytes = sum(
+                math.prod(p.sharding.shard_shape(p.shape)) * p.dtype.itemsize for p in self._abstract_parameters
+            )
+            limit_bytes = int(device.memory_stats()["bytes_limit"] * config.gpu_memory_utilization)
+            memory_bytes = (limit_bytes - weight_bytes) * self._mesh.shape["tensor"]
         num_blocks = min(memory_bytes // per_block, 1 + config.max_num_seqs * blocks_per_seq)
         if num_blocks < 1 + blocks_per_seq:
             raise ConfigError(
@@ -129,14 +136,11 @@ class ModelRunner:
     def _model(self, parameters: list[jax.Array]) -> Llama:
         return nnx.merge(self._graph, jax.tree.unflatten(self._state_tree, parameters))
 
-    def _abstract_parameters(self) -> list[jax.ShapeDtypeStruct]:
-        return [jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding) for p in self._parameters]
-
     def _lower_step(self, rows: int) -> jax.stages.Lowered:
         layout = self._layouts[rows]
         abstract = partial(jax.ShapeDtypeStruct, sharding=self._replicated)
         return jax.jit(partial(self._step, layout), donate_argnums=(1, 2)).lower(
-            self._abstract_parameters(),
+            self._abstract_parameters,
             self._abstract_cache(),
             abstract((self.config.max_num_seqs,), jnp.int32),
             abstract((layout.num_ints,), jnp.int32),
@@ -146,7 +150,7 @@ class ModelRunner:
     def _lower_score(self, rows: int) -> jax.stages.Lowered:
         abstract = partial(jax.ShapeDtypeStruct, sharding=self._replicated)
         hidden = abstract((rows, self.model_config.hidden_size), jnp.dtype(self.config.dtype))
-        return jax.jit(self._score).lower(self._abstract_parameters(), hidden, abstract((rows,), jnp.int32))
+        return jax.jit(self._score).lower(self._abstract_parameters, hidden, abstract((rows,), jnp.int32))
 
     def _step(
         self,

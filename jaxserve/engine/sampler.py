@@ -98,7 +98,9 @@ def _keep_top(x: jax.Array, weights: jax.Array, goal: jax.Array) -> jax.Array:
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array) -> TokenLogprobs[jax.Array]:
     """Of ``tokens`` ``[R]`` under the unmodified distribution of ``logits`` ``[R, vocab]``."""
-    norm = jax.nn.logsumexp(logits, axis=-1)
+    # Relative to the largest: logits far from zero would cost the difference its last digits.
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    norm = jnp.log(jnp.exp(logits).sum(axis=-1))
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
     rank = (logits > chosen).sum(axis=-1, dtype=jnp.int32) + 1
     top, top_ids = jax.lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from jaxserve.server.messages import NO_TOKEN_LIMIT
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2_grpc as pb_grpc
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
-NO_TOKEN_LIMIT = -1
 POLL_SECONDS = 0.1
 
 ChatMessages = Sequence[Mapping[str, str]]
@@ -67,7 +66,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:

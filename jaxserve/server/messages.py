@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine
 
 NO_TOKEN_LIMIT = -1
+"""max_tokens that stands for None: continue up to max_model_len."""
 FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,

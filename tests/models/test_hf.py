@@ -169,7 +169,7 @@ def test_parameters_are_built_cast_and_sharded(tmp_path: Path) -> None:
     weights = tensors(RAW)
     whole = load(write(tmp_path, weights))
     gate, up = (weights[f"model.layers.1.mlp.{k}_proj.weight"] for k in ("gate", "up"))
-    np.testing.assert_array_equal(whole["layers.1.mlp.gate_up"], np.stack([gate.T, up.T], axis=1))
+    np.testing.assert_array_equal(whole["layers.1.mlp.gate_up"], np.stack([gate, up]))
     split = load(tmp_path, tensor=2, dtype=jnp.bfloat16)
     assert list(split) == list(whole)
     for name, spec in abstract(tensor=2, dtype=jnp.bfloat16).items():
@@ -211,7 +211,7 @@ def test_everything_that_does_not_fit_is_named_at_once(tmp_path: Path, monkeypat
     for problem in (
         "missing model.layers.0.self_attn.k_proj.weight; missing model.norm.weight",
         "unexpected model.layers.7.mlp.up_proj.weight",
-        "mis-shaped model.layers.1.mlp.down_proj.weight (32, 47) for layers.1.mlp.down (48, 32)",
+        "mis-shaped model.layers.1.mlp.down_proj.weight (32, 47) for layers.1.mlp.down (32, 48)",
         "mis-shaped model.layers.1.self_attn.q_proj.weight (33, 32), model.layers.1.self_attn.k_proj.weight (16, 32)",
     ):
         assert problem in str(caught.value)

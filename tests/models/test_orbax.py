@@ -58,7 +58,7 @@ def test_restores_onto_other_meshes(tensor: int, saved: tuple[Path, dict[str, ja
         assert restored[name].sharding == spec.sharding
         np.testing.assert_array_equal(restored[name], parameters[name])
     shard = restored["layers.0.mlp.down"].addressable_shards[0]
-    assert shard.data.shape == (24 // tensor, 16)
+    assert shard.data.shape == (16, 24 // tensor)
 
 
 def test_casts_and_places_without_a_sharding(saved: tuple[Path, dict[str, jax.Array]]) -> None:

@@ -1,0 +1,1 @@
+"""Benchmarks: workloads, and what an engine makes of them."""

@@ -1,0 +1,130 @@
+"""SamplingParams name the field, the value and the limit; a request's counts before, during and after decoding."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from jaxserve.request import MAX_SEED, MAX_STOP_STRINGS, Request, RequestError, RequestMetrics, SamplingParams
+
+INT_LIMIT = 2**31 - 1
+NOT_NUMBERS = [True, math.nan, math.inf, -math.inf, "1", None, [1], 10**400]
+
+
+def error(**fields: Any) -> str:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**fields)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "limits"),
+    [
+        ("temperature", [-0.1, 100.5], "in [0, 100]"),
+        ("top_p", [0, 0.0, -0.1, 1.01], "in (0, 1]"),
+        ("min_p", [-0.1, 1.01], "in [0, 1]"),
+    ],
+)
+def test_numbers(name: str, values: list[float], limits: str) -> None:
+    for value in [*values, *NOT_NUMBERS]:
+        assert error(**{name: value}) == f"{name} must be {limits}, got {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "limits"),
+    [
+        ("top_k", [-2, INT_LIMIT + 1], f"[-1, {INT_LIMIT}]"),
+        ("seed", [-1, MAX_SEED + 1], f"[0, {MAX_SEED}]"),
+        ("max_tokens", [0, -1, INT_LIMIT + 1], f"[1, {INT_LIMIT}]"),
+        ("logprobs", [-1, 21], "[0, 20]"),
+        ("prompt_logprobs", [-1, 21], "[0, 20]"),
+    ],
+)
+def test_integers(name: str, values: list[int], limits: str) -> None:
+    optional = name != "top_k"
+    for value in [*values, 1.0, *(value for value in NOT_NUMBERS if value is not None or not optional)]:
+        assert error(**{name: value}) == f"{name} must be an integer in {limits}, got {value!r}"
+
+
+@pytest.mark.parametrize("stop", ["", ("a", ""), [1], [None], ["a"] * (MAX_STOP_STRINGS + 1)])
+def test_stop_strings(stop: Any) -> None:
+    message = error(stop=stop)
+    assert message.startswith(f"stop must be at most {MAX_STOP_STRINGS} non-empty strings, got ")
+    assert repr(stop).strip("[](),") in message
+
+
+@pytest.mark.parametrize("value", [-1, INT_LIMIT + 1, True, 1.0, "1", None])
+def test_stop_token_ids(value: Any) -> None:
+    expected = f"stop_token_ids must be an integer in [0, {INT_LIMIT}], got {value!r}"
+    assert error(stop_token_ids=[3, value]) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("stop", 5), ("stop", {"a": 1}), ("stop_token_ids", 5), ("stop_token_ids", {5: 1})]
+)
+def test_stops_are_lists(name: str, value: Any) -> None:
+    assert error(**{name: value}) == f"{name} must be a list, got {value!r}"
+
+
+@pytest.mark.parametrize("name", ["ignore_eos", "skip_special_tokens", "include_stop_str_in_output"])
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_switches(name: str, value: Any) -> None:
+    message = error(**{name: value})
+    assert message.startswith(f"{name} must be ")
+    assert message.endswith(f"got {value!r}")
+
+
+def test_limits_are_within_reach() -> None:
+    SamplingParams(temperature=0, top_p=1, min_p=0, top_k=-1, seed=0, max_tokens=1, logprobs=0, prompt_logprobs=0)
+    params = SamplingParams(
+        temperature=100, top_p=1e-9, min_p=1.0, top_k=INT_LIMIT, seed=MAX_SEED, max_tokens=None, logprobs=20,
+        prompt_logprobs=20, stop=["a"] * MAX_STOP_STRINGS, stop_token_ids=[0, INT_LIMIT],
+    )  # fmt: skip
+    assert not params.greedy
+    assert SamplingParams(temperature=0).greedy
+
+
+def test_stops_become_tuples() -> None:
+    params = SamplingParams(stop="END", stop_token_ids=[1, 2])
+    assert (params.stop, params.stop_token_ids) == (("END",), (1, 2))
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+    assert hash(params) == hash(SamplingParams(stop=("END",), stop_token_ids=(1, 2)))
+
+
+def make_request(prompt: list[int], max_tokens: int = 3) -> Request:
+    return Request("a", prompt, SamplingParams(), max_tokens, RequestMetrics(arrival_seconds=0.0))
+
+
+def test_progress_of_a_request() -> None:
+    request = make_request([5, 6, 7])
+    assert (request.num_tokens, request.num_uncomputed_tokens, request.decoding) == (3, 3, False)
+    request.num_computed_tokens = 2
+    assert not request.decoding, "the last prompt token is prefill"
+    request.num_computed_tokens, request.num_pending_tokens = 3, 1
+    assert (request.num_tokens, request.decoding, request.exhausted) == (4, True, False)
+    assert request.known_token_ids(3, 4) == [], "the pending token is on the device only"
+    request.num_pending_tokens, request.output_token_ids = 0, [8, 9]
+    assert request.num_uncomputed_tokens == 2
+    request.num_pending_tokens = 1
+    assert request.exhausted
+    assert not request.decoding, "a recomputation has more than one token of work"
+
+
+def test_known_tokens_are_those_of_the_sequence() -> None:
+    request = make_request([5, 6, 7])
+    request.output_token_ids = [8, 9]
+    tokens = [5, 6, 7, 8, 9]
+    for start in range(6):
+        for stop in range(start, 7):
+            assert request.known_token_ids(start, stop) == tokens[start:stop]
+
+
+def test_times() -> None:
+    metrics = RequestMetrics(arrival_seconds=10.0)
+    assert (metrics.ttft_seconds, metrics.scheduling_delay_seconds, metrics.tbt_seconds) == (None, None, [])
+    metrics.first_scheduled_seconds = 10.5
+    metrics.token_seconds = [12.0, 12.25, 13.0]
+    assert (metrics.ttft_seconds, metrics.scheduling_delay_seconds) == (2.0, 0.5)
+    assert metrics.tbt_seconds == [0.25, 0.75]
