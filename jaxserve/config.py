@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 SCHEDULERS = ("sarathi", "prefill_first")
+ATTENTION_BACKENDS = ("auto", "xla", "native")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -49,6 +50,11 @@ class EngineConfig:
     token_budget: int = option(256, "most tokens in one step, decodes and prefill chunks together")
     max_num_seqs: int = option(16, "most sequences that run at once")
     scheduler: str = option("sarathi", "batching policy", SCHEDULERS)
+    attention_backend: str = option(
+        "auto",
+        "attention kernel; auto: native on CPUs in float32 where a C++ compiler is, xla elsewhere",
+        ATTENTION_BACKENDS,
+    )
     block_size: int | None = option(None, "tokens in one KV-cache block; 16 on CPUs, 64 on GPUs by default")
     num_blocks: int | None = option(None, "KV-cache blocks; by default what the memory holds")
     gpu_memory_utilization: float = option(0.9, "share of the GPU's memory for weights and KV cache")
@@ -70,7 +76,11 @@ class EngineConfig:
             )
         if self.block_size is not None and (self.block_size & (self.block_size - 1) or not 8 <= self.block_size <= 128):
             raise ConfigError(f"block_size must be a power of two in [8, 128], got {self.block_size}")
-        for name, allowed in (("scheduler", SCHEDULERS), ("dtype", DTYPES)):
+        for name, allowed in (
+            ("scheduler", SCHEDULERS),
+            ("dtype", DTYPES),
+            ("attention_backend", ATTENTION_BACKENDS),
+        ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not 0.1 <= self.gpu_memory_utilization <= 1.0:

@@ -1,15 +1,18 @@
 """Paged attention over a hybrid batch: any mix of prefill chunks and decodes in one flat array of rows.
 
-This is the interface that models use. The XLA implementation serves every platform; GPU kernels will be chosen here.
+This is the interface that models use. ``xla`` serves every platform; ``native`` is C++ for CPUs. GPU kernels will be
+chosen here.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from jaxserve.kernels import xla
+from jaxserve.kernels import cpu, xla
 from jaxserve.kernels.plan import AttentionPlan
 
 
@@ -24,7 +27,9 @@ class KVCache[Array](NamedTuple):
     v: Array
 
 
-class AttentionInputs(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AttentionInputs:
     """What attention needs to know of a step, shared by all layers."""
 
     slots: jax.Array
@@ -32,8 +37,22 @@ class AttentionInputs(NamedTuple):
     block_tables: jax.Array
     """``int32[max_num_seqs, pages of max_model_len]``: the pages of each sequence, 0 where it has none."""
     plan: AttentionPlan[jax.Array]
-    num_pages: int
+    num_pages: int = field(metadata={"static": True})
     """Pages of one layer."""
+    backend: str = field(default="xla", metadata={"static": True})
+    """``xla`` or ``native``."""
+
+
+def choose_backend(name: str, platform: str, dtype: jnp.dtype) -> str:
+    """The backend to use for ``name``, one of config.ATTENTION_BACKENDS; ValueError where a named one cannot serve."""
+    native = platform == "cpu" and dtype == jnp.float32
+    if name == "native" and not (native and cpu.available()):
+        raise ValueError(
+            f"attention_backend native needs a CPU, float32 and a C++ compiler, got {platform} and {dtype.name}"
+        )
+    if name == "auto":
+        return "native" if native and cpu.available() else "xla"
+    return name
 
 
 def write_kv(
@@ -53,4 +72,5 @@ def paged_attention(
     q: ``[T, heads, head_dim]``, already rotated; returns the same shape and type. Rows of no sequence return zeros.
     """
     tables = inputs.block_tables + layer * inputs.num_pages
-    return xla.paged_attention(q, cache.k, cache.v, tables, inputs.plan, scale=scale)
+    attend = cpu.paged_attention if inputs.backend == "native" else xla.paged_attention
+    return attend(q, cache.k, cache.v, tables, inputs.plan, scale=scale)

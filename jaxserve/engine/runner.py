@@ -17,7 +17,7 @@ from jaxserve.config import ConfigError, ResolvedConfig
 from jaxserve.engine.batch import PackedStep, StepLayout, empty_step, plan_of
 from jaxserve.engine.compile import compile_all, token_buckets
 from jaxserve.engine.sampler import SamplingInputs, TokenLogprobs, optional_logprobs, sample, token_logprobs
-from jaxserve.kernels.attention import AttentionInputs, KVCache
+from jaxserve.kernels.attention import AttentionInputs, KVCache, choose_backend
 from jaxserve.kernels.plan import PlanLimits
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import Llama
@@ -55,6 +55,10 @@ class ModelRunner:
         self._state_tree = jax.tree.structure(state)
         abstract = abstract_parameters(state, mesh)
         self._abstract_parameters = list(abstract.values())
+        try:
+            self._backend = choose_backend(config.attention_backend, mesh.devices.flat[0].platform, dtype)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         self.num_blocks = self._choose_num_blocks(dtype)
         self._layouts = {rows: self._layout(rows) for rows in self.buckets}
         lower = {("step", rows): partial(self._lower_step, rows) for rows in self.buckets} | {
@@ -166,7 +170,9 @@ class ModelRunner:
         fields = layout.split(ints)
         feedback = fields["feedback"]
         token_ids = jnp.where(feedback >= 0, last_tokens[feedback], fields["token_ids"])
-        inputs = AttentionInputs(fields["kv_slots"], fields["block_tables"], plan_of(fields), self.num_blocks)
+        inputs = AttentionInputs(
+            fields["kv_slots"], fields["block_tables"], plan_of(fields), self.num_blocks, self._backend
+        )
         hidden, cache = model(token_ids, fields["positions"], cache, inputs)
 
         sample_rows = fields["sample_rows"]

@@ -65,9 +65,17 @@ def test_chat_renders_the_template(llm: LLM) -> None:
         assert_same_tokens(case, output)
 
 
-@pytest.mark.parametrize(("token_budget", "max_num_seqs"), [(16, 16), (64, 16), (64, 1)])
-def test_outputs_do_not_depend_on_the_budget(token_budget: int, max_num_seqs: int) -> None:
-    with LLM(token_budget=token_budget, max_num_seqs=max_num_seqs, max_model_len=2048, show_progress=False) as llm:
+@pytest.mark.parametrize(
+    ("token_budget", "max_num_seqs", "attention_backend"), [(16, 16, "auto"), (64, 16, "xla"), (64, 1, "auto")]
+)
+def test_outputs_do_not_depend_on_the_budget(token_budget: int, max_num_seqs: int, attention_backend: str) -> None:
+    with LLM(
+        token_budget=token_budget,
+        max_num_seqs=max_num_seqs,
+        attention_backend=attention_backend,
+        max_model_len=2048,
+        show_progress=False,
+    ) as llm:
         for case, output in zip(CASES.values(), greedy(llm, list(CASES.values()), 12), strict=True):
             assert_same_tokens(case, output, 12)
         llm.engine.blocks.check()

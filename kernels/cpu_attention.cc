@@ -1,0 +1,282 @@
+// Paged attention on a CPU, over the work list of kernels/plan.py: the native twin of kernels/xla.py, in float32.
+//
+// Decode items hold a partial softmax over one KV tile (split-KV, as in Flash-Decoding) and are combined per sequence;
+// prefill items walk their pages with an online softmax (as in FlashAttention). A task is one item for one KV head, whose
+// `group` query heads share every key and value that is loaded.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+// Columns of a work item.
+enum { kSequence, kRow, kNumRows, kPosition, kFirstPage, kEndPage, kKvLength, kPartial, kItemFields };
+
+// Finite, so that the compiler may assume finite numbers: that is what lets it vectorise std::exp.
+constexpr float kMasked = -1e30f;
+constexpr int kLanes = 16;
+constexpr int kBlock = 64;  // keys that a prefill task scores together
+constexpr int kRows = 4;    // query rows of a register tile
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
+
+inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+inline Vec splat(float x) { return x - Vec{}; }
+
+struct Shape {
+  int64_t heads, kv_heads, group, dim, page_size, table_stride;
+};
+
+struct Inputs {
+  Shape shape;
+  const float *q, *k_pages, *v_pages;  // [T, heads, dim], [pages, page_size, kv_heads, dim]
+  const int32_t* tables;               // [sequences, pages]
+  float scale;
+
+  int64_t token_offset(int32_t sequence, int64_t token, int64_t kv_head) const {
+    const int64_t page = tables[sequence * shape.table_stride + token / shape.page_size];
+    return ((page * shape.page_size + token % shape.page_size) * shape.kv_heads + kv_head) * shape.dim;
+  }
+};
+
+float dot(const float* a, const float* b, int64_t dim) {
+  Vec sum = {};
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) sum += load(a + d) * load(b + d);
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += sum[i];
+  for (; d < dim; ++d) total += a[d] * b[d];
+  return total;
+}
+
+void add_scaled(float* out, const float* x, float factor, int64_t dim) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(out + d, load(out + d) + splat(factor) * load(x + d));
+  for (; d < dim; ++d) out[d] += factor * x[d];
+}
+
+// Partial softmax of one decode item: per query head of the group its maximum, its sum, and the weighted values.
+void decode_item(const Inputs& in, const int32_t* item, int64_t kv_head, float* top, float* total, float* value) {
+  const Shape& s = in.shape;
+  const int64_t begin = item[kFirstPage] * s.page_size;
+  const int64_t end = std::min<int64_t>(item[kEndPage] * s.page_size, item[kKvLength]);
+  const int64_t length = end - begin;
+  const float* q = in.q + (item[kRow] * s.heads + kv_head * s.group) * s.dim;
+  thread_local std::vector<float> scores;
+  scores.resize(s.group * length);
+  for (int64_t t = 0; t < length; ++t) {
+    const float* key = in.k_pages + in.token_offset(item[kSequence], begin + t, kv_head);
+    for (int64_t g = 0; g < s.group; ++g) scores[g * length + t] = in.scale * dot(q + g * s.dim, key, s.dim);
+  }
+  for (int64_t g = 0; g < s.group; ++g) {
+    float* row = scores.data() + g * length;
+    float best = row[0], sum = 0;
+    for (int64_t t = 1; t < length; ++t) best = std::max(best, row[t]);
+    for (int64_t t = 0; t < length; ++t) row[t] = std::exp(row[t] - best);
+    for (int64_t t = 0; t < length; ++t) sum += row[t];
+    top[g] = best;
+    total[g] = sum;
+  }
+  std::memset(value, 0, s.group * s.dim * sizeof(float));
+  for (int64_t t = 0; t < length; ++t) {
+    const float* v = in.v_pages + in.token_offset(item[kSequence], begin + t, kv_head);
+    for (int64_t g = 0; g < s.group; ++g) add_scaled(value + g * s.dim, v, scores[g * length + t], s.dim);
+  }
+}
+
+// Scores of kRows queries [kRows, dim] against kBlock keys, transposed to [dim, kBlock].
+void score_tile(const float* q, const float* keys, int64_t dim, float scale, float* scores) {
+  constexpr int kVecs = kBlock / kLanes;
+  Vec sum[kRows][kVecs] = {};
+  for (int64_t d = 0; d < dim; ++d) {
+    for (int c = 0; c < kVecs; ++c) {
+      const Vec key = load(keys + d * kBlock + c * kLanes);
+      for (int r = 0; r < kRows; ++r) sum[r][c] += splat(q[r * dim + d]) * key;
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int c = 0; c < kVecs; ++c) store(scores + r * kBlock + c * kLanes, sum[r][c] * splat(scale));
+}
+
+// value[kRows, dim] = value * decay + weights[kRows, kBlock] @ values[kBlock, dim], kBlock lanes of dim at a time.
+void value_tile(const float* weights, const float* values, const float* decay, int64_t dim, float* value) {
+  constexpr int kVecs = 4;
+  int64_t d = 0;
+  for (; d + kVecs * kLanes <= dim; d += kVecs * kLanes) {
+    Vec sum[kRows][kVecs];
+    for (int r = 0; r < kRows; ++r)
+      for (int c = 0; c < kVecs; ++c) sum[r][c] = load(value + r * dim + d + c * kLanes) * splat(decay[r]);
+    for (int t = 0; t < kBlock; ++t) {
+      for (int c = 0; c < kVecs; ++c) {
+        const Vec v = load(values + t * dim + d + c * kLanes);
+        for (int r = 0; r < kRows; ++r) sum[r][c] += splat(weights[r * kBlock + t]) * v;
+      }
+    }
+    for (int r = 0; r < kRows; ++r)
+      for (int c = 0; c < kVecs; ++c) store(value + r * dim + d + c * kLanes, sum[r][c]);
+  }
+  for (; d < dim; ++d) {
+    for (int r = 0; r < kRows; ++r) {
+      float sum = value[r * dim + d] * decay[r];
+      for (int t = 0; t < kBlock; ++t) sum += weights[r * kBlock + t] * values[t * dim + d];
+      value[r * dim + d] = sum;
+    }
+  }
+}
+
+// One prefill item for one KV head. Its queries are the item's rows times the group's heads, padded to kRows.
+void prefill_item(const Inputs& in, const int32_t* item, int64_t kv_head, float* out) {
+  const Shape& s = in.shape;
+  const int64_t num_queries = item[kNumRows] * s.group;
+  const int64_t padded = (num_queries + kRows - 1) / kRows * kRows;
+  const int64_t end = item[kPosition] + item[kNumRows];
+  thread_local std::vector<float> scratch;
+  scratch.assign(padded * (2 * s.dim + 2) + 2 * kBlock * s.dim, 0.0f);
+  float* q = scratch.data();
+  float* value = q + padded * s.dim;
+  float* top = value + padded * s.dim;
+  float* total = top + padded;
+  float* keys = total + padded;
+  float* values = keys + kBlock * s.dim;
+  const auto row_of = [&](int64_t query) {
+    return ((item[kRow] + query / s.group) * s.heads + kv_head * s.group + query % s.group) * s.dim;
+  };
+  for (int64_t m = 0; m < num_queries; ++m) std::memcpy(q + m * s.dim, in.q + row_of(m), s.dim * sizeof(float));
+  for (int64_t m = 0; m < padded; ++m) top[m] = kMasked;
+
+  for (int64_t begin = 0; begin < end; begin += kBlock) {
+    const int64_t length = std::min<int64_t>(kBlock, end - begin);
+    for (int64_t t = 0; t < length; ++t) {
+      const int64_t offset = in.token_offset(item[kSequence], begin + t, kv_head);
+      for (int64_t d = 0; d < s.dim; ++d) keys[d * kBlock + t] = in.k_pages[offset + d];
+      std::memcpy(values + t * s.dim, in.v_pages + offset, s.dim * sizeof(float));
+    }
+    for (int64_t m = 0; m < padded; m += kRows) {
+      float weights[kRows * kBlock], decay[kRows];
+      score_tile(q + m * s.dim, keys, s.dim, in.scale, weights);
+      for (int r = 0; r < kRows; ++r) {
+        float* row = weights + r * kBlock;
+        const int64_t position = item[kPosition] + (m + r) / s.group;
+        const int64_t visible = std::min(length, std::max<int64_t>(position + 1 - begin, 0));
+        for (int64_t t = visible; t < kBlock; ++t) row[t] = kMasked;
+        float best = top[m + r];
+        for (int t = 0; t < kBlock; ++t) best = std::max(best, row[t]);
+        // A block that a row sees nothing of, before it has seen anything, does not occur: blocks start at token 0.
+        float sum = 0;
+        for (int t = 0; t < kBlock; ++t) row[t] = std::exp(row[t] - best);
+        for (int t = 0; t < kBlock; ++t) sum += row[t];
+        decay[r] = std::exp(top[m + r] - best);
+        total[m + r] = total[m + r] * decay[r] + sum;
+        top[m + r] = best;
+      }
+      value_tile(weights, values, decay, s.dim, value + m * s.dim);
+    }
+  }
+  for (int64_t m = 0; m < num_queries; ++m) {
+    float* row = out + row_of(m);
+    for (int64_t d = 0; d < s.dim; ++d) row[d] = value[m * s.dim + d] / total[m];
+  }
+}
+
+// Runs task(0) ... task(count - 1) on the caller and the pool's threads; returns when all are done. A pool thread that
+// comes late finds nothing to do, so a busy pool cannot block the caller.
+void parallel_for(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& task) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+    std::mutex mutex;
+    std::condition_variable finished;
+  };
+  auto state = std::make_shared<State>();
+  const auto work = [state, count, &task] {
+    for (int64_t i; (i = state->next.fetch_add(1)) < count;) {
+      task(i);
+      if (state->done.fetch_add(1) + 1 == count) {
+        std::lock_guard<std::mutex> lock(state->mutex);
+        state->finished.notify_all();
+      }
+    }
+  };
+  const int64_t helpers = std::min<int64_t>(pool.num_threads() - 1, count - 1);
+  for (int64_t i = 0; i < helpers; ++i) {
+    auto copy = work;
+    pool.Schedule(std::move(copy));
+  }
+  work();
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->finished.wait(lock, [&] { return state->done.load() == count; });
+}
+
+ffi::Error PagedAttention(ffi::ThreadPool pool, float scale, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k_pages,
+                          ffi::Buffer<ffi::F32> v_pages, ffi::Buffer<ffi::S32> tables, ffi::Buffer<ffi::S32> decode,
+                          ffi::Buffer<ffi::S32> prefill, ffi::Buffer<ffi::S32> counts,
+                          ffi::ResultBuffer<ffi::F32> result) {
+  const auto q_dims = q.dimensions(), kv_dims = k_pages.dimensions();
+  const int64_t heads = q_dims[1], kv_heads = kv_dims[2], dim = q_dims[2];
+  const Shape shape{heads, kv_heads, heads / kv_heads, dim, kv_dims[1], tables.dimensions()[1]};
+  const Inputs in{shape, q.typed_data(), k_pages.typed_data(), v_pages.typed_data(), tables.typed_data(), scale};
+  const int32_t *decode_items = decode.typed_data(), *prefill_items = prefill.typed_data();
+  const int64_t num_decode = counts.typed_data()[0], num_prefill = counts.typed_data()[1];
+  float* out = result->typed_data();
+  std::memset(out, 0, q.element_count() * sizeof(float));  // rows of no sequence are zero
+
+  // Per decode item: tops [heads], totals [heads], values [heads, dim].
+  const int64_t partial = heads * (dim + 2);
+  static thread_local std::vector<float> partials;
+  partials.resize(num_decode * partial);
+  float* base = partials.data();
+  // Prefill first: its tasks are the longest.
+  parallel_for(pool, (num_prefill + num_decode) * kv_heads, [&](int64_t task) {
+    const int64_t index = task / kv_heads, kv_head = task % kv_heads;
+    if (index < num_prefill) return prefill_item(in, prefill_items + index * kItemFields, kv_head, out);
+    const int64_t item = index - num_prefill, first = kv_head * shape.group;
+    float* mine = base + item * partial;
+    decode_item(in, decode_items + item * kItemFields, kv_head, mine + first, mine + heads + first,
+                mine + 2 * heads + first * dim);
+  });
+
+  // A sequence's items follow each other: combine the run.
+  for (int64_t begin = 0, end; begin < num_decode; begin = end) {
+    const int32_t row = decode_items[begin * kItemFields + kRow];
+    for (end = begin + 1; end < num_decode && decode_items[end * kItemFields + kRow] == row; ++end) {
+    }
+    for (int64_t h = 0; h < heads; ++h) {
+      float best = kMasked, total = 0;
+      for (int64_t i = begin; i < end; ++i) best = std::max(best, base[i * partial + h]);
+      for (int64_t i = begin; i < end; ++i)
+        total += std::exp(base[i * partial + h] - best) * base[i * partial + heads + h];
+      for (int64_t i = begin; i < end; ++i) {
+        const float weight = std::exp(base[i * partial + h] - best) / total;
+        add_scaled(out + (row * heads + h) * dim, base + i * partial + 2 * heads + h * dim, weight, dim);
+      }
+    }
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_paged_attention, PagedAttention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<float>("scale")
+                                  .Arg<ffi::Buffer<ffi::F32>>()   // q
+                                  .Arg<ffi::Buffer<ffi::F32>>()   // k_pages
+                                  .Arg<ffi::Buffer<ffi::F32>>()   // v_pages
+                                  .Arg<ffi::Buffer<ffi::S32>>()   // tables
+                                  .Arg<ffi::Buffer<ffi::S32>>()   // decode items
+                                  .Arg<ffi::Buffer<ffi::S32>>()   // prefill items
+                                  .Arg<ffi::Buffer<ffi::S32>>()   // counts
+                                  .Ret<ffi::Buffer<ffi::F32>>());
