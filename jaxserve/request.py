@@ -152,7 +152,7 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     max_tokens: int
-    """Output tokens to make at most: params.max_tokens bounded by the room that max_model_len leaves."""
+    """Output tokens to make at most: params.max_tokens, or the room that max_model_len leaves."""
     metrics: RequestMetrics
     stop_token_ids: frozenset[int] = frozenset()
     """Ids that end the output: the caller's, and the model's EOS unless ignore_eos."""

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxserve.config import ConfigError
 from jaxserve.metrics import StepRecord
 from jaxserve.scheduler import Chunk
 
@@ -13,10 +14,16 @@ _HOST, _DEVICE, _SLOTS = 1, 2, 10
 
 
 class StepTracer:
-    """Writes events as they happen. The format allows a missing end, so a killed server leaves a readable file."""
+    """Writes events as they happen. The format allows a missing end, so a killed server leaves a readable file.
+
+    Raises ConfigError when the file cannot be written.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("w")
+        try:
+            self._file = path.open("w")
+        except OSError as error:
+            raise ConfigError(f"trace: cannot write {str(path)!r}: {error.strerror}") from error
         self._file.write("[\n")
         for track, name in ((_HOST, "host"), (_DEVICE, "device")):
             self._write({"name": "thread_name", "ph": "M", "pid": 1, "tid": track, "args": {"name": name}})

@@ -106,6 +106,17 @@ def rope_frequencies(config: ModelConfig, max_len: int) -> Frequencies:
     return frequencies.astype(np.float32), scale
 
 
+def longest_sequence(config: ModelConfig) -> int:
+    """Tokens that the model's rotary embeddings reach, stretched or not; as vLLM derives its max_model_len."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind in ("llama3", "longrope"):
+        return config.max_position_embeddings
+    if scaling.kind == "yarn":
+        trained = scaling.options["original_max_position_embeddings"]
+        return int(trained * (scaling.options.get("factor") or config.max_position_embeddings / trained))
+    return int(config.max_position_embeddings * scaling.options["factor"])
+
+
 def rope_tables(frequencies: np.ndarray, scale: float, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin ``float32[T, 1, head_dim / 2]`` for ``positions`` ``[T]``."""
     angles = positions[:, None, None].astype(jnp.float32) * frequencies

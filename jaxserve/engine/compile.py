@@ -12,6 +12,8 @@ import jax
 import jax.monitoring
 from tqdm import tqdm
 
+from jaxserve.config import ConfigError
+
 SMALLEST_BUCKET = 16
 """A step of very few rows is slower than this one on CPUs: XLA gives it a matrix-vector kernel."""
 TILE = 128
@@ -35,9 +37,12 @@ def token_buckets(token_budget: int) -> tuple[int, ...]:
 def use_persistent_cache(folder: Path) -> None:
     """Keep compiled programs in ``folder``, so that the next start loads them instead of compiling.
 
-    This is jax's process-wide setting; the first engine of a process decides.
+    This is jax's process-wide setting; the first engine of a process decides. Raises ConfigError.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"compilation_cache: cannot use {str(folder)!r}: {error.strerror}") from error
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -21,6 +21,7 @@ from jaxserve.engine.sampler import TokenLogprobs
 from jaxserve.metrics import EngineMetrics, StepRecord
 from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.loading.hub import resolve
+from jaxserve.models.rope import longest_sequence
 from jaxserve.request import (
     FinishReason,
     Logprob,
@@ -60,10 +61,11 @@ class Engine:
         self, config: EngineConfig, *, show_progress: bool = True, clock: Callable[[], float] = time.monotonic
     ) -> None:
         use_persistent_cache(Path(config.compilation_cache or cache_dir() / "compiled"))
+        self._tracer = StepTracer(Path(config.trace)) if config.trace else None
         checkpoint = open_checkpoint(config.model)
         self.model_config = checkpoint.config
         self.config = config.resolve(
-            model_max_len=checkpoint.config.max_position_embeddings, on_gpu=jax.default_backend() == "gpu"
+            model_max_len=longest_sequence(checkpoint.config), on_gpu=jax.default_backend() == "gpu"
         )
         self.max_model_len = self.config.max_model_len
         self.tokenizer = (
@@ -79,7 +81,6 @@ class Engine:
             blocks=self.blocks,
         )
         self.metrics = EngineMetrics(config.token_budget)
-        self._tracer = StepTracer(Path(config.trace)) if config.trace else None
         self.on_step: list[Callable[[StepRecord, list[Chunk]], None]] = [self.metrics.observe_step]
         """Called with every processed step and its chunks."""
         if self._tracer is not None:

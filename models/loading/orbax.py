@@ -3,7 +3,7 @@
 ::
 
     jaxserve_config.json    dimensions and ids that end an output; written last, it makes the folder a checkpoint
-    parameters/             Orbax: every parameter as the model holds it (fused, transposed), by its path
+    parameters/             Orbax: every parameter as the model holds it (fused), by its path
     tokenizer.json, tokenizer_config.json, chat_template.jinja
 """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -132,6 +134,14 @@ def test_bad_engine_config() -> None:
         LLM(max_model_len=9000)
     with pytest.raises(ModelError, match="unknown model 'no-such-model'"):
         LLM(model="no-such-model")
+
+
+def test_unusable_folders_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"compilation_cache: cannot use '.*/file/cache': Not a directory"):
+        LLM(compilation_cache=str(tmp_path / "file" / "cache"))
+    with pytest.raises(ConfigError, match=r"trace: cannot write '.*/none/trace.json': No such file or directory"):
+        LLM(trace=str(tmp_path / "none" / "trace.json"))
 
 
 def test_nothing_compiles_after_warm_up(llm: LLM) -> None:

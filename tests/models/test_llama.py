@@ -18,7 +18,7 @@ from jaxserve.kernels.plan import PlanLimits
 from jaxserve.models.config import ModelConfig, ModelError, RopeScaling
 from jaxserve.models.llama import Llama
 from jaxserve.models.loading.checkpoint import open_checkpoint
-from jaxserve.models.rope import rope_frequencies
+from jaxserve.models.rope import longest_sequence, rope_frequencies
 from jaxserve.request import Request, RequestMetrics, SamplingParams
 from jaxserve.scheduler import Chunk
 from jaxserve.sharding.mesh import make_mesh
@@ -90,11 +90,30 @@ def test_layers_share_one_trace() -> None:
     assert len(graphs) == 1
 
 
-def test_unknown_rope_kind_is_named() -> None:
-    config = ModelConfig(
+def tiny_config(rope_scaling: RopeScaling | None) -> ModelConfig:
+    return ModelConfig(
         architecture="LlamaForCausalLM", vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2,
-        num_kv_heads=1, head_dim=4, max_position_embeddings=8, rms_norm_eps=1e-5, rope_theta=1e4,
-        rope_scaling=RopeScaling(kind="spiral", options={}),
+        num_kv_heads=1, head_dim=4, max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=1e4,
+        rope_scaling=rope_scaling,
     )  # fmt: skip
+
+
+def test_unknown_rope_kind_is_named() -> None:
     with pytest.raises(ModelError, match="'spiral' is not supported; supported: default, linear, dynamic"):
-        rope_frequencies(config, 8)
+        rope_frequencies(tiny_config(RopeScaling(kind="spiral", options={})), 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "tokens"),
+    [
+        ("linear", {"factor": 4.0}, 256),
+        ("dynamic", {"factor": 2.0}, 128),
+        ("yarn", {"factor": 8.0, "original_max_position_embeddings": 16}, 128),
+        ("yarn", {"original_max_position_embeddings": 16}, 64),
+        ("llama3", {"factor": 8.0}, 64),
+        ("longrope", {}, 64),
+    ],
+)
+def test_longest_sequence(kind: str, options: dict, tokens: int) -> None:
+    assert longest_sequence(tiny_config(None)) == 64
+    assert longest_sequence(tiny_config(RopeScaling(kind=kind, options=options))) == tokens
