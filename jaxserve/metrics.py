@@ -28,6 +28,8 @@ class StepRecord:
     num_rows: int
     """Rows of the program that ran: num_tokens and padding."""
     num_seqs: int
+    device_start_seconds: float = 0.0
+    """When the device could begin: at the launch, or at the end of the step before. Set, as what follows, later."""
     waited_seconds: float = 0.0
     """When the host began to wait for the results,"""
     ready_seconds: float = 0.0
@@ -65,7 +67,7 @@ class EngineMetrics:
         self.tbt = histogram("inter_token_latency_seconds", "Time between output tokens of one request (TBT)")
         self.e2e = histogram("e2e_request_latency_seconds", "Arrival to last output token")
         self.queue = histogram("request_queue_time_seconds", "Scheduling delay: arrival to first batch")
-        self.step_time = histogram("step_time_seconds", "Launch of a step to its results", _STEP_BUCKETS)
+        self.step_time = histogram("step_time_seconds", "Time that the device had a step to work on", _STEP_BUCKETS)
         self.step_tokens = counter("step_tokens", "Tokens computed by steps")
         self.step_padding = counter("step_padding_tokens", "Padding rows computed by steps")
         self.budget_use = histogram("token_budget_use", "Share of the token budget a step used", _SHARE_BUCKETS)
@@ -77,7 +79,7 @@ class EngineMetrics:
         self.compiles.set(num_compiles)
 
     def observe_step(self, step: StepRecord, chunks: list[Chunk]) -> None:
-        self.step_time.observe(step.ready_seconds - step.scheduled_seconds)
+        self.step_time.observe(step.ready_seconds - step.device_start_seconds)
         self.step_tokens.inc(step.num_tokens)
         self.step_padding.inc(step.num_rows - step.num_tokens)
         self.budget_use.observe(step.num_tokens / self._token_budget)

@@ -36,7 +36,7 @@ class StepTracer:
         self._span(_HOST, "wait", step.waited_seconds, step.ready_seconds)
         self._span(_HOST, "process", step.ready_seconds, step.processed_seconds)
         args: dict[str, Any] = {"tokens": step.num_tokens, "decodes": step.num_decode_tokens, "rows": step.num_rows}
-        self._span(_DEVICE, f"step {step.num_rows}", step.launched_seconds, step.ready_seconds, args)
+        self._span(_DEVICE, f"step {step.num_rows}", step.device_start_seconds, step.ready_seconds, args)
         for chunk in chunks:
             track = _SLOTS + chunk.slot
             if chunk.slot not in self._named_slots:
@@ -45,7 +45,7 @@ class StepTracer:
                 self._write({"name": "thread_name", "ph": "M", "pid": 1, "tid": track, "args": name})
             kind = "decode" if chunk.start >= chunk.request.num_prompt_tokens else "prefill"
             args = {"request": chunk.request.request_id, "start": chunk.start, "tokens": chunk.num_tokens}
-            self._span(track, kind, step.launched_seconds, step.ready_seconds, args)
+            self._span(track, kind, step.device_start_seconds, step.ready_seconds, args)
         self._file.flush()
 
     def close(self) -> None:

@@ -1,0 +1,1 @@
+"""Paged attention: the work list, and what computes it."""

@@ -1,0 +1,1 @@
+"""Meshes, and where on them parameters lie."""

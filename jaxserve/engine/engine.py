@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ class Engine:
         self._random = np.random.default_rng(config.seed)
         self._streams: dict[str, OutputStream] = {}
         self._launched: _LaunchedStep | None = None
+        self._device_free_seconds = -math.inf
         self._aborted: list[RequestDelta] = []
         self.compiles = CompileCounter()
 
@@ -197,7 +199,9 @@ class Engine:
         waiting = self._clock()
         tokens = np.asarray(step.outputs.tokens)
         ready = self._clock()
+        step.record.device_start_seconds = max(step.record.launched_seconds, self._device_free_seconds)
         step.record.waited_seconds, step.record.ready_seconds = waiting, ready
+        self._device_free_seconds = ready
         live = [chunk for chunk in step.chunks if chunk.request.status is not RequestStatus.FINISHED]
         if step.prompt_logprobs is not None:
             self._collect_prompt_logprobs(step.chunks, host_logprobs(step.prompt_logprobs))

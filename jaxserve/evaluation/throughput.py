@@ -28,12 +28,10 @@ class StepTimes:
     _last_ready_seconds: float | None = None
 
     def observe(self, step: StepRecord, chunks: list[Chunk]) -> None:
-        last = self._last_ready_seconds
-        began = step.launched_seconds if last is None else max(step.launched_seconds, last)
-        if last is not None:
-            self.host_seconds += began - last
-        self.device_seconds += step.ready_seconds - began
-        self.step_seconds.append(step.ready_seconds - began)
+        if self._last_ready_seconds is not None:
+            self.host_seconds += step.device_start_seconds - self._last_ready_seconds
+        self.step_seconds.append(step.ready_seconds - step.device_start_seconds)
+        self.device_seconds += self.step_seconds[-1]
         self.num_rows += step.num_rows
         self.num_tokens += step.num_tokens
         self.num_steps += 1

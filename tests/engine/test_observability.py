@@ -42,7 +42,14 @@ def test_metrics_count_what_ran(llm: LLM) -> None:
     assert [(r.num_tokens, r.num_decode_tokens) for r in records] == [(256, 0), (85, 1), (2, 2), (2, 2), (2, 2), (1, 1)]
     assert [r.num_rows for r in records] == [256, 128, 16, 16, 16, 16]
     for r in records:
-        assert r.start_seconds <= r.scheduled_seconds <= r.launched_seconds <= r.ready_seconds <= r.processed_seconds
+        assert (
+            r.start_seconds
+            <= r.scheduled_seconds
+            <= r.launched_seconds
+            <= r.device_start_seconds
+            <= r.ready_seconds
+            <= r.processed_seconds
+        )
 
 
 @pytest.mark.parametrize("closed", [True, False])
@@ -51,7 +58,8 @@ def test_trace_is_readable_even_after_a_crash(tmp_path: Path, closed: bool) -> N
     tracer = StepTracer(path)
     request = Request("r1", [1, 2, 3], SamplingParams(), 4, RequestMetrics(0.0))
     record = StepRecord(1.0, 1.001, 1.002, num_tokens=3, num_decode_tokens=0, num_rows=16, num_seqs=1,
-                        waited_seconds=1.003, ready_seconds=1.05, processed_seconds=1.06)  # fmt: skip
+                        device_start_seconds=1.002, waited_seconds=1.003, ready_seconds=1.05,
+                        processed_seconds=1.06)  # fmt: skip
     tracer.add(record, [Chunk(request, 0, 3, slot=2, samples=True)])
     if closed:
         tracer.close()
