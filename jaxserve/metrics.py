@@ -27,7 +27,6 @@ class StepRecord:
     """Tokens that follow an output token: decodes, and outputs recomputed after a preemption count as one chunk."""
     num_rows: int
     """Rows of the program that ran: num_tokens and padding."""
-    num_seqs: int
     device_start_seconds: float = 0.0
     """When the device could begin: at the launch, or at the end of the step before. Set, as what follows, later."""
     waited_seconds: float = 0.0

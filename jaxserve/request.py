@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 MAX_LOGPROBS = 20
@@ -130,7 +131,7 @@ class RequestMetrics:
     @property
     def tbt_seconds(self) -> list[float]:
         """Times between consecutive output tokens."""
-        return [b - a for a, b in zip(self.token_seconds, self.token_seconds[1:], strict=False)]
+        return [b - a for a, b in pairwise(self.token_seconds)]
 
     @property
     def scheduling_delay_seconds(self) -> float | None:

@@ -16,8 +16,18 @@ import numpy as np
 DECODE_TILE_TOKENS = 128
 """KV tokens of one decode item."""
 PREFILL_TILE_ROWS = 64
-"""Most query rows of one prefill item."""
+"""Most query rows of one prefill item, in a batch that has as many."""
 ITEM_FIELDS = 8
+
+
+def decode_tile_pages(page_size: int) -> int:
+    """Pages of one decode item."""
+    return max(1, DECODE_TILE_TOKENS // page_size)
+
+
+def prefill_tile_rows(num_rows: int) -> int:
+    """Most query rows of one prefill item in a batch of ``num_rows``."""
+    return min(PREFILL_TILE_ROWS, num_rows)
 
 
 @dataclass(frozen=True)
@@ -32,24 +42,17 @@ class PlanLimits:
     num_pages: int
 
     @property
-    def decode_tile_pages(self) -> int:
-        return max(1, DECODE_TILE_TOKENS // self.page_size)
-
-    @property
-    def prefill_tile_rows(self) -> int:
-        return min(PREFILL_TILE_ROWS, self.num_rows)
-
-    @property
     def max_decode_items(self) -> int:
         """Each running sequence ends in a partly filled tile; all other tiles are full, and pages are not shared."""
+        tile_pages = decode_tile_pages(self.page_size)
         pages_per_seq = -(-self.max_model_len // self.page_size)
-        by_length = self.max_num_seqs * -(-pages_per_seq // self.decode_tile_pages)
-        by_memory = self.num_pages // self.decode_tile_pages + self.max_num_seqs
+        by_length = self.max_num_seqs * -(-pages_per_seq // tile_pages)
+        by_memory = self.num_pages // tile_pages + self.max_num_seqs
         return min(by_length, by_memory)
 
     @property
     def max_prefill_items(self) -> int:
-        return self.num_rows // self.prefill_tile_rows + min(self.max_num_seqs, self.num_rows)
+        return self.num_rows // prefill_tile_rows(self.num_rows) + min(self.max_num_seqs, self.num_rows)
 
 
 class AttentionPlan[Array](NamedTuple):
@@ -109,9 +112,10 @@ def _decode_items(
     limits: PlanLimits, sequences: np.ndarray, rows: np.ndarray, kv_lens: np.ndarray, items: np.ndarray
 ) -> int:
     pages = -(-kv_lens // limits.page_size)
-    owner, tile = _expand(-(-pages // limits.decode_tile_pages))
-    first_page = tile * limits.decode_tile_pages
-    end_page = np.minimum(first_page + limits.decode_tile_pages, pages[owner])
+    tile_pages = decode_tile_pages(limits.page_size)
+    owner, tile = _expand(-(-pages // tile_pages))
+    first_page = tile * tile_pages
+    end_page = np.minimum(first_page + tile_pages, pages[owner])
     ones = np.ones_like(owner)
     columns = (
         sequences[owner], rows[owner], ones, kv_lens[owner] - 1, first_page, end_page, kv_lens[owner],
@@ -129,7 +133,7 @@ def _prefill_items(
     kv_lens: np.ndarray,
     items: np.ndarray,
 ) -> int:
-    tile_rows = limits.prefill_tile_rows
+    tile_rows = prefill_tile_rows(limits.num_rows)
     owner, tile = _expand(-(-query_lens // tile_rows))
     offset = tile * tile_rows
     num_rows = np.minimum(tile_rows, query_lens[owner] - offset)

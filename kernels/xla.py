@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxserve.kernels.plan import DECODE_TILE_TOKENS, PREFILL_TILE_ROWS, AttentionPlan
+from jaxserve.kernels.plan import AttentionPlan, decode_tile_pages, prefill_tile_rows
 
 DECODE_GROUP = 16
 """Decode items that one iteration handles together."""
@@ -58,7 +58,7 @@ def _decode(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, tables: jax.Ar
     """
     page_size, kv_heads, dim = k_pages.shape[1:]
     group = q.shape[2]
-    tile_pages = max(1, DECODE_TILE_TOKENS // page_size)
+    tile_pages = decode_tile_pages(page_size)
     tile = tile_pages * page_size
     num_seqs = tables.shape[0]
     num_items = -(-plan.decode.shape[0] // DECODE_GROUP) * DECODE_GROUP
@@ -109,7 +109,7 @@ def _prefill(
     """Tiles of query rows, each with an online softmax over its pages (as in FlashAttention); fills ``out``."""
     num_rows, kv_heads, group, dim = q.shape
     page_size = k_pages.shape[1]
-    tile_rows = min(PREFILL_TILE_ROWS, num_rows)
+    tile_rows = prefill_tile_rows(num_rows)
     tile_pages = max(1, PREFILL_TILE_TOKENS // page_size)
     tile = tile_pages * page_size
     # Room for the last tile's slice: dynamic_slice would otherwise shift it back.

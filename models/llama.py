@@ -44,16 +44,7 @@ class DecoderLayer(nnx.Module):
         return x + self.mlp(self.mlp_norm(x)), cache
 
 
-@jax.jit
-def _run_layer(
-    layer: DecoderLayer,
-    x: jax.Array,
-    rope: tuple[jax.Array, jax.Array],
-    cache: KVCache[jax.Array],
-    inputs: AttentionInputs,
-    index: jax.Array,
-) -> tuple[jax.Array, KVCache[jax.Array]]:
-    return layer(x, rope, cache, inputs, index)
+_run_layer = jax.jit(DecoderLayer.__call__)
 
 
 class Llama(nnx.Module):

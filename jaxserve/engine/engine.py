@@ -190,7 +190,6 @@ class Engine:
             num_tokens=num_tokens,
             num_decode_tokens=sum(chunk.start >= chunk.request.num_prompt_tokens for chunk in chunks),
             num_rows=layout.limits.num_rows,
-            num_seqs=len(chunks),
         )
         return _LaunchedStep(chunks, outputs, prompt_logprobs, record)
 

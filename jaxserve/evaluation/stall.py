@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -45,7 +46,7 @@ def measure_stall(engine: Engine, *, num_decodes: int, prompt_tokens: int, seed:
     gaps = [
         later - earlier
         for m in metrics.values()
-        for earlier, later in zip(m.token_seconds, m.token_seconds[1:], strict=False)
+        for earlier, later in pairwise(m.token_seconds)
         if later > arrived.arrival_seconds and earlier < first_token
     ]
     stalls = sum(m.num_stalls for m in metrics.values())

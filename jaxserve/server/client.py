@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
 
 import grpc
@@ -43,7 +44,7 @@ class StreamTiming:
     @property
     def tbt_seconds(self) -> list[float]:
         """Times between tokens."""
-        return [b - a for a, b in zip(self.token_seconds, self.token_seconds[1:], strict=False)]
+        return [b - a for a, b in pairwise(self.token_seconds)]
 
 
 class Client:

@@ -57,7 +57,7 @@ def test_trace_is_readable_even_after_a_crash(tmp_path: Path, closed: bool) -> N
     path = tmp_path / "trace.json"
     tracer = StepTracer(path)
     request = Request("r1", [1, 2, 3], SamplingParams(), 4, RequestMetrics(0.0))
-    record = StepRecord(1.0, 1.001, 1.002, num_tokens=3, num_decode_tokens=0, num_rows=16, num_seqs=1,
+    record = StepRecord(1.0, 1.001, 1.002, num_tokens=3, num_decode_tokens=0, num_rows=16,
                         device_start_seconds=1.002, waited_seconds=1.003, ready_seconds=1.05,
                         processed_seconds=1.06)  # fmt: skip
     tracer.add(record, [Chunk(request, 0, 3, slot=2, samples=True)])
