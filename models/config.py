@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+NORMS = ("rms", "rms_plus_one", "layer")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
 class ModelError(ValueError):
@@ -11,17 +15,42 @@ class ModelError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """One of Hugging Face's rope_scaling kinds: linear, dynamic, yarn, longrope or llama3."""
+class Rope:
+    """Rotary position embeddings and how they are stretched (models/rope.py)."""
 
-    kind: str
-    options: dict[str, Any]
-    """The remaining keys of config.json's rope_scaling, under their Hugging Face names."""
+    theta: float
+    dim: int
+    """Rotated dimensions of each head, its first ones."""
+    kind: str = "default"
+    """One of rope.ROPE_KINDS, Hugging Face's names."""
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What the kind takes, under Hugging Face's names."""
+
+    def __post_init__(self) -> None:
+        if self.dim < 2 or self.dim % 2:
+            raise ModelError(f"rotary embeddings need an even number of dimensions, got {self.dim}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A mixture of experts in place of the MLP."""
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    normalise: bool
+    """Scale the chosen experts' weights to sum 1."""
+    layers: tuple[int, ...]
+    """The layers that have one; the others keep a dense MLP."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.per_token <= self.count:
+            raise ModelError(f"experts per token must be in [1, {self.count}], got {self.per_token}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Dimensions of a decoder-only transformer; names follow Hugging Face's config.json."""
+    """Dimensions and kinds of a decoder-only transformer; names follow Hugging Face's config.json where it has one."""
 
     architecture: str
     vocab_size: int
@@ -32,12 +61,32 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None = None
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
+    norm_eps: float
+    norm: str = "rms"
+    """One of NORMS; rms_plus_one stores weights around 0."""
+    activation: str = "silu"
+    """One of ACTIVATIONS."""
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    """Norm every query and key head before it is rotated."""
+    rope: Rope | None = None
+    """None: positions are learned embeddings."""
+    local_rope: Rope | None = None
+    """Of the layers that have a window, where theirs differs."""
+    windows: tuple[int | None, ...] = ()
+    """Each layer's attention window in tokens, the query's own included; None sees everything. () is all None."""
+    attention_scale: float | None = None
+    """Of the scores; head_dim ** -0.5 by default."""
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    embedding_scale: float = 1.0
+    experts: Experts | None = None
+    num_parallel_norms: int = 1
+    """Where attention and MLP run side by side: one norm for both, or one each."""
+    tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -50,10 +99,24 @@ class ModelConfig:
             raise ModelError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
             )
-        if self.head_dim % 2:
-            raise ModelError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        if self.rope is not None and self.rope.dim > self.head_dim:
+            raise ModelError(f"rotary dimensions must not exceed head_dim {self.head_dim}, got {self.rope.dim}")
+        if self.windows and len(self.windows) != self.num_layers:
+            raise ModelError(f"layer types must be given for each of {self.num_layers} layers, got {len(self.windows)}")
+        for window in self.windows:
+            if window is not None and window < 1:
+                raise ModelError(f"sliding_window must be at least 1, got {window}")
 
     @property
     def group_size(self) -> int:
         """Query heads that share one KV head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def window(self) -> int | None:
+        """The widest attention window when every layer has one, else None: keys further back are never read again."""
+        found = [window for window in self.windows if window is not None]
+        return max(found) if found and len(found) == self.num_layers else None
+
+    def layer_window(self, layer: int) -> int | None:
+        return self.windows[layer] if self.windows else None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +13,17 @@ from flax import nnx
 from jaxserve.kernels.attention import AttentionInputs, KVCache, paged_attention, write_kv
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.rope import rotate
+from jaxserve.models.weights import Part, Weight, whole
 
 Axes = tuple[str | None, ...]
+Rotation = tuple[jax.Array, jax.Array] | None
+"""cos and sin of the rows' positions (rope_tables); None for models without rotary embeddings."""
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
 
 def parameter(shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Param:
@@ -31,16 +43,46 @@ def linear(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) 
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm (arXiv 1910.07467), computed in float32."""
+    """Root-mean-square norm (arXiv 1910.07467), computed in float32; ``offset`` is added to the stored weights."""
 
-    def __init__(self, size: int, eps: float, dtype: jnp.dtype) -> None:
+    def __init__(self, size: int, eps: float, dtype: jnp.dtype, offset: float = 0.0) -> None:
         self.eps = eps
-        self.weight = nnx.Param(jnp.ones((size,), dtype), axes=("embed",))
+        self.offset = offset
+        self.weight = nnx.Param(jnp.full((size,), 1 - offset, dtype), axes=("embed",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * self.weight[...]
+        return (normed * (self.weight[...].astype(jnp.float32) + self.offset)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with a bias (arXiv 1607.06450), computed in float32."""
+
+    def __init__(self, size: int, eps: float, dtype: jnp.dtype) -> None:
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones((size,), dtype), axes=("embed",))
+        self.bias = nnx.Param(jnp.zeros((size,), dtype), axes=("embed",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
+        return (normed * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def make_norm(config: ModelConfig, dtype: jnp.dtype, size: int | None = None) -> RMSNorm | LayerNorm:
+    """The model's kind of norm over ``size`` values, hidden_size by default."""
+    size = size or config.hidden_size
+    if config.norm == "layer":
+        return LayerNorm(size, config.norm_eps, dtype)
+    return RMSNorm(size, config.norm_eps, dtype, offset=1.0 if config.norm == "rms_plus_one" else 0.0)
+
+
+def norm_weights(config: ModelConfig, ours: str, theirs: str) -> dict[str, Weight]:
+    """The weights of a norm at ``ours`` from tensors named ``theirs``."""
+    kinds = ("weight", "bias") if config.norm == "layer" else ("weight",)
+    return {f"{ours}.{kind}": whole(f"{theirs}.{kind}") for kind in kinds}
 
 
 class Attention(nnx.Module):
@@ -50,19 +92,23 @@ class Attention(nnx.Module):
     value. One wide product is faster than three, and a shard of KV heads is a contiguous slice with all it needs.
     """
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, window: int | None, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.config = config
+        self.window = window
         kv, group, dim, hidden = config.num_kv_heads, config.group_size, config.head_dim, config.hidden_size
         self.qkv = parameter((kv, group + 2, dim, hidden), ("kv_heads", None, None, "embed"), dtype, rngs)
         self.out = parameter((hidden, kv, group, dim), ("embed", "kv_heads", None, None), dtype, rngs)
-        bias = config.attention_bias
-        self.qkv_bias = parameter((kv, group + 2, dim), ("kv_heads", None, None), dtype, rngs) if bias else None
-        self.out_bias = parameter((hidden,), ("embed",), dtype, rngs) if bias else None
+        self.qkv_bias = (
+            parameter((kv, group + 2, dim), ("kv_heads", None, None), dtype, rngs) if config.qkv_bias else None
+        )
+        self.out_bias = parameter((hidden,), ("embed",), dtype, rngs) if config.out_bias else None
+        self.q_norm = make_norm(config, dtype, dim) if config.qk_norm else None
+        self.k_norm = make_norm(config, dtype, dim) if config.qk_norm else None
 
     def __call__(
         self,
         x: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
+        rope: Rotation,
         cache: KVCache[jax.Array],
         inputs: AttentionInputs,
         layer: jax.Array,
@@ -73,18 +119,26 @@ class Attention(nnx.Module):
         qkv = qkv.reshape(rows, c.num_kv_heads, c.group_size + 2, c.head_dim)
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...]
-        q = rotate(qkv[:, :, : c.group_size].reshape(rows, c.num_heads, c.head_dim), *rope)
-        k = rotate(qkv[:, :, c.group_size], *rope)
+        q = qkv[:, :, : c.group_size].reshape(rows, c.num_heads, c.head_dim)
+        k = qkv[:, :, c.group_size]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
         cache = write_kv(cache, k, qkv[:, :, c.group_size + 1], inputs, layer)
-        attended = paged_attention(q, cache, inputs, layer, scale=c.head_dim**-0.5)
+        attended = paged_attention(
+            q, cache, inputs, layer,
+            scale=c.attention_scale or c.head_dim**-0.5, window=self.window, softcap=c.attention_softcap,
+        )  # fmt: skip
         y = linear(attended.reshape(rows, -1), self.out[...])
         return (y if self.out_bias is None else y + self.out_bias[...]), cache
 
 
 class GatedMLP(nnx.Module):
-    """SwiGLU (arXiv 2002.05202): ``down(silu(gate(x)) * up(x))``; gate and up are one matrix ``[2, inner, hidden]``."""
+    """``down(act(gate(x)) * up(x))`` (arXiv 2002.05202); gate and up are one matrix ``[2, inner, hidden]``."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.activation = config.activation
         hidden, inner = config.hidden_size, config.intermediate_size
         self.gate_up = parameter((2, inner, hidden), (None, "mlp", "embed"), dtype, rngs)
         self.down = parameter((hidden, inner), ("embed", "mlp"), dtype, rngs)
@@ -97,16 +151,54 @@ class GatedMLP(nnx.Module):
         gate_up = linear(x, self.gate_up[...].reshape(2 * inner, hidden)).reshape(-1, 2, inner)
         if self.gate_up_bias is not None:
             gate_up = gate_up + self.gate_up_bias[...]
-        y = linear(jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], self.down[...])
+        y = linear(ACTIVATIONS[self.activation](gate_up[:, 0]) * gate_up[:, 1], self.down[...])
         return y if self.down_bias is None else y + self.down_bias[...]
 
 
-def fuse_qkv(config: ModelConfig, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Hugging Face's q, k and v, ``[heads * head_dim, hidden]`` or biases ``[heads * head_dim]``, as Attention.qkv."""
+class MLP(nnx.Module):
+    """``down(act(up(x)))``, the plain feed-forward layer of older models."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.activation = config.activation
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.up = parameter((inner, hidden), ("mlp", "embed"), dtype, rngs)
+        self.down = parameter((hidden, inner), ("embed", "mlp"), dtype, rngs)
+        self.up_bias = parameter((inner,), ("mlp",), dtype, rngs) if config.mlp_bias else None
+        self.down_bias = parameter((hidden,), ("embed",), dtype, rngs) if config.mlp_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        up = linear(x, self.up[...])
+        y = linear(ACTIVATIONS[self.activation](up if self.up_bias is None else up + self.up_bias[...]), self.down[...])
+        return y if self.down_bias is None else y + self.down_bias[...]
+
+
+def separate_qkv(config: ModelConfig, prefix: str, kind: str = "weight") -> Weight:
+    """Attention.qkv, or its bias, from ``{prefix}.q_proj``, ``k_proj`` and ``v_proj``."""
     kv, group, dim = config.num_kv_heads, config.group_size, config.head_dim
-    tail = q.shape[1:]
-    parts = [q.reshape(kv, group, dim, *tail), k.reshape(kv, 1, dim, *tail), v.reshape(kv, 1, dim, *tail)]
-    return np.concatenate(parts, axis=1)
+    sizes = {"q": (0, group), "k": (group, 1), "v": (group + 1, 1)}
+    return tuple(
+        Part(f"{prefix}.{name}_proj.{kind}", partial(_by_kv_head, kv, count, dim), (0, first))
+        for name, (first, count) in sizes.items()
+    )
+
+
+def consecutive_qkv(config: ModelConfig, name: str, outputs_last: bool = False) -> Weight:
+    """Attention.qkv, or its bias, from one tensor of all query rows, then all key rows, then all value rows."""
+    kv, group, dim = config.num_kv_heads, config.group_size, config.head_dim
+
+    def rows(first: int, count: int, tensor: np.ndarray) -> np.ndarray:
+        tensor = tensor.T if outputs_last else tensor
+        if len(tensor) != (group + 2) * kv * dim:
+            raise ValueError(f"{len(tensor)} rows, expected {(group + 2) * kv * dim}")
+        return _by_kv_head(kv, count, dim, tensor[first * kv * dim : (first + count) * kv * dim])
+
+    sizes = ((0, group), (group, 1), (group + 1, 1))
+    return tuple(Part(name, partial(rows, first, count), (0, first)) for first, count in sizes)
+
+
+def fused_qkv(config: ModelConfig, name: str) -> Weight:
+    """Attention.qkv, or its bias, from one tensor that is ordered by KV head already: query rows, key, value."""
+    return whole(name, partial(_by_kv_head, config.num_kv_heads, config.group_size + 2, config.head_dim))
 
 
 def split_heads(config: ModelConfig, out: np.ndarray) -> np.ndarray:
@@ -114,6 +206,5 @@ def split_heads(config: ModelConfig, out: np.ndarray) -> np.ndarray:
     return out.reshape(-1, config.num_kv_heads, config.group_size, config.head_dim)
 
 
-def fuse_gate_up(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-    """Hugging Face's gate and up, ``[inner, hidden]`` or biases ``[inner]``, as GatedMLP.gate_up."""
-    return np.stack([gate, up])
+def _by_kv_head(kv_heads: int, count: int, head_dim: int, tensor: np.ndarray) -> np.ndarray:
+    return tensor.reshape(kv_heads, count, head_dim, *tensor.shape[1:])

@@ -1,118 +1,100 @@
-"""The Llama family: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU."""
+"""The Llama family: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU. Others are variations of it."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-
-from jaxserve.kernels.attention import AttentionInputs, KVCache
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import (
-    Attention,
-    GatedMLP,
-    RMSNorm,
-    fuse_gate_up,
-    fuse_qkv,
-    linear,
-    parameter,
-    split_heads,
-)
-from jaxserve.models.rope import rope_frequencies, rope_tables
-from jaxserve.models.weights import Weight, unchanged
+from jaxserve.models.family import Family
+from jaxserve.models.hf_config import RawConfig
+from jaxserve.models.layers import norm_weights, separate_qkv, split_heads
+from jaxserve.models.weights import Weight, stacked, whole
+
+DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
+MISTRAL_DEFAULTS = DEFAULTS | {
+    "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
+}  # fmt: skip
 
 
-class DecoderLayer(nnx.Module):
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.attention = Attention(config, dtype, rngs)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mlp = GatedMLP(config, dtype, rngs)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
-        cache: KVCache[jax.Array],
-        inputs: AttentionInputs,
-        layer: jax.Array,
-    ) -> tuple[jax.Array, KVCache[jax.Array]]:
-        attended, cache = self.attention(self.attention_norm(x), rope, cache, inputs, layer)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), cache
-
-
-_run_layer = jax.jit(DecoderLayer.__call__)
-
-
-class Llama(nnx.Module):
-    """``max_len`` is the longest sequence that will be served (see rope_frequencies)."""
-
-    def __init__(self, config: ModelConfig, *, max_len: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.config = config
-        self.max_len = max_len
-        self.embedding = parameter((config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype, rngs)
-        self.layers = nnx.List([DecoderLayer(config, dtype, rngs) for _ in range(config.num_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.lm_head = (
-            None if config.tie_word_embeddings else parameter(self.embedding.shape, ("vocab", "embed"), dtype, rngs)
-        )
-
-    def __call__(
-        self, token_ids: jax.Array, positions: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs
-    ) -> tuple[jax.Array, KVCache[jax.Array]]:
-        """Run a flat batch: token ids and positions ``int32[T]`` -> normed hidden states ``[T, hidden]``, new cache."""
-        x = self.embedding[...][token_ids]
-        frequencies, scale = rope_frequencies(self.config, self.max_len)
-        rope = rope_tables(frequencies, scale, positions)
-        # Unrolled: a scan would copy each layer's weights and, on GPUs, break the CUDA graph. Traced once all the same:
-        # the layers have one structure, so jit reuses the first one's trace, and XLA inlines the calls.
-        for index, layer in enumerate(self.layers):
-            x, cache = _run_layer(layer, x, rope, cache, inputs, jnp.int32(index))
-        return self.norm(x), cache
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """``[R, hidden]`` -> ``float32[R, vocab]``."""
-        head = self.embedding if self.lm_head is None else self.lm_head
-        return linear(hidden, head[...], out_dtype=jnp.dtype("float32"))
-
-    @staticmethod
-    def weight_map(config: ModelConfig) -> dict[str, Weight]:
-        """Parameter path -> the Hugging Face tensors it is built from."""
-        weights = {
-            "embedding": Weight(("model.embed_tokens.weight",), unchanged),
-            "norm.weight": Weight(("model.norm.weight",), unchanged),
-        }
-        if not config.tie_word_embeddings:
-            weights["lm_head"] = Weight(("lm_head.weight",), unchanged)
-        for index in range(config.num_layers):
-            weights |= _layer_weights(config, index)
-        return weights
-
-
-def _layer_weights(config: ModelConfig, index: int) -> dict[str, Weight]:
-    ours, theirs = f"layers.{index}", f"model.layers.{index}"
-    attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
-
-    def names(prefix: str, kind: str, *projections: str) -> tuple[str, ...]:
-        return tuple(f"{prefix}.{p}_proj.{kind}" for p in projections)
-
-    weights = {
-        f"{ours}.attention_norm.weight": Weight((f"{theirs}.input_layernorm.weight",), unchanged),
-        f"{ours}.mlp_norm.weight": Weight((f"{theirs}.post_attention_layernorm.weight",), unchanged),
-        f"{ours}.attention.qkv": Weight(names(attention, "weight", "q", "k", "v"), partial(fuse_qkv, config)),
-        f"{ours}.attention.out": Weight(names(attention, "weight", "o"), partial(split_heads, config)),
-        f"{ours}.mlp.gate_up": Weight(names(mlp, "weight", "gate", "up"), fuse_gate_up),
-        f"{ours}.mlp.down": Weight(names(mlp, "weight", "down"), unchanged),
+def read(raw: RawConfig, **differences: Any) -> ModelConfig:
+    """A config.json with Llama's keys; ``differences`` are fields of ModelConfig that the family has otherwise."""
+    num_heads, hidden_size = raw.number("num_attention_heads"), raw.number("hidden_size")
+    head_dim = raw.number("head_dim", hidden_size // max(num_heads, 1))
+    bias = raw.flag("attention_bias")
+    fields = {
+        "architecture": raw.values["architectures"][0],
+        "vocab_size": raw.number("vocab_size"),
+        "hidden_size": hidden_size,
+        "intermediate_size": raw.number("intermediate_size"),
+        "num_layers": raw.number("num_hidden_layers"),
+        "num_heads": num_heads,
+        "num_kv_heads": raw.number("num_key_value_heads", num_heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": raw.number("max_position_embeddings"),
+        "norm_eps": raw.number("rms_norm_eps"),
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "mlp_bias": raw.flag("mlp_bias"),
+        "tie_word_embeddings": raw.flag("tie_word_embeddings"),
     }
-    if config.attention_bias:
-        weights[f"{ours}.attention.qkv_bias"] = Weight(
-            names(attention, "bias", "q", "k", "v"), partial(fuse_qkv, config)
-        )
-        weights[f"{ours}.attention.out_bias"] = Weight(names(attention, "bias", "o"), unchanged)
+    if "activation" not in differences:
+        fields["activation"] = raw.activation("hidden_act")
+    if "rope" not in differences:
+        fields["rope"] = raw.rope(head_dim)
+    return ModelConfig(**fields | differences)
+
+
+def read_windowed(raw: RawConfig) -> ModelConfig:
+    """Every layer has the window, where there is one."""
+    layers = raw.number("num_hidden_layers")
+    return read(raw, windows=raw.windows(layers, ["sliding_attention"] * layers))
+
+
+def weights(config: ModelConfig) -> dict[str, Weight]:
+    found = outer_weights(config)
+    for i in range(config.num_layers):
+        ours, theirs = f"layers.{i}", f"model.layers.{i}"
+        found |= norm_weights(config, f"{ours}.attention_norm", f"{theirs}.input_layernorm")
+        found |= norm_weights(config, f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm")
+        found |= attention_weights(config, f"{ours}.attention", f"{theirs}.self_attn")
+        found |= mlp_weights(config, f"{ours}.mlp", f"{theirs}.mlp")
+    return found
+
+
+def outer_weights(config: ModelConfig) -> dict[str, Weight]:
+    """Everything but the layers."""
+    found = {"embedding": whole("model.embed_tokens.weight"), **norm_weights(config, "norm", "model.norm")}
+    if not config.tie_word_embeddings:
+        found["lm_head"] = whole("lm_head.weight")
+    return found
+
+
+def attention_weights(config: ModelConfig, ours: str, theirs: str) -> dict[str, Weight]:
+    found = {
+        f"{ours}.qkv": separate_qkv(config, theirs),
+        f"{ours}.out": whole(f"{theirs}.o_proj.weight", partial(split_heads, config)),
+    }
+    if config.qkv_bias:
+        found[f"{ours}.qkv_bias"] = separate_qkv(config, theirs, "bias")
+    if config.out_bias:
+        found[f"{ours}.out_bias"] = whole(f"{theirs}.o_proj.bias")
+    if config.qk_norm:
+        found |= norm_weights(config, f"{ours}.q_norm", f"{theirs}.q_norm")
+        found |= norm_weights(config, f"{ours}.k_norm", f"{theirs}.k_norm")
+    return found
+
+
+def mlp_weights(config: ModelConfig, ours: str, theirs: str) -> dict[str, Weight]:
+    found = {
+        f"{ours}.gate_up": stacked(f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight"),
+        f"{ours}.down": whole(f"{theirs}.down_proj.weight"),
+    }
     if config.mlp_bias:
-        weights[f"{ours}.mlp.gate_up_bias"] = Weight(names(mlp, "bias", "gate", "up"), fuse_gate_up)
-        weights[f"{ours}.mlp.down_bias"] = Weight(names(mlp, "bias", "down"), unchanged)
-    return weights
+        found[f"{ours}.gate_up_bias"] = stacked(f"{theirs}.gate_proj.bias", f"{theirs}.up_proj.bias")
+        found[f"{ours}.down_bias"] = whole(f"{theirs}.down_proj.bias")
+    return found
+
+
+LLAMA = Family(models="Llama 2, 3, 3.x; Yi; SmolLM2", read=read, weights=weights, defaults=DEFAULTS)
+MISTRAL = Family(models="Mistral", read=read_windowed, weights=weights, defaults=MISTRAL_DEFAULTS)

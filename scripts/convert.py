@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxserve.models.config import ModelError
 from jaxserve.models.loading import orbax
 from jaxserve.models.loading.checkpoint import open_checkpoint
-from jaxserve.models.registry import model_class
+from jaxserve.models.registry import family_of
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import abstract_model, abstract_parameters
 
@@ -20,9 +20,9 @@ from jaxserve.sharding.rules import abstract_model, abstract_parameters
 def convert(source: str, destination: Path, dtype: str, tensor: int) -> None:
     """Write ``source`` to ``destination``, loaded over ``tensor`` devices. Raises ModelError."""
     checkpoint = open_checkpoint(source)
-    config, kind = checkpoint.config, model_class(checkpoint.config.architecture)
-    _, state = abstract_model(kind, config, max_len=config.max_position_embeddings, dtype=jnp.dtype(dtype))
-    parameters = checkpoint.load(abstract_parameters(state, make_mesh(tensor)), kind.weight_map(config))
+    config, family = checkpoint.config, family_of(checkpoint.config.architecture)
+    _, state = abstract_model(family.model, config, max_len=config.max_position_embeddings, dtype=jnp.dtype(dtype))
+    parameters = checkpoint.load(abstract_parameters(state, make_mesh(tensor)), family.weights(config))
     orbax.save(
         destination, parameters, config, eos_token_ids=checkpoint.eos_token_ids, tokenizer=checkpoint.tokenizer()
     )

@@ -8,12 +8,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.models.config import ModelConfig, ModelError
-from jaxserve.models.llama import Llama
+from jaxserve.models.decoder import Decoder
 
 RULES: dict[str, str | None] = {
     "vocab": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "experts": None,
     "embed": None,
 }
 
@@ -23,7 +24,7 @@ def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
 
 
 def abstract_model(
-    model_class: type[Llama], config: ModelConfig, *, max_len: int, dtype: jnp.dtype
+    model_class: type[Decoder], config: ModelConfig, *, max_len: int, dtype: jnp.dtype
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """The structure of a model and its parameters' shapes, without allocating any."""
     return nnx.split(nnx.eval_shape(lambda: model_class(config, max_len=max_len, dtype=dtype, rngs=nnx.Rngs(params=0))))

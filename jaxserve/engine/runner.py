@@ -20,9 +20,9 @@ from jaxserve.engine.sampler import SamplingInputs, TokenLogprobs, optional_logp
 from jaxserve.kernels.attention import AttentionInputs, KVCache, choose_backend
 from jaxserve.kernels.plan import PlanLimits
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.llama import Llama
+from jaxserve.models.decoder import Decoder
 from jaxserve.models.loading.checkpoint import Checkpoint
-from jaxserve.models.registry import model_class
+from jaxserve.models.registry import family_of
 from jaxserve.sharding.rules import abstract_model, abstract_parameters
 
 CPU_KV_CACHE_BYTES = 2**30
@@ -49,9 +49,9 @@ class ModelRunner:
         self.buckets = token_buckets(config.token_budget)
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._mesh = mesh
-        cls = model_class(checkpoint.config.architecture)
+        family = family_of(checkpoint.config.architecture)
         dtype = jnp.dtype(config.dtype)
-        self._graph, state = abstract_model(cls, checkpoint.config, max_len=config.max_model_len, dtype=dtype)
+        self._graph, state = abstract_model(family.model, checkpoint.config, max_len=config.max_model_len, dtype=dtype)
         self._state_tree = jax.tree.structure(state)
         abstract = abstract_parameters(state, mesh)
         self._abstract_parameters = list(abstract.values())
@@ -66,7 +66,7 @@ class ModelRunner:
         }
         with ThreadPoolExecutor(max_workers=1) as pool:
             # Programs need the shapes of the weights only, so both come at once.
-            loading = pool.submit(checkpoint.load, abstract, cls.weight_map(checkpoint.config))
+            loading = pool.submit(checkpoint.load, abstract, family.weights(checkpoint.config))
             self._programs = compile_all(lower, show_progress=show_progress)
             parameters = loading.result()
         self._parameters = [parameters[name] for name in abstract]
@@ -137,7 +137,7 @@ class ModelRunner:
             )
         return num_blocks
 
-    def _model(self, parameters: list[jax.Array]) -> Llama:
+    def _model(self, parameters: list[jax.Array]) -> Decoder:
         return nnx.merge(self._graph, jax.tree.unflatten(self._state_tree, parameters))
 
     def _lower_step(self, rows: int) -> jax.stages.Lowered:

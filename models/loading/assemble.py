@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 
 import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from jaxserve.models.config import ModelError
-from jaxserve.models.weights import TensorSource, Weight
+from jaxserve.models.weights import Part, TensorSource, Weight
 
 # Rotary tables that old checkpoints carry, and the output head that some carry besides a tied embedding.
 _HARMLESS = re.compile(r".*rotary_emb\.inv_freq|lm_head\.weight")
+
+STAGING_BYTES = 2**30
 
 
 def assemble(
@@ -27,18 +33,57 @@ def assemble(
     before any device memory is taken; ``where`` is the checkpoint's name in it.
     """
     check(where, source, abstract, weights)
+    staging = _Staging(STAGING_BYTES)
 
     def load(item: tuple[str, jax.ShapeDtypeStruct]) -> jax.Array:
         name, spec = item
-        built = weights[name].build(*map(source.read, weights[name].names))
-        # Always a fresh copy: JAX may keep using the host's memory, which must not be a file that somebody replaces.
-        return jax.make_array_from_callback(
-            spec.shape, placement(spec), lambda index: np.array(built[index], dtype=spec.dtype, order="C")
-        )
+        with staging.reserve(math.prod(spec.shape) * spec.dtype.itemsize):
+            parts = [(part, part.view(source.read(part.name))) for part in weights[name]]
+            array = jax.make_array_from_callback(spec.shape, placement(spec), partial(_read_shard, parts, spec))
+            return array.block_until_ready()
 
-    # Dequantising and casting run without Python's lock; few threads bound the memory that is in flight.
+    # Reading, dequantising and casting run without Python's lock.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         return dict(zip(abstract, pool.map(load, abstract.items()), strict=True))
+
+
+class _Staging:
+    """Bounds the host memory of parameters that are on their way to a device; a larger one goes alone."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._used_bytes = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def reserve(self, num_bytes: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used_bytes or self._used_bytes + num_bytes <= self._limit_bytes)
+            self._used_bytes += num_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used_bytes -= num_bytes
+                self._changed.notify_all()
+
+
+def _read_shard(
+    parts: Sequence[tuple[Part, np.ndarray]], spec: jax.ShapeDtypeStruct, index: tuple[slice, ...]
+) -> np.ndarray:
+    """The shard ``index`` of a parameter, from those bytes of its parts' views that lie in it."""
+    bounds = [axis.indices(size)[:2] for axis, size in zip(index, spec.shape, strict=True)]
+    # Always a fresh copy: JAX may keep using the host's memory, which must not be a file that somebody replaces.
+    shard = np.empty([end - first for first, end in bounds], spec.dtype)
+    for part, view in parts:
+        ours, theirs = [], []
+        for (first, end), place in zip(bounds, part.place(view.shape), strict=True):
+            low, high = max(first, place.start), max(first, min(end, place.stop))
+            ours.append(slice(low - first, high - first))
+            theirs.append(slice(low - place.start, high - place.start))
+        if all(axis.stop > axis.start for axis in ours):
+            shard[tuple(ours)] = view[tuple(theirs)]
+    return shard
 
 
 def placement(spec: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
@@ -50,16 +95,14 @@ def check(
 ) -> None:
     """Raise ModelError with every missing, unexpected and mis-shaped tensor; reads names and shapes only."""
     names = source.names()
-    wanted = {name for parameter in abstract for name in weights[parameter].names}
+    wanted = {part.name for parameter in abstract for part in weights[parameter]}
     problems = [f"missing {name}" for name in sorted(wanted - names)]
     problems += [f"unexpected {name}" for name in sorted(names - wanted) if not _HARMLESS.fullmatch(name)]
     for parameter, spec in abstract.items():
-        weight = weights[parameter]
-        if names.issuperset(weight.names):
-            shapes = {name: source.shape(name) for name in weight.names}
-            if not _fits(weight, shapes, spec.shape):
-                found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-                problems.append(f"mis-shaped {found} for {parameter} {spec.shape}")
+        used = {part.name: None for part in weights[parameter]}  # ordered, each once
+        if names.issuperset(used) and not _fits(weights[parameter], source, spec.shape):
+            found = ", ".join(f"{name} {source.shape(name)}" for name in used)
+            problems.append(f"mis-shaped {found} for {parameter} {spec.shape}")
     report(where, problems)
 
 
@@ -68,10 +111,16 @@ def report(where: object, problems: list[str]) -> None:
         raise ModelError(f"{where} does not fit the model: " + "; ".join(problems))
 
 
-def _fits(weight: Weight, shapes: Mapping[str, tuple[int, ...]], wanted: tuple[int, ...]) -> bool:
-    """Try the build on stand-ins that take no memory; where it has to copy, they take one byte an element."""
-    stand_ins = [np.broadcast_to(np.int8(0), shape) for shape in shapes.values()]
-    try:
-        return weight.build(*stand_ins).shape == wanted
-    except ValueError:  # numpy's, from reshaping or joining what does not fit
-        return False
+def _fits(weight: Weight, source: TensorSource, wanted: tuple[int, ...]) -> bool:
+    """Whether the parts fill ``wanted``, tried on stand-ins that take no memory."""
+    filled = 0
+    for part in weight:
+        try:
+            shape = part.view(np.broadcast_to(np.int8(0), source.shape(part.name))).shape
+            place = part.place(shape)
+        except (ValueError, IndexError):  # numpy's, from reshaping what does not fit
+            return False
+        if len(place) != len(wanted) or any(axis.stop > size for axis, size in zip(place, wanted, strict=True)):
+            return False
+        filled += math.prod(shape)
+    return filled == math.prod(wanted)

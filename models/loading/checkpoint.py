@@ -13,7 +13,7 @@ from jaxserve.models.loading import hf, orbax
 from jaxserve.models.loading.assemble import assemble
 from jaxserve.models.loading.gguf import GGUFSource
 from jaxserve.models.loading.hub import resolve
-from jaxserve.models.registry import model_class
+from jaxserve.models.registry import family_of, read_config
 from jaxserve.models.weights import Weight
 from jaxserve.tokenizer import Tokenizer
 
@@ -43,9 +43,8 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path) -> None:
         raw = hf.read_json(folder / "config.json")
-        model_class(hf.architecture_of(raw))
         self.path = folder
-        self.config = hf.config_from_hf(raw)
+        self.config = read_config(raw, str(folder / "config.json"))
         generation = hf.read_json(folder / "generation_config.json")
         self.eos_token_ids = hf.eos_token_ids(generation) or hf.eos_token_ids(raw) or _tokenizer_eos(self.tokenizer())
 
@@ -53,7 +52,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         return Tokenizer.from_folder(self.path)
 
     def load(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> dict[str, jax.Array]:
-        return assemble(self.path, hf.SafetensorsSource(self.path), abstract, weights)
+        source = hf.SafetensorsSource(self.path, family_of(self.config.architecture).tensor_name)
+        return assemble(self.path, source, abstract, weights)
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -81,7 +81,7 @@ class OrbaxCheckpoint(Checkpoint):
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.config, self.eos_token_ids = orbax.read_config(folder)
-        model_class(self.config.architecture)
+        family_of(self.config.architecture)
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.path)

@@ -1,4 +1,7 @@
-"""GGUF files of the Llama architecture: names, dimensions and tensors as Hugging Face has them."""
+"""GGUF files: names, dimensions and tensors as Hugging Face has them.
+
+llama.cpp's convert_hf_to_gguf.py and its models' code fix what a file leaves out.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,18 @@ from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Kind
 
-from jaxserve.models.config import ModelConfig, ModelError, RopeScaling
+from jaxserve.models.config import ModelConfig, ModelError
 from jaxserve.models.loading.gguf_file import GGUFFile, TensorInfo, read_gguf
+from jaxserve.models.registry import read_config
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+}
 FLOATS = {Kind.F32: np.dtype(np.float32), Kind.F16: np.dtype(np.float16), Kind.BF16: np.dtype(ml_dtypes.bfloat16)}
 QUANTISED = (
     Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K,
@@ -28,11 +39,19 @@ _LAYER_NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_SANDWICH_NAMES = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 _ROPE_FACTORS = "rope_freqs.weight"
 _CHUNK_VALUES = 1 << 17
 
@@ -43,13 +62,14 @@ class GGUFSource:
     def __init__(self, path: Path) -> None:
         self.file = read_gguf(path)
         self.config = config_from_gguf(self.file)
+        self._architecture = self.file.require("general.architecture", str)
         readable = (*FLOATS, *QUANTISED)
         wrong = [f"{name} ({info.kind.name})" for name, info in self.file.tensors.items() if info.kind not in readable]
         if wrong:
             supported = ", ".join(kind.name for kind in readable)
             raise ModelError(f"{path}: tensor types not supported: {', '.join(wrong)}; supported: {supported}")
         # The rope factors are part of the configuration (see _rope_scaling).
-        self._names = {hf_name(name): name for name in self.file.tensors if name != _ROPE_FACTORS}
+        self._names = {hf_name(name, self._architecture): name for name in self.file.tensors if name != _ROPE_FACTORS}
 
     def names(self) -> set[str]:
         return set(self._names)
@@ -61,18 +81,21 @@ class GGUFSource:
         """Float tensors as stored, mapped from the file; quantised ones as a new float32 array."""
         theirs = self._names[name]
         info, data = self.file.tensors[theirs], self.file.bytes_of(theirs)
-        if ".attn_q." in theirs:
+        if self._architecture == "llama" and ".attn_q." in theirs:
             data = unpermute(data.reshape(info.shape[0], -1), self.config.num_heads).reshape(-1)
-        elif ".attn_k." in theirs:
+        elif self._architecture == "llama" and ".attn_k." in theirs:
             data = unpermute(data.reshape(info.shape[0], -1), self.config.num_kv_heads).reshape(-1)
-        return decode(data, info)
+        values = decode(data, info)
+        # The converter stores Gemma's norms around 1.
+        return values - 1 if self.config.norm == "rms_plus_one" and name.endswith("norm.weight") else values
 
 
-def hf_name(name: str) -> str:
+def hf_name(name: str, architecture: str) -> str:
     """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; names without a counterpart stay."""
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
         layer, stem, suffix = match.groups()
-        return f"model.layers.{layer}.{_LAYER_NAMES[stem]}.{suffix}" if stem in _LAYER_NAMES else name
+        names = _LAYER_NAMES | _SANDWICH_NAMES if architecture in ("gemma2", "gemma3") else _LAYER_NAMES
+        return f"model.layers.{layer}.{names[stem]}.{suffix}" if stem in names else name
     stem, _, suffix = name.partition(".")
     return f"{_TOP_NAMES[stem]}.{suffix}" if stem in _TOP_NAMES else name
 
@@ -108,60 +131,79 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         raise ModelError(
             f"{file.path}: architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
-    if file.metadata.get("llama.expert_count"):
+    if file.metadata.get(f"{architecture}.expert_count"):
         raise ModelError(f"{file.path}: mixtures of experts are not supported in GGUF files")
     if "token_embd.weight" not in file.tensors:
         raise ModelError(f"{file.path}: missing tensor token_embd.weight")
 
-    def integer(key: str, default: int | None = None) -> int:
-        if default is not None and f"llama.{key}" not in file.metadata:
-            return default
-        return file.require(f"llama.{key}", int)
+    def get(key: str, default: Any = None) -> Any:
+        return file.metadata.get(f"{architecture}.{key}", default)
 
-    num_heads, hidden_size = integer("attention.head_count"), integer("embedding_length")
+    def integer(key: str, default: int | None = None) -> int:
+        if default is not None and get(key) is None:
+            return default
+        return file.require(f"{architecture}.{key}", int)
+
+    num_heads, hidden_size, num_layers = (
+        integer("attention.head_count"), integer("embedding_length"), integer("block_count"),
+    )  # fmt: skip
     head_dim = integer("attention.key_length", hidden_size // max(num_heads, 1))
     for key in ("rope.dimension_count", "attention.value_length"):
         if integer(key, head_dim) != head_dim:
-            raise ModelError(f"{file.path}: llama.{key} is {integer(key)}, supported: the head size {head_dim}")
-    return ModelConfig(
-        architecture=ARCHITECTURES[architecture],
-        vocab_size=file.tensors["token_embd.weight"].shape[0],
-        hidden_size=hidden_size,
-        intermediate_size=integer("feed_forward_length"),
-        num_layers=integer("block_count"),
-        num_heads=num_heads,
-        num_kv_heads=integer("attention.head_count_kv", num_heads),
-        head_dim=head_dim,
-        max_position_embeddings=integer("context_length"),
-        rms_norm_eps=file.require("llama.attention.layer_norm_rms_epsilon", float),
-        rope_theta=file.metadata.get("llama.rope.freq_base", 10000.0),
-        rope_scaling=_rope_scaling(file),
-        tie_word_embeddings="output.weight" not in file.tensors,
-        attention_bias="blk.0.attn_q.bias" in file.tensors,
-        mlp_bias="blk.0.ffn_up.bias" in file.tensors,
-    )
+            raise ModelError(
+                f"{file.path}: {architecture}.{key} is {integer(key)}, supported: the head size {head_dim}"
+            )
+    values = {
+        "architectures": [ARCHITECTURES[architecture]],
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "hidden_size": hidden_size,
+        "intermediate_size": integer("feed_forward_length"),
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": integer("attention.head_count_kv", num_heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": integer("context_length"),
+        "rms_norm_eps": file.require(f"{architecture}.attention.layer_norm_rms_epsilon", float),
+        "rope_theta": get("rope.freq_base", 10000.0),
+        "rope_scaling": _rope_scaling(file, architecture),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+    }
+    if architecture in _LAYERS_OF_27B:
+        # The files don't say what Gemma's scores are scaled by; only the largest models differ from the head size.
+        wide = num_layers == _LAYERS_OF_27B[architecture]
+        values |= {
+            "query_pre_attn_scalar": hidden_size // num_heads if wide else head_dim,
+            "sliding_window": integer("attention.sliding_window", 4096),
+            "attn_logit_softcapping": get("attn_logit_softcapping"),
+            "final_logit_softcapping": get("final_logit_softcapping"),
+        }
+    return read_config(values, str(file.path))
 
 
-def _rope_scaling(file: GGUFFile) -> RopeScaling | None:
+def _rope_scaling(file: GGUFFile, architecture: str) -> dict[str, Any] | None:
+    """As config.json's rope_scaling."""
+    trained = file.require(f"{architecture}.context_length", int)
     if _ROPE_FACTORS in file.tensors:
         # llama3's scaling, worked out by the converter into a divisor for each frequency: longrope with one list.
         factors = decode(file.bytes_of(_ROPE_FACTORS), file.tensors[_ROPE_FACTORS]).tolist()
-        options: dict[str, Any] = {
+        return {
+            "rope_type": "longrope",
             "short_factor": factors,
             "long_factor": factors,
             "attention_factor": 1.0,
-            "original_max_position_embeddings": file.require("llama.context_length", int),
+            "original_max_position_embeddings": trained,
         }
-        return RopeScaling(kind="longrope", options=options)
-    prefix = "llama.rope.scaling."
+    prefix = f"{architecture}.rope.scaling."
     scaling = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     kind = scaling.pop("type", "none")
     scaling.pop("finetuned", None)
     factor = scaling.pop("factor", 1.0)
-    trained = scaling.pop("original_context_length", file.metadata.get("llama.context_length"))
+    trained = scaling.pop("original_context_length", trained)
     if kind not in ("none", "linear", "yarn") or scaling:
         found = ", ".join([f"{prefix}type = {kind}", *(prefix + key for key in scaling)])
         raise ModelError(f"{file.path}: rope scaling not supported: {found}; supported types: none, linear, yarn")
     if kind == "none":
         return None
-    return RopeScaling(kind=kind, options={"factor": factor, "original_max_position_embeddings": trained})
+    return {"rope_type": kind, "factor": factor, "original_max_position_embeddings": trained}

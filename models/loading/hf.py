@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, by which safetensors looks it up)
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxserve.models.config import ModelConfig, ModelError, RopeScaling
-from jaxserve.models.rope import ROPE_KINDS
+from jaxserve.models.config import ModelError
 
-DTYPES = ("F32", "F16", "BF16")
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _INDEX = "model.safetensors.index.json"
-_ROPE_REQUIRED = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": (),
-    "longrope": ("short_factor", "long_factor"),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,81 +32,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def architecture_of(raw: dict[str, Any]) -> str:
-    """The architecture that a config.json names; ModelError unless it is exactly one."""
-    found = raw.get("architectures")
-    if not isinstance(found, list) or len(found) != 1 or not isinstance(found[0], str):
-        raise ModelError(f"config.json: architectures must be a list of one name, found {found!r}")
-    return found[0]
-
-
-def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
-    """A Llama-family config.json (transformers' LlamaConfig and its defaults) as ModelConfig. Raises ModelError."""
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise ModelError(f"config.json: quantization {method!r} is not supported; supported: {', '.join(DTYPES)}")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ModelError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported; supported: silu")
-
-    def number(key: str, default: float | None = None) -> Any:
-        value = raw.get(key)
-        value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ModelError(f"config.json: {key} must be a number, found {raw.get(key)!r}")
-        return value
-
-    num_heads, hidden_size = number("num_attention_heads"), number("hidden_size")
-    head_dim = number("head_dim", hidden_size // max(num_heads, 1))
-    max_position_embeddings = number("max_position_embeddings", 2048)
-    rope_theta, rope_scaling = _rope(raw, head_dim, max_position_embeddings)
-    return ModelConfig(
-        architecture=architecture_of(raw),
-        vocab_size=number("vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=number("intermediate_size"),
-        num_layers=number("num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=number("num_key_value_heads", num_heads),
-        head_dim=head_dim,
-        max_position_embeddings=max_position_embeddings,
-        rms_norm_eps=number("rms_norm_eps", 1e-6),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        attention_bias=bool(raw.get("attention_bias", False)),
-        mlp_bias=bool(raw.get("mlp_bias", False)),
-    )
-
-
-def _rope(raw: dict[str, Any], head_dim: int, max_position_embeddings: int) -> tuple[float, RopeScaling | None]:
-    """Base and scaling from transformers 5's ``rope_parameters`` or from ``rope_theta`` and ``rope_scaling``.
-
-    Defaults and precedence are those of RotaryEmbeddingConfigMixin.standardize_rope_params in transformers.
-    """
-    options = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
-    old_kind = options.pop("type", "default")
-    kind = options.pop("rope_type", old_kind)
-    theta = options.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
-    partial = options.pop("partial_rotary_factor", raw.get("partial_rotary_factor") or 1.0)
-    if kind not in ROPE_KINDS:
-        raise ModelError(f"config.json: rope kind {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
-    if partial != 1.0:
-        raise ModelError(f"config.json: partial_rotary_factor {partial} is not supported; supported: 1.0")
-    if kind == "default":
-        return float(theta), None
-    missing = [key for key in _ROPE_REQUIRED[kind] if options.get(key) is None]
-    if missing:
-        raise ModelError(f"config.json: rope kind {kind!r} needs {', '.join(missing)}")
-    for key in ("short_factor", "long_factor"):
-        if key in options and len(options[key]) != head_dim // 2:
-            raise ModelError(f"config.json: {key} must hold {head_dim // 2} numbers, found {len(options[key])}")
-    if kind in ("llama3", "yarn", "longrope"):
-        # Phi-3 and others keep the trained length outside of the rope options, and there it wins.
-        inside = options.get("original_max_position_embeddings") or max_position_embeddings
-        options["original_max_position_embeddings"] = raw.get("original_max_position_embeddings") or inside
-    return float(theta), RopeScaling(kind=kind, options=options)
-
-
 def eos_token_ids(raw: dict[str, Any]) -> tuple[int, ...]:
     """``eos_token_id`` of a generation_config.json or config.json: an integer, a list of them, or missing."""
     value = raw.get("eos_token_id")
@@ -122,44 +40,64 @@ def eos_token_ids(raw: dict[str, Any]) -> tuple[int, ...]:
 
 
 class SafetensorsSource:
-    """The tensors of a folder's safetensors files, in one or in shards, memory-mapped. Raises ModelError."""
+    """The tensors of a folder's safetensors files, in one or in shards, mapped into memory. Raises ModelError.
 
-    def __init__(self, folder: Path) -> None:
-        self._file_of: dict[str, Any] = {}
+    ``name_of`` gives a file's tensor name as the caller wants it, None for tensors to leave out.
+    """
+
+    def __init__(self, folder: Path, name_of: Callable[[str], str | None] = lambda name: name) -> None:
+        self._tensors: dict[str, np.ndarray] = {}
         wrong = {}
         for path, expected in _shards(folder).items():
-            file = _open(path)
-            held = set(file.keys())
-            if expected - held:
-                raise ModelError(f"{path}: missing tensors that {_INDEX} places there: {_listed(expected - held)}")
-            for name in expected or held:
-                self._file_of[name] = file
-                dtype = file.get_slice(name).get_dtype()
-                if dtype not in DTYPES:
-                    wrong[name] = dtype
+            found = _map(path)
+            if expected - found.keys():
+                missing = _listed(expected - found.keys())
+                raise ModelError(f"{path}: missing tensors that {_INDEX} places there: {missing}")
+            for stored in expected or found:
+                name, tensor = name_of(stored), found[stored]
+                if name is None:
+                    continue
+                if isinstance(tensor, np.ndarray):
+                    self._tensors[name] = tensor
+                else:
+                    wrong[stored] = tensor
         if wrong:
-            found = _listed(f"{name} ({dtype})" for name, dtype in wrong.items())
-            raise ModelError(f"{folder}: tensor types not supported: {found}; supported: {', '.join(DTYPES)}")
+            listed = _listed(f"{name} ({dtype})" for name, dtype in wrong.items())
+            raise ModelError(f"{folder}: tensor types not supported: {listed}; supported: {', '.join(DTYPES)}")
 
     def names(self) -> set[str]:
-        return set(self._file_of)
+        return set(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file_of[name].get_slice(name).get_shape())
+        return self._tensors[name].shape
 
     def read(self, name: str) -> np.ndarray:
-        return self._file_of[name].get_tensor(name)
+        return self._tensors[name]
 
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
 
 
-def _open(path: Path) -> Any:
+def _map(path: Path) -> dict[str, np.ndarray | str]:
+    """Each tensor of a file as a view of the mapped file, or the name of its type where that is not supported."""
     try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
+        # The library checks the header against the file's length; its own reads would copy whole tensors.
+        with safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            (header_bytes,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(header_bytes))
+        data = np.memmap(path, np.uint8, mode="r", offset=8 + header_bytes) if header else np.empty(0, np.uint8)
+    except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read: {error}") from error
+    header.pop("__metadata__", None)
+    tensors: dict[str, np.ndarray | str] = {}
+    for name, entry in header.items():
+        first, end = entry["data_offsets"]
+        known = DTYPES.get(entry["dtype"])
+        tensors[name] = entry["dtype"] if known is None else data[first:end].view(known).reshape(entry["shape"])
+    return tensors
 
 
 def _shards(folder: Path) -> dict[Path, set[str]]:

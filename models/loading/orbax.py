@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from jaxserve.models.config import ModelConfig, ModelError, RopeScaling
+from jaxserve.models.config import Experts, ModelConfig, ModelError, Rope
 from jaxserve.models.loading.assemble import placement, report
 from jaxserve.models.loading.hf import read_json
 from jaxserve.tokenizer import Tokenizer
@@ -51,8 +51,12 @@ def read_config(folder: Path) -> tuple[ModelConfig, tuple[int, ...]]:
     raw = read_json(folder / CONFIG)
     try:
         model = dict(raw["model"])
-        if model["rope_scaling"] is not None:
-            model["rope_scaling"] = RopeScaling(**model["rope_scaling"])
+        for name in ("rope", "local_rope"):
+            if model[name] is not None:
+                model[name] = Rope(**model[name])
+        if model["experts"] is not None:
+            model["experts"] = Experts(**model["experts"] | {"layers": tuple(model["experts"]["layers"])})
+        model["windows"] = tuple(model["windows"])
         return ModelConfig(**model), tuple(raw["eos_token_ids"])
     except (KeyError, TypeError) as error:
         raise ModelError(f"{folder / CONFIG}: not a configuration of this version of jaxserve: {error}") from error

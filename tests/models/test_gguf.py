@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-from jaxserve.models.config import ModelError, RopeScaling
+from jaxserve.models.config import ModelError, Rope
 from jaxserve.models.loading import hub
 from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.loading.gguf import QUANTISED, GGUFSource
@@ -151,7 +151,7 @@ def test_q_and_k_come_back_in_hugging_face_order(tmp_path: Path) -> None:
         "blk.0.attn_v.weight": v,
     }
     source = GGUFSource(write(tmp_path / "m.gguf", EMBEDDING | tensors))
-    assert source.config.attention_bias
+    assert source.config.qkv_bias
     attention = "model.layers.0.self_attn"
     np.testing.assert_array_equal(source.read(f"{attention}.q_proj.weight"), q)
     np.testing.assert_array_equal(source.read(f"{attention}.q_proj.bias"), bias)
@@ -165,7 +165,7 @@ def test_config_from_metadata(tmp_path: Path) -> None:
     assert (config.architecture, config.vocab_size, config.head_dim) == ("LlamaForCausalLM", VOCAB, HEAD_DIM)
     assert (config.num_heads, config.num_kv_heads, config.num_layers) == (HEADS, KV_HEADS, 1)
     assert config.tie_word_embeddings
-    assert config.rope_scaling is None
+    assert config.rope == Rope(theta=10000.0, dim=HEAD_DIM)
     untied = EMBEDDING | {"output.weight": EMBEDDING["token_embd.weight"]}
     assert not GGUFSource(write(tmp_path / "m.gguf", untied)).config.tie_word_embeddings
 
@@ -178,7 +178,7 @@ def test_rope_scaling_from_metadata(tmp_path: Path) -> None:
     }
     config = GGUFSource(write(tmp_path / "m.gguf", EMBEDDING, **scaled)).config
     expected = {"factor": 4.0, "original_max_position_embeddings": 1024}
-    assert config.rope_scaling == RopeScaling(kind="yarn", options=expected)
+    assert config.rope == Rope(theta=10000.0, dim=HEAD_DIM, kind="yarn", options=expected)
     with pytest.raises(ModelError, match=r"attn_factor.*supported types: none, linear, yarn"):
         GGUFSource(write(tmp_path / "m.gguf", EMBEDDING, **scaled, rope__scaling__attn_factor=0.5))
 
@@ -186,12 +186,14 @@ def test_rope_scaling_from_metadata(tmp_path: Path) -> None:
 def test_rope_factors_give_llama3_frequencies(tmp_path: Path) -> None:
     options = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 1024}
     plain = GGUFSource(write(tmp_path / "m.gguf", EMBEDDING)).config
-    llama3 = type(plain)(**{**vars(plain), "rope_scaling": RopeScaling(kind="llama3", options=options)})
-    expected, scale = rope_frequencies(llama3, 4096)
-    factors = rope_frequencies(plain, 4096)[0] / expected
+    assert plain.rope is not None
+    llama3 = Rope(theta=plain.rope.theta, dim=HEAD_DIM, kind="llama3", options=options)
+    expected, scale = rope_frequencies(llama3, trained=4096, max_len=4096)
+    factors = rope_frequencies(plain.rope, trained=4096, max_len=4096)[0] / expected
     source = GGUFSource(write(tmp_path / "m.gguf", EMBEDDING | {"rope_freqs.weight": factors}))
     for length in (16, 4096):
-        frequencies, found_scale = rope_frequencies(source.config, length)
+        assert source.config.rope is not None
+        frequencies, found_scale = rope_frequencies(source.config.rope, trained=4096, max_len=length)
         np.testing.assert_allclose(frequencies, expected, rtol=1e-6)
         assert found_scale == scale
     assert "rope_freqs.weight" not in source.names()

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxserve.models.config import ModelError, RopeScaling
-from jaxserve.models.llama import Llama
+from jaxserve.models import llama
+from jaxserve.models.config import ModelError, Rope
+from jaxserve.models.decoder import Decoder
 from jaxserve.models.loading.assemble import assemble
 from jaxserve.models.loading.checkpoint import open_checkpoint
-from jaxserve.models.loading.hf import SafetensorsSource, config_from_hf
+from jaxserve.models.loading.hf import SafetensorsSource
+from jaxserve.models.registry import read_config
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import abstract_model, abstract_parameters
 
@@ -63,20 +65,20 @@ def write(folder: Path, weights: dict[str, np.ndarray], raw: dict[str, Any] = RA
 
 
 def abstract(raw: dict[str, Any] = RAW, tensor: int = 1, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
-    _, state = abstract_model(Llama, config_from_hf(raw), max_len=64, dtype=dtype)
+    _, state = abstract_model(Decoder, read_config(raw), max_len=64, dtype=dtype)
     return abstract_parameters(state, make_mesh(tensor))
 
 
 def load(folder: Path, **options: Any) -> dict[str, jax.Array]:
     checkpoint = open_checkpoint(str(folder))
-    return checkpoint.load(abstract(**options), Llama.weight_map(checkpoint.config))
+    return checkpoint.load(abstract(**options), llama.weights(checkpoint.config))
 
 
 def test_config_and_its_defaults() -> None:
-    config = config_from_hf(RAW)
-    assert (config.head_dim, config.num_kv_heads, config.rms_norm_eps) == (8, 2, 1e-6)
-    assert (config.rope_theta, config.rope_scaling) == (10000.0, None)
-    assert config_from_hf(RAW | {"head_dim": 16, "num_key_value_heads": None}).head_dim == 16
+    config = read_config(RAW)
+    assert (config.head_dim, config.num_kv_heads, config.norm_eps) == (8, 2, 1e-6)
+    assert config.rope == Rope(theta=10000.0, dim=8)
+    assert read_config(RAW | {"head_dim": 16, "num_key_value_heads": None}).head_dim == 16
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -103,14 +105,13 @@ def test_rope_kinds_in_every_layout(
         {"rope_parameters": {"rope_type": kind, "rope_theta": 5e5, **options}},
     ]
     for layout in layouts:
-        config = config_from_hf(RAW | outside | layout)
-        assert config.rope_theta == 5e5
-        assert config.rope_scaling == RopeScaling(kind=kind, options=options | expected)
+        config = read_config(RAW | outside | layout)
+        assert config.rope == Rope(theta=5e5, dim=8, kind=kind, options=options | expected)
 
 
 def test_default_rope_in_new_layout() -> None:
-    config = config_from_hf(RAW | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}})
-    assert (config.rope_theta, config.rope_scaling) == (1e6, None)
+    config = read_config(RAW | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}})
+    assert config.rope == Rope(theta=1e6, dim=8)
 
 
 @pytest.mark.parametrize(
@@ -119,16 +120,16 @@ def test_default_rope_in_new_layout() -> None:
         ({"rope_scaling": {"rope_type": "mrope"}}, "rope kind 'mrope' is not supported; supported: default, linear"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor, high_freq_factor"),
         ({"rope_scaling": {"type": "longrope", **LONGROPE, "long_factor": [1.0]}}, "long_factor must hold 4 numbers"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+        ({"partial_rotary_factor": 0.4}, "rotary embeddings need an even number of dimensions, got 3"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization 'awq' is not supported; supported: F32, F16"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported; supported: silu, gelu"),
         ({"hidden_size": "32"}, "hidden_size must be a number, found '32'"),
         ({"num_hidden_layers": 0}, "num_layers must be at least 1"),
     ],
 )
 def test_config_that_cannot_be_served(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        config_from_hf(RAW | change)
+        read_config(RAW | change)
 
 
 @pytest.mark.parametrize("found", [["MambaForCausalLM"], None, []])
@@ -188,7 +189,7 @@ def test_parameters_outlive_their_file(tmp_path: Path) -> None:
 def test_no_sharding_means_the_first_device(tmp_path: Path) -> None:
     write(tmp_path, tensors(RAW))
     bare = {name: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for name, spec in abstract().items()}
-    loaded = open_checkpoint(str(tmp_path)).load(bare, Llama.weight_map(config_from_hf(RAW)))
+    loaded = open_checkpoint(str(tmp_path)).load(bare, llama.weights(read_config(RAW)))
     assert {device for array in loaded.values() for device in array.devices()} == {jax.devices()[0]}
 
 
@@ -253,4 +254,4 @@ def test_no_weights_and_wrong_types(tmp_path: Path) -> None:
 def test_assemble_names_the_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, {"a": np.ones(2, np.float32)})
     with pytest.raises(ModelError, match=r"^here does not fit the model: missing"):
-        assemble("here", SafetensorsSource(tmp_path), abstract(), Llama.weight_map(config_from_hf(RAW)))
+        assemble("here", SafetensorsSource(tmp_path), abstract(), llama.weights(read_config(RAW)))

@@ -10,24 +10,24 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxserve.models.config import ModelConfig, ModelError, RopeScaling
+from jaxserve.models.config import ModelConfig, ModelError, Rope
 from jaxserve.models.loading import orbax
 from jaxserve.models.loading.checkpoint import OrbaxCheckpoint, open_checkpoint
-from jaxserve.models.registry import model_class
+from jaxserve.models.registry import family_of
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import abstract_model, abstract_parameters
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM", vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4,
-    num_kv_heads=4, head_dim=4, max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=1e4,
-    rope_scaling=RopeScaling(kind="linear", options={"factor": 2.0}),
+    num_kv_heads=4, head_dim=4, max_position_embeddings=64, norm_eps=1e-5,
+    rope=Rope(theta=1e4, dim=4, kind="linear", options={"factor": 2.0}),
 )  # fmt: skip
 
 
 def abstract(
     tensor: int, dtype: jnp.dtype = jnp.float32, config: ModelConfig = CONFIG
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    _, state = abstract_model(model_class(config.architecture), config, max_len=64, dtype=dtype)
+    _, state = abstract_model(family_of(config.architecture).model, config, max_len=64, dtype=dtype)
     return abstract_parameters(state, make_mesh(tensor))
 
 
@@ -110,7 +110,7 @@ def test_convert_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     original, converted = open_checkpoint("smollm2-135m"), open_checkpoint(str(folder))
     assert (converted.config, converted.eos_token_ids) == (original.config, original.eos_token_ids)
     wanted = abstract(1, jnp.bfloat16, original.config)
-    loaded = original.load(wanted, model_class(original.config.architecture).weight_map(original.config))
+    loaded = original.load(wanted, family_of(original.config.architecture).weights(original.config))
     for name, restored in converted.load(wanted, {}).items():
         np.testing.assert_array_equal(restored, loaded[name])
     chat = [{"role": "user", "content": "你好 1234"}]

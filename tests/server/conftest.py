@@ -61,7 +61,7 @@ class FakeEngine:
         self.config = EngineConfig(model="fake", max_model_len=MAX_MODEL_LEN, dtype="float32", block_size=16)
         self.model_config = ModelConfig(
             architecture="Fake", vocab_size=VOCAB_SIZE, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1,
-            num_kv_heads=1, head_dim=8, max_position_embeddings=MAX_MODEL_LEN, rms_norm_eps=1e-5, rope_theta=1e4,
+            num_kv_heads=1, head_dim=8, max_position_embeddings=MAX_MODEL_LEN, norm_eps=1e-5,
         )  # fmt: skip
         self.tokenizer = FakeTokenizer()
         self.metrics = FakeMetrics()

@@ -1,0 +1,116 @@
+"""Falcon: attention and MLP side by side, layer norms, multi-query or grouped-query attention."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxserve.kernels.attention import AttentionInputs, KVCache
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.decoder import Decoder, make_mlp
+from jaxserve.models.family import Family
+from jaxserve.models.hf_config import RawConfig
+from jaxserve.models.layers import Attention, Rotation, fused_qkv, make_norm, norm_weights, split_heads
+from jaxserve.models.weights import Weight, whole
+
+
+class FalconLayer(nnx.Module):
+    """``x += attention(norm(x)) + mlp(norm(x))``, with one norm for both or one each."""
+
+    def __init__(self, config: ModelConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.attention_norm = make_norm(config, dtype)
+        self.attention = Attention(config, config.layer_window(layer), dtype, rngs)
+        self.mlp_norm = make_norm(config, dtype) if config.num_parallel_norms == 2 else None
+        self.mlp = make_mlp(config, layer, dtype, rngs)
+
+    def __call__(
+        self, x: jax.Array, rope: Rotation, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array
+    ) -> tuple[jax.Array, KVCache[jax.Array]]:
+        normed = self.attention_norm(x)
+        attended, cache = self.attention(normed, rope, cache, inputs, layer)
+        return x + attended + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x)), cache
+
+
+class Falcon(Decoder):
+    layer_class: ClassVar[type[nnx.Module]] = FalconLayer
+
+
+def read(raw: RawConfig) -> ModelConfig:
+    raw.require("alibi", False)
+    raw.require("parallel_attn", True)
+    hidden_size, num_heads = raw.number("hidden_size"), raw.number("num_attention_heads")
+    head_dim = hidden_size // max(num_heads, 1)
+    bias, new = raw.flag("bias"), raw.flag("new_decoder_architecture")
+    old_kv_heads = 1 if raw.flag("multi_query") else num_heads
+    return ModelConfig(
+        architecture=raw.values["architectures"][0],
+        vocab_size=raw.number("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=raw.number("ffn_hidden_size", 4 * hidden_size),
+        num_layers=raw.number("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=raw.number("num_kv_heads", num_heads) if new else old_kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=raw.number("max_position_embeddings"),
+        norm="layer",
+        norm_eps=raw.number("layer_norm_epsilon"),
+        activation=raw.activation("activation"),
+        gated_mlp=False,
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=bias,
+        rope=raw.rope(head_dim),
+        num_parallel_norms=raw.number("num_ln_in_parallel_attn", 2) if new else 1,
+        tie_word_embeddings=raw.flag("tie_word_embeddings"),
+    )
+
+
+def weights(config: ModelConfig) -> dict[str, Weight]:
+    found = {
+        "embedding": whole("transformer.word_embeddings.weight"),
+        **norm_weights(config, "norm", "transformer.ln_f"),
+    }
+    if not config.tie_word_embeddings:
+        found["lm_head"] = whole("lm_head.weight")
+    for i in range(config.num_layers):
+        ours, theirs = f"layers.{i}", f"transformer.h.{i}"
+        if config.num_parallel_norms == 2:
+            found |= norm_weights(config, f"{ours}.attention_norm", f"{theirs}.ln_attn")
+            found |= norm_weights(config, f"{ours}.mlp_norm", f"{theirs}.ln_mlp")
+        else:
+            found |= norm_weights(config, f"{ours}.attention_norm", f"{theirs}.input_layernorm")
+        attention, mlp = f"{theirs}.self_attention", f"{theirs}.mlp"
+        found |= {
+            f"{ours}.attention.qkv": fused_qkv(config, f"{attention}.query_key_value.weight"),
+            f"{ours}.attention.out": whole(f"{attention}.dense.weight", partial(split_heads, config)),
+            f"{ours}.mlp.up": whole(f"{mlp}.dense_h_to_4h.weight"),
+            f"{ours}.mlp.down": whole(f"{mlp}.dense_4h_to_h.weight"),
+        }
+        if config.qkv_bias:
+            found |= {
+                f"{ours}.attention.qkv_bias": fused_qkv(config, f"{attention}.query_key_value.bias"),
+                f"{ours}.attention.out_bias": whole(f"{attention}.dense.bias"),
+                f"{ours}.mlp.up_bias": whole(f"{mlp}.dense_h_to_4h.bias"),
+                f"{ours}.mlp.down_bias": whole(f"{mlp}.dense_4h_to_h.bias"),
+            }
+    return found
+
+
+FALCON = Family(
+    models="Falcon 7B, 40B, 180B; Falcon 2",
+    model=Falcon,
+    read=read,
+    weights=weights,
+    defaults={
+        "activation": "gelu",
+        "layer_norm_epsilon": 1e-5,
+        "max_position_embeddings": 2048,
+        "multi_query": True,
+        "parallel_attn": True,
+        "tie_word_embeddings": True,
+    },
+)

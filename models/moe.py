@@ -1,0 +1,69 @@
+"""A mixture of experts in place of the MLP."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.layers import ACTIVATIONS, linear, parameter
+from jaxserve.models.weights import Part, Weight, whole
+
+
+class MoE(nnx.Module):
+    """Every row goes to its ``per_token`` likeliest experts (arXiv 2401.04088); none is dropped.
+
+    The rows are sorted by expert, so that each expert's are contiguous and two grouped products serve all of them:
+    shapes depend on the number of rows alone. Weights lie inputs-first, unlike the dense ones: XLA's ragged_dot would
+    transpose them in every step.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        assert config.experts is not None
+        self.experts = config.experts
+        self.activation = config.activation
+        count, inner, hidden = self.experts.count, self.experts.intermediate_size, config.hidden_size
+        self.router = parameter((count, hidden), (None, "embed"), dtype, rngs)
+        self.gate_up = parameter((count, hidden, 2, inner), ("experts", "embed", None, "mlp"), dtype, rngs)
+        self.down = parameter((count, inner, hidden), ("experts", "mlp", "embed"), dtype, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        count, per_token = self.experts.count, self.experts.per_token
+        rows, hidden = x.shape
+        shares = jax.nn.softmax(linear(x, self.router[...], out_dtype=jnp.dtype("float32")))
+        weights, chosen = jax.lax.top_k(shares, per_token)
+        if self.experts.normalise:
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+
+        expert_of = chosen.reshape(-1)
+        by_expert = jnp.argsort(expert_of)
+        group_sizes = jnp.bincount(expert_of, length=count).astype(jnp.int32)
+        gate_up = jax.lax.ragged_dot(
+            x[by_expert // per_token], self.gate_up[...].reshape(count, hidden, -1), group_sizes
+        )
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+        y = jax.lax.ragged_dot(ACTIVATIONS[self.activation](gate) * up, self.down[...], group_sizes)
+        y = jnp.zeros_like(y).at[by_expert].set(y).reshape(rows, per_token, hidden)
+        return jnp.einsum("rkh,rk->rh", y, weights.astype(y.dtype))
+
+
+def moe_weights(ours: str, router: str, expert: str, gate: str, up: str, down: str, count: int) -> dict[str, Weight]:
+    """MoE at ``ours``; ``expert`` is the tensors' prefix with ``{}`` for the expert's number."""
+
+    def inputs_first(tensor: np.ndarray) -> np.ndarray:
+        return tensor.T[None]
+
+    def inputs_first_half(tensor: np.ndarray) -> np.ndarray:
+        return tensor.T[None, :, None]
+
+    return {
+        f"{ours}.router": whole(router),
+        f"{ours}.gate_up": tuple(
+            Part(f"{expert.format(i)}.{name}.weight", inputs_first_half, (i, 0, half))
+            for i in range(count)
+            for half, name in enumerate((gate, up))
+        ),
+        f"{ours}.down": tuple(Part(f"{expert.format(i)}.{down}.weight", inputs_first, (i,)) for i in range(count)),
+    }

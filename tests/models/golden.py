@@ -1,0 +1,100 @@
+"""Runs a checkpoint of tests/golden through the model, in chunks of any size, and compares it with transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxserve.engine.batch import StepLayout, pack, plan_of
+from jaxserve.engine.blocks import BlockManager
+from jaxserve.kernels.attention import AttentionInputs, KVCache
+from jaxserve.kernels.plan import PlanLimits
+from jaxserve.models.decoder import Decoder
+from jaxserve.models.loading.checkpoint import open_checkpoint
+from jaxserve.models.registry import family_of
+from jaxserve.request import Request, RequestMetrics, SamplingParams
+from jaxserve.scheduler import Chunk
+from jaxserve.sharding.mesh import make_mesh
+from jaxserve.sharding.rules import abstract_model, abstract_parameters
+
+FOLDER = Path(__file__).parents[1] / "golden"
+PAGE_SIZE, NUM_PAGES = 8, 20
+
+
+class Golden:
+    """A tiny checkpoint and what transformers makes of it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        path = FOLDER / "tiny" / name
+        self.checkpoint = FOLDER / "gguf" / f"{name}.gguf" if not path.is_dir() else path
+        expected = np.load(path / "expected.npz" if path.is_dir() else FOLDER / "gguf" / f"{name}.npz")
+        self.prompt: list[int] = expected["input_ids"].tolist()
+        self.greedy: list[int] = expected["greedy_ids"].tolist()
+        self.logits: np.ndarray = expected["logits"]
+        """``float32[prompt and greedy tokens, vocab]``"""
+        self.length = len(self.prompt) + len(self.greedy)
+
+    def chunkings(self) -> dict[str, list[int]]:
+        """Ways to cut prompt and continuation into steps."""
+        return {
+            "one chunk": [self.length],
+            "chunks": [5, 1, 16, self.length - 22],
+            "token by token": [1] * self.length,
+        }
+
+    def load(self) -> Decoder:
+        return load(self.checkpoint, max_len=self.length)
+
+    def error(self, model: Decoder, chunk_sizes: Sequence[int]) -> float:
+        """Largest absolute difference of any logit."""
+        return float(np.abs(paged_logits(model, self.prompt + self.greedy, chunk_sizes) - self.logits).max())
+
+
+def names() -> list[str]:
+    """All cases, folders and GGUF files."""
+    folders = [path.name for path in (FOLDER / "tiny").iterdir()]
+    return sorted(folders) + sorted(path.stem for path in (FOLDER / "gguf").glob("*.gguf"))
+
+
+def load(path: Path, max_len: int, tensor: int = 1) -> Decoder:
+    checkpoint = open_checkpoint(str(path))
+    family = family_of(checkpoint.config.architecture)
+    graph, state = abstract_model(family.model, checkpoint.config, max_len=max_len, dtype=jnp.dtype("float32"))
+    abstract = abstract_parameters(state, make_mesh(tensor))
+    loaded = checkpoint.load(abstract, family.weights(checkpoint.config))
+    return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), [loaded[name] for name in abstract]))
+
+
+@partial(jax.jit, static_argnums=0)
+def _run(layout: StepLayout, model: Decoder, cache: KVCache, ints: jax.Array) -> tuple[jax.Array, KVCache]:
+    fields = layout.split(ints)
+    inputs = AttentionInputs(fields["kv_slots"], fields["block_tables"], plan_of(fields), NUM_PAGES)
+    hidden, cache = model(fields["token_ids"], fields["positions"], cache, inputs)
+    return model.logits(hidden), cache
+
+
+def paged_logits(model: Decoder, token_ids: list[int], chunk_sizes: Sequence[int]) -> np.ndarray:
+    """``float32[len(token_ids), vocab]`` of a sequence computed in chunks of the given sizes."""
+    config = model.config
+    shape = (config.num_layers * NUM_PAGES, PAGE_SIZE, config.num_kv_heads, config.head_dim)
+    cache = KVCache(jnp.zeros(shape), jnp.zeros(shape))
+    blocks = BlockManager(NUM_PAGES, PAGE_SIZE)
+    blocks.grow("other", 17)  # so that pages are not simply 1, 2, 3
+    request = Request("r", token_ids, SamplingParams(), 1, RequestMetrics(0.0), slot=1)
+    start, rows = 0, []
+    for size in chunk_sizes:
+        blocks.grow("r", start + size)
+        limits = PlanLimits(16 if size <= 16 else 64, 3, len(token_ids), PAGE_SIZE, NUM_PAGES)
+        layout = StepLayout(limits)
+        step = pack(layout, [Chunk(request, start, size, slot=1, samples=False)], blocks)
+        logits, cache = _run(layout, model, cache, step.ints)
+        rows.append(np.asarray(logits)[:size])
+        start += size
+    return np.concatenate(rows)

@@ -1,0 +1,135 @@
+"""Every family against transformers (tests/golden): logits whatever the chunking, and greedy outputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from flax import nnx
+
+from jaxserve import LLM, SamplingParams
+from jaxserve.models.config import ModelError
+from jaxserve.models.decoder import Decoder
+from jaxserve.models.loading.checkpoint import open_checkpoint
+from jaxserve.models.registry import FAMILIES, read_config
+from tests.models.golden import Golden, names
+
+
+@pytest.mark.parametrize("name", names())
+def test_logits_match_transformers(name: str) -> None:
+    golden = Golden(name)
+    model = golden.load()
+    assert np.abs(golden.logits).max() > 1, "a reference this flat would prove little"
+    for chunking, sizes in golden.chunkings().items():
+        assert golden.error(model, sizes) < 1e-3, chunking
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer of the goldens' 96 tokens."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = {f"<{i}>": i for i in range(96)}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<0>")).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("name", names())
+def test_greedy_output_matches_transformers(name: str, tokenizer: Path) -> None:
+    golden = Golden(name)
+    engine = dict(token_budget=16, max_num_seqs=2, block_size=8, num_blocks=24, max_model_len=golden.length)
+    with LLM(model=str(golden.checkpoint), tokenizer=str(tokenizer), show_progress=False, **engine) as llm:
+        greedy = SamplingParams(temperature=0, max_tokens=len(golden.greedy), ignore_eos=True)
+        first, second = llm.generate([golden.prompt, golden.prompt[:20]], greedy)
+        llm.engine.blocks.check()
+        assert llm.engine.blocks.num_used == 0
+    assert list(first.outputs[0].token_ids) == golden.greedy
+    assert len(second.outputs[0].token_ids) == len(golden.greedy)
+
+
+def test_layers_of_one_structure_share_a_trace() -> None:
+    """Start-up depends on it: every layer but the first of its structure must hit the cache of the jitted layer."""
+    for name, structures in (("llama_gqa_tied", 1), ("gemma2_softcap", 2)):
+        config = open_checkpoint(str(Golden(name).checkpoint)).config
+        model = Decoder(config, max_len=64, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+        assert len({nnx.split(layer)[0] for layer in model.layers}) == structures < len(model.layers)
+
+
+def test_every_family_has_a_golden() -> None:
+    served = {open_checkpoint(str(Golden(name).checkpoint)).config.architecture for name in names()}
+    assert FAMILIES.keys() - served == {"Gemma3ForConditionalGeneration"}  # its text model is Gemma 3's; see below
+
+
+DEFAULTS = {
+    "MistralForCausalLM": "mistral", "MixtralForCausalLM": "mixtral", "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe", "FalconForCausalLM": "falcon",
+    "GemmaForCausalLM": "gemma", "Gemma2ForCausalLM": "gemma2", "Gemma3ForCausalLM": "gemma3_text",
+    "Phi3ForCausalLM": "phi3", "GPT2LMHeadModel": "gpt2", "LlamaForCausalLM": "llama",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", DEFAULTS)
+def test_defaults_are_those_of_transformers(architecture: str) -> None:
+    """A config.json that leaves out what it may means the same as the one that transformers would write for it."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    needed: dict[str, Any] = {
+        "architectures": [architecture], "vocab_size": 64, "hidden_size": 64, "intermediate_size": 80,
+        "num_hidden_layers": 8, "num_attention_heads": 32,
+    }  # fmt: skip
+    if architecture == "GPT2LMHeadModel":
+        needed = {"architectures": [architecture], "vocab_size": 64, "n_embd": 64, "n_layer": 8, "n_head": 4}
+    written = json.loads(CONFIG_MAPPING[DEFAULTS[architecture]](**needed).to_json_string(use_diff=False))
+    assert read_config(needed) == read_config(written)
+
+
+def test_text_part_of_a_gemma_that_can_see() -> None:
+    raw = json.loads((Golden("gemma3_local").checkpoint / "config.json").read_text())
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": raw, "vision_config": {}}
+    seeing, blind = read_config(whole), read_config(raw)
+    assert {**vars(seeing), "architecture": ""} == {**vars(blind), "architecture": ""}
+    rename = FAMILIES["Gemma3ForConditionalGeneration"].tensor_name
+    for theirs in ("language_model.model.norm.weight", "model.language_model.norm.weight"):
+        assert rename(theirs) == "model.norm.weight"
+    assert rename("vision_tower.encoder.weight") is None
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 8, "hidden_size": 64, "intermediate_size": 8,
+    "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM' is not supported; supported: LlamaForCausalLM, "),
+        ({"architectures": ["FalconForCausalLM"], "alibi": True}, "alibi True is not supported; supported: False"),
+        ({"architectures": ["FalconForCausalLM"], "parallel_attn": False}, "parallel_attn False is not supported"),
+        ({"num_key_value_heads": 3}, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
+        (
+            {"architectures": ["Gemma2ForCausalLM"], "layer_types": ["linear_attention"] * 2},
+            "layer_types linear_attention not supported; supported: full_attention, sliding_attention",
+        ),
+        (
+            {"architectures": ["Gemma2ForCausalLM"], "layer_types": ["full_attention"]},
+            "layer_types must name 2 layers, found 1",
+        ),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window must be at least 1, got 0"),
+        (
+            {"architectures": ["MixtralForCausalLM"], "num_experts_per_tok": 9},
+            r"experts per token must be in \[1, 8\], got 9",
+        ),
+        (
+            {"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True},
+            "use_bidirectional_attention True is not supported",
+        ),
+    ],
+)
+def test_config_that_cannot_be_served(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        read_config(LLAMA | change)
