@@ -84,8 +84,12 @@ def _parse_line(line_id: str, raw: bytes) -> BatchLine:
     return BatchLine(line_id, custom_id if isinstance(custom_id, str) else None, url, body, next(wrong, None))
 
 
-def parse_body(line: BatchLine, model: str, tokenizer: Tokenizer) -> tuple[list[int], SamplingParams]:
-    """The prompt's token ids and the sampling parameters of a request. Raises RequestError, naming the field."""
+def parse_body(line: BatchLine, engine: Engine) -> tuple[list[int], SamplingParams]:
+    """The prompt's token ids and the sampling parameters of a request. Raises RequestError, naming the field.
+
+    What the body leaves open has the model's defaults, then those of its endpoint, then those of SamplingParams.
+    """
+    model, defaults = engine.config.model, engine.sampling_defaults
     given = {name: value for name, value in line.body.items() if value is not None}
     if given.pop("model", model) != model:
         raise RequestError(f"model must be {model!r}, which is served here, got {line.body['model']!r:.80}")
@@ -94,12 +98,13 @@ def parse_body(line: BatchLine, model: str, tokenizer: Tokenizer) -> tuple[list[
             raise RequestError(f"{name} must be {neutral!r} in a batch, got {line.body[name]!r:.80}")
     if "max_completion_tokens" in given:
         given["max_tokens"] = given.pop("max_completion_tokens")
-    token_ids = _take_prompt(given, line.url, tokenizer)
+    token_ids = _take_prompt(given, line.url, engine.tokenizer)
     if line.url == CHAT:
-        given = {"max_tokens": None, "logprobs": _take_chat_logprobs(given)} | given
+        defaults = {"max_tokens": None, **defaults}
+        given = {"logprobs": _take_chat_logprobs(given)} | given
     if unknown := sorted(given.keys() - SAMPLING):
         raise RequestError(f"unknown parameter {unknown[0]!r} for {line.url}; known: {', '.join(sorted(SAMPLING))}")
-    return token_ids, SamplingParams(**given)
+    return token_ids, SamplingParams.with_defaults(given, defaults, engine.max_model_len - len(token_ids))
 
 
 def _take_prompt(given: dict[str, Any], url: str, tokenizer: Tokenizer) -> list[int]:
@@ -231,7 +236,7 @@ class BatchRun:
         try:
             if line.error is not None:
                 raise RequestError(line.error)
-            prompt, params = parse_body(line, self._engine.config.model, self._engine.tokenizer)
+            prompt, params = parse_body(line, self._engine)
             self._engine.add_request(line.id, prompt, params)
             self._in_flight[line.id] = _Answer(line, params.logprobs)
         except RequestError as error:

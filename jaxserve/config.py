@@ -20,6 +20,7 @@ import yaml
 
 SCHEDULERS = ("sarathi", "prefill_first")
 ATTENTION_BACKENDS = ("auto", "xla", "native")
+GENERATION_CONFIGS = ("auto", "none")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -58,6 +59,11 @@ class EngineConfig:
     block_size: int | None = option(None, "tokens in one KV-cache block; 16 on CPUs, 64 on GPUs by default")
     num_blocks: int | None = option(None, "KV-cache blocks; by default what the memory holds")
     gpu_memory_utilization: float = option(0.9, "share of the GPU's memory for weights and KV cache")
+    generation_config: str = option(
+        "auto",
+        "sampling defaults; auto: the model's, as in generation_config.json, none: the engine's own (vLLM's 'vllm')",
+        GENERATION_CONFIGS,
+    )
     seed: int = option(0, "seed of the sampled requests that bring none")
     compilation_cache: str | None = option(None, "folder of compiled programs; in the user's cache folder by default")
     trace: str | None = option(None, "write a Perfetto/Chrome trace of the steps to this file")
@@ -80,6 +86,7 @@ class EngineConfig:
             ("scheduler", SCHEDULERS),
             ("dtype", DTYPES),
             ("attention_backend", ATTENTION_BACKENDS),
+            ("generation_config", GENERATION_CONFIGS),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

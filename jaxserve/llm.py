@@ -43,17 +43,14 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continue each prompt (text or token ids); outputs come in the order of the prompts.
 
+        Without sampling parameters those of ``get_default_sampling_params`` are taken, with a max_tokens of the model's
+        cut to what max_model_len leaves; given ones are taken as they are.
         Every prompt is checked before any is run: a bad one raises RequestError, naming it, and nothing is computed.
         """
         every_prompt = _as_list(prompts)
-        params = sampling_params if sampling_params is not None else SamplingParams()
-        every = [params] * len(every_prompt) if isinstance(params, SamplingParams) else list(params)
-        if len(every) != len(every_prompt):
-            raise RequestError(
-                f"sampling_params must be one or as many as prompts, got {len(every)} for {len(every_prompt)}"
-            )
         texts = [prompt if isinstance(prompt, str) else None for prompt in every_prompt]
         token_ids = [self.engine.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in every_prompt]
+        every = self._params_of_each(token_ids, sampling_params)
         for index, (ids, one) in enumerate(zip(token_ids, every, strict=True)):
             try:
                 self.engine.validate(ids, one)
@@ -91,6 +88,10 @@ class LLM:
         outputs = self.generate(prompts, params, use_tqdm=use_tqdm)
         return [output.prompt_logprobs or [] for output in outputs]
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The model's own sampling defaults (unless generation_config is none), then those of SamplingParams."""
+        return SamplingParams(**self.engine.sampling_defaults)
+
     def close(self) -> None:
         self.engine.close()
 
@@ -99,6 +100,19 @@ class LLM:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _params_of_each(
+        self, token_ids: list[list[int]], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        if params is None:
+            defaults, limit = self.engine.sampling_defaults, self.engine.max_model_len
+            return [SamplingParams.with_defaults({}, defaults, limit - len(ids)) for ids in token_ids]
+        every = [params] * len(token_ids) if isinstance(params, SamplingParams) else list(params)
+        if len(every) != len(token_ids):
+            raise RequestError(
+                f"sampling_params must be one or as many as prompts, got {len(every)} for {len(token_ids)}"
+            )
+        return every
 
     def _run(
         self,

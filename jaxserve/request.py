@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 MAX_LOGPROBS = 20
 """Most alternatives per position that ``logprobs`` and ``prompt_logprobs`` may ask for (vLLM's default)."""
@@ -104,6 +105,18 @@ class SamplingParams:
             _check_int("stop_token_ids", token_id, 0, 2**31 - 1)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", stop_token_ids)
+
+    @classmethod
+    def with_defaults(cls, given: Mapping[str, Any], defaults: Mapping[str, Any], num_room_tokens: int) -> Self:
+        """The fields ``given`` by a request, the model's ``defaults`` for the others, then those of this class.
+
+        A max_tokens among the defaults is cut to the room that max_model_len leaves after the prompt: a request must
+        not fail for a limit that it did not set. Raises RequestError.
+        """
+        limit = defaults.get("max_tokens")
+        if limit is not None:
+            defaults = {**defaults, "max_tokens": max(1, min(limit, num_room_tokens))}
+        return cls(**{**defaults, **given})
 
     @property
     def greedy(self) -> bool:

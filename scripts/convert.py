@@ -21,10 +21,16 @@ def convert(source: str, destination: Path, dtype: str, tensor: int) -> None:
     """Write ``source`` to ``destination``, loaded over ``tensor`` devices. Raises ModelError."""
     checkpoint = open_checkpoint(source)
     config, family = checkpoint.config, family_of(checkpoint.config.architecture)
+    sampling_defaults = checkpoint.sampling_defaults
     _, state = abstract_model(family.model, config, max_len=config.max_position_embeddings, dtype=jnp.dtype(dtype))
     parameters = checkpoint.load(abstract_parameters(state, make_mesh(tensor)), family.weights(config))
     orbax.save(
-        destination, parameters, config, eos_token_ids=checkpoint.eos_token_ids, tokenizer=checkpoint.tokenizer()
+        destination,
+        parameters,
+        config,
+        eos_token_ids=checkpoint.eos_token_ids,
+        sampling_defaults=sampling_defaults,
+        tokenizer=checkpoint.tokenizer(),
     )
 
 

@@ -13,7 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve import LLM, EngineConfig, SamplingParams
-from jaxserve.batch_file import CHAT, COMPLETIONS, LOOKAHEAD, BatchFileError, BatchRun, BatchSummary, ResultFile
+from jaxserve.batch_file import (
+    CHAT,
+    COMPLETIONS,
+    LOOKAHEAD,
+    BatchFileError,
+    BatchLine,
+    BatchRun,
+    BatchSummary,
+    ResultFile,
+    parse_body,
+)
 from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestError, RequestMetrics
 
 MODEL, MAX_MODEL_LEN = "echo", 100
@@ -40,6 +50,8 @@ class EchoEngine:
     def __init__(self, config: EngineConfig | None = None, interrupt_at: int | None = None) -> None:
         self.config = SimpleNamespace(model=MODEL, max_num_seqs=2)
         self.tokenizer = EchoTokenizer()
+        self.max_model_len = MAX_MODEL_LEN
+        self.sampling_defaults: dict[str, Any] = {}
         self.interrupt_at = interrupt_at
         self.running: dict[str, list[Any]] = {}
         self.max_in_flight = self.num_steps = 0
@@ -149,6 +161,23 @@ def test_chat(tmp_path: Path) -> None:
     assert body["object"] == "chat.completion"
     assert body["choices"][0]["message"] == {"role": "assistant", "content": "xxx"}, "no limit but the model's"
     assert body["usage"]["prompt_tokens"] == len("<user>hi")
+
+
+@pytest.mark.parametrize(
+    ("one", "expected"),
+    [
+        (line("a", prompt="hello"), SamplingParams(temperature=0.5, top_k=9, max_tokens=7)),
+        (line("a", prompt="hello", temperature=1.0, top_k=None), SamplingParams(top_k=9, max_tokens=7)),
+        (line("a", prompt="hello", max_tokens=50), SamplingParams(temperature=0.5, top_k=9, max_tokens=50)),
+        (line("a", CHAT, messages=[]), SamplingParams(temperature=0.5, top_k=9, max_tokens=7)),
+        (line("a", prompt=[5] * 97), SamplingParams(temperature=0.5, top_k=9, max_tokens=3)),
+    ],
+)
+def test_the_body_wins_over_the_models_defaults(one: dict[str, Any], expected: SamplingParams) -> None:
+    engine = EchoEngine()
+    engine.sampling_defaults = {"temperature": 0.5, "top_k": 9, "max_tokens": 7}
+    _, params = parse_body(BatchLine("1", "a", one["url"], one["body"]), engine)  # type: ignore[arg-type]
+    assert params == expected
 
 
 def test_token_ids_as_prompt(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def test_counts(name: str, value: Any) -> None:
         ({"block_size": 256}, "block_size must be a power of two in [8, 128], got 256"),
         ({"scheduler": "fifo"}, "scheduler must be one of sarathi, prefill_first, got 'fifo'"),
         ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
+        ({"generation_config": "vllm"}, "generation_config must be one of auto, none, got 'vllm'"),
         ({"gpu_memory_utilization": 0.05}, "gpu_memory_utilization must be in [0.1, 1], got 0.05"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization must be in [0.1, 1], got 1.5"),
         ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization must be in [0.1, 1], got nan"),

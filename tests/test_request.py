@@ -93,6 +93,38 @@ def test_stops_become_tuples() -> None:
     assert hash(params) == hash(SamplingParams(stop=("END",), stop_token_ids=(1, 2)))
 
 
+@pytest.mark.parametrize(
+    ("given", "defaults", "expected"),
+    [
+        ({}, {}, SamplingParams()),
+        ({}, {"temperature": 0.7, "top_k": 20}, SamplingParams(temperature=0.7, top_k=20)),
+        (
+            {"temperature": 0.0, "seed": 1},
+            {"temperature": 0.7, "top_k": 20},
+            SamplingParams(temperature=0, top_k=20, seed=1),
+        ),
+        ({}, {"max_tokens": 500}, SamplingParams(max_tokens=100)),
+        ({}, {"max_tokens": 50}, SamplingParams(max_tokens=50)),
+        ({}, {"max_tokens": None}, SamplingParams(max_tokens=None)),
+        ({"max_tokens": 500}, {"max_tokens": 50}, SamplingParams(max_tokens=500)),
+        ({"max_tokens": None}, {"max_tokens": 50}, SamplingParams(max_tokens=None)),
+    ],
+)
+def test_defaults_fill_in_what_is_not_given(
+    given: dict[str, Any], defaults: dict[str, Any], expected: SamplingParams
+) -> None:
+    assert SamplingParams.with_defaults(given, defaults, num_room_tokens=100) == expected
+
+
+def test_a_default_of_max_tokens_stays_valid_without_room() -> None:
+    assert SamplingParams.with_defaults({}, {"max_tokens": 50}, num_room_tokens=-3).max_tokens == 1
+
+
+def test_defaults_do_not_hide_what_is_wrong() -> None:
+    with pytest.raises(RequestError, match=r"top_p must be in \(0, 1\], got 2"):
+        SamplingParams.with_defaults({"top_p": 2}, {"top_p": 0.5}, num_room_tokens=100)
+
+
 def make_request(prompt: list[int], max_tokens: int = 3) -> Request:
     return Request("a", prompt, SamplingParams(), max_tokens, RequestMetrics(arrival_seconds=0.0))
 

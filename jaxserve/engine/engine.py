@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from jaxserve.engine.output import OutputStream, host_logprobs, logprob_entry
 from jaxserve.engine.runner import ModelRunner, StepOutputs
 from jaxserve.engine.sampler import TokenLogprobs
 from jaxserve.metrics import EngineMetrics, StepRecord
+from jaxserve.models.loading import generation
 from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.loading.hub import resolve
 from jaxserve.models.rope import longest_sequence
@@ -73,6 +75,16 @@ class Engine:
             Tokenizer.from_folder(resolve(config.tokenizer)) if config.tokenizer else checkpoint.tokenizer()
         )
         self.eos_token_ids = checkpoint.eos_token_ids
+        self.sampling_defaults: Mapping[str, Any] = (
+            checkpoint.sampling_defaults if config.generation_config == "auto" else {}
+        )
+        """The model's own, for fields that a request leaves open."""
+        effective = SamplingParams(**self.sampling_defaults)
+        logger.info(
+            "sampling defaults: %s; of the model: %s",
+            ", ".join(f"{name} {getattr(effective, name)}" for name in generation.FIELDS),
+            ", ".join(self.sampling_defaults) or "none",
+        )
         self.runner = ModelRunner(self.config, checkpoint, make_mesh(), show_progress=show_progress)
         self.blocks = BlockManager(self.runner.num_blocks, self.config.block_size)
         self.scheduler = make_scheduler(

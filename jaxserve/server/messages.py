@@ -19,15 +19,15 @@ FINISH_REASONS = {
 }
 
 
-def sampling_params(message: pb.SamplingParams) -> SamplingParams:
-    """The fields that the caller set; the others keep SamplingParams' defaults. Raises RequestError."""
+def sampling_params(message: pb.SamplingParams, engine: Engine, num_prompt_tokens: int) -> SamplingParams:
+    """The fields that the caller set; the others have the model's defaults, or SamplingParams'. Raises RequestError."""
     given = {field.name: value for field, value in message.ListFields()}
     for name in ("stop", "stop_token_ids"):
         if name in given:
             given[name] = tuple(given[name])
     if given.get("max_tokens") == NO_TOKEN_LIMIT:
         given["max_tokens"] = None
-    return SamplingParams(**given)
+    return SamplingParams.with_defaults(given, engine.sampling_defaults, engine.max_model_len - num_prompt_tokens)
 
 
 def prompt_token_ids(message: pb.GenerateRequest | pb.TokenizeRequest, engine: Engine) -> list[int]:

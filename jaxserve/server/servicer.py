@@ -122,8 +122,9 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
             raise RequestError(
                 f"request_id must have at most {MAX_REQUEST_ID_CHARACTERS} characters, got {len(request_id)}"
             )
-        params = messages.sampling_params(request.sampling_params)
-        token_ids = await self._off_loop(messages.prompt_token_ids, request, engine_thread.engine)
+        engine = engine_thread.engine
+        token_ids = await self._off_loop(messages.prompt_token_ids, request, engine)
+        params = messages.sampling_params(request.sampling_params, engine, len(token_ids))
         num_output_tokens = 0
         # A call that is cancelled or past its deadline raises CancelledError here, and closing the iterator aborts
         # the request in the engine.

@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from jaxserve.models.config import ModelConfig, ModelError
-from jaxserve.models.loading import hf, orbax
+from jaxserve.models.loading import generation, hf, orbax
 from jaxserve.models.loading.assemble import assemble
 from jaxserve.models.loading.gguf import GGUFSource
 from jaxserve.models.loading.hub import resolve
@@ -25,6 +26,14 @@ class Checkpoint(ABC):
     config: ModelConfig
     eos_token_ids: tuple[int, ...]
     """Ids that end an output unless the request ignores them."""
+
+    @property
+    @abstractmethod
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        """Fields of SamplingParams as the model's author wants them; read, and warned about, only when asked for.
+
+        Raises ModelError for values that SamplingParams refuses.
+        """
 
     @abstractmethod
     def tokenizer(self) -> Tokenizer: ...
@@ -48,6 +57,10 @@ class HuggingFaceCheckpoint(Checkpoint):
         generation = hf.read_json(folder / "generation_config.json")
         self.eos_token_ids = hf.eos_token_ids(generation) or hf.eos_token_ids(raw) or _tokenizer_eos(self.tokenizer())
 
+    @property
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        return generation.from_hf(self.path / "generation_config.json")
+
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.path)
 
@@ -68,6 +81,10 @@ class GGUFCheckpoint(Checkpoint):
         ids = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
         self.eos_token_ids = tuple(dict.fromkeys(i for i in ids if i is not None))
 
+    @property
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        return generation.from_gguf(self.path, self._source.file.metadata)
+
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_gguf(self._source.file.metadata)
 
@@ -82,6 +99,10 @@ class OrbaxCheckpoint(Checkpoint):
         self.path = folder
         self.config, self.eos_token_ids = orbax.read_config(folder)
         family_of(self.config.architecture)
+
+    @property
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        return orbax.sampling_defaults(self.path)
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.path)

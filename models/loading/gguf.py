@@ -176,6 +176,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         values |= {
             "query_pre_attn_scalar": hidden_size // num_heads if wide else head_dim,
             "sliding_window": integer("attention.sliding_window", 4096),
+            "rope_local_base_freq": get("rope.freq_base_swa", 10000.0),
             "attn_logit_softcapping": get("attn_logit_softcapping"),
             "final_logit_softcapping": get("final_logit_softcapping"),
         }

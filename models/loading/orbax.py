@@ -2,7 +2,8 @@
 
 ::
 
-    jaxserve_config.json    dimensions and ids that end an output; written last, it makes the folder a checkpoint
+    jaxserve_config.json    dimensions, ids that end an output, sampling defaults; written last, it makes the folder
+                            a checkpoint
     parameters/             Orbax: every parameter as the model holds it (fused), by its path
     tokenizer.json, tokenizer_config.json, chat_template.jinja
 """
@@ -13,10 +14,12 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from jaxserve.models.config import Experts, ModelConfig, ModelError, Rope
+from jaxserve.models.loading import generation
 from jaxserve.models.loading.assemble import placement, report
 from jaxserve.models.loading.hf import read_json
 from jaxserve.tokenizer import Tokenizer
@@ -31,6 +34,7 @@ def save(
     config: ModelConfig,
     *,
     eos_token_ids: tuple[int, ...],
+    sampling_defaults: Mapping[str, Any],
     tokenizer: Tokenizer,
 ) -> None:
     """Write a checkpoint into ``folder``, which must be new or empty (ModelError otherwise)."""
@@ -42,7 +46,11 @@ def save(
     tokenizer.save(folder)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute() / _PARAMETERS, dict(parameters))
-    described = {"model": dataclasses.asdict(config), "eos_token_ids": eos_token_ids}
+    described = {
+        "model": dataclasses.asdict(config),
+        "eos_token_ids": eos_token_ids,
+        "sampling_defaults": dict(sampling_defaults),
+    }
     (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
@@ -60,6 +68,15 @@ def read_config(folder: Path) -> tuple[ModelConfig, tuple[int, ...]]:
         return ModelConfig(**model), tuple(raw["eos_token_ids"])
     except (KeyError, TypeError) as error:
         raise ModelError(f"{folder / CONFIG}: not a configuration of this version of jaxserve: {error}") from error
+
+
+def sampling_defaults(folder: Path) -> dict[str, Any]:
+    """As ``save`` got them, none where a folder is older than they are. Raises ModelError."""
+    path = folder / CONFIG
+    found = read_json(path).get("sampling_defaults", {})
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: sampling_defaults must be a JSON object, found {found!r}")
+    return generation.checked(path, found, {name: name for name in generation.FIELDS})
 
 
 def restore(folder: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

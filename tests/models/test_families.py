@@ -20,13 +20,17 @@ from jaxserve.models.registry import FAMILIES, read_config
 from tests.models.golden import Golden, names
 
 
+TOLERANCE = 2e-4
+"""Two float32 implementations differ by up to 7e-5 here; exact GELU for its tanh form would differ by 1e-3."""
+
+
 @pytest.mark.parametrize("name", names())
 def test_logits_match_transformers(name: str) -> None:
     golden = Golden(name)
     model = golden.load()
     assert np.abs(golden.logits).max() > 1, "a reference this flat would prove little"
     for chunking, sizes in golden.chunkings().items():
-        assert golden.error(model, sizes) < 1e-3, chunking
+        assert golden.error(model, sizes) < TOLERANCE, chunking
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +45,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", names())
 def test_greedy_output_matches_transformers(name: str, tokenizer: Path) -> None:
     golden = Golden(name)
-    engine = dict(token_budget=16, max_num_seqs=2, block_size=8, num_blocks=24, max_model_len=golden.length)
-    with LLM(model=str(golden.checkpoint), tokenizer=str(tokenizer), show_progress=False, **engine) as llm:
+    with LLM(
+        model=str(golden.checkpoint), tokenizer=str(tokenizer), show_progress=False, token_budget=16, max_num_seqs=2,
+        block_size=8, num_blocks=24, max_model_len=golden.length,
+    ) as llm:  # fmt: skip
         greedy = SamplingParams(temperature=0, max_tokens=len(golden.greedy), ignore_eos=True)
         first, second = llm.generate([golden.prompt, golden.prompt[:20]], greedy)
         llm.engine.blocks.check()

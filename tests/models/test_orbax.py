@@ -1,8 +1,10 @@
 """Orbax checkpoints: written from one mesh, restored onto others, and made by scripts/convert.py."""
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from jaxserve.models.registry import family_of
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import abstract_model, abstract_parameters
 
+SAMPLING = {"temperature": 0.7, "top_k": 20, "max_tokens": 100}
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM", vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4,
     num_kv_heads=4, head_dim=4, max_position_embeddings=64, norm_eps=1e-5,
@@ -41,7 +44,7 @@ def saved(tmp_path: Path) -> tuple[Path, dict[str, jax.Array]]:
     }
     folder = tmp_path / "checkpoint"
     tokenizer = open_checkpoint("smollm2-135m").tokenizer()
-    orbax.save(folder, parameters, CONFIG, eos_token_ids=(2, 5), tokenizer=tokenizer)
+    orbax.save(folder, parameters, CONFIG, eos_token_ids=(2, 5), sampling_defaults=SAMPLING, tokenizer=tokenizer)
     return folder, parameters
 
 
@@ -80,8 +83,9 @@ def test_everything_that_does_not_fit_is_named_at_once(saved: tuple[Path, dict[s
 
 def test_damaged_folders(saved: tuple[Path, dict[str, jax.Array]], tmp_path: Path) -> None:
     folder, parameters = saved
+    tokenizer = open_checkpoint(str(folder)).tokenizer()
     with pytest.raises(ModelError, match="already exists, expected a new or empty folder"):
-        orbax.save(folder, parameters, CONFIG, eos_token_ids=(), tokenizer=open_checkpoint(str(folder)).tokenizer())
+        orbax.save(folder, parameters, CONFIG, eos_token_ids=(), sampling_defaults={}, tokenizer=tokenizer)
     data = max(folder.glob("parameters/**/d/*"), key=lambda path: path.stat().st_size)
     data.write_bytes(data.read_bytes()[:10])
     with pytest.raises(ModelError, match="parameters: cannot be read: "):
@@ -92,6 +96,26 @@ def test_damaged_folders(saved: tuple[Path, dict[str, jax.Array]], tmp_path: Pat
     (folder / orbax.CONFIG).write_text('{"model": {}}')
     with pytest.raises(ModelError, match=r"jaxserve_config\.json: not a configuration"):
         open_checkpoint(str(folder))
+
+
+def test_sampling_defaults(saved: tuple[Path, dict[str, jax.Array]]) -> None:
+    folder, _ = saved
+    checkpoint, path = open_checkpoint(str(folder)), folder / orbax.CONFIG
+    assert checkpoint.sampling_defaults == SAMPLING
+    described = json.loads(path.read_text())
+
+    def rewrite(sampling: Any) -> None:
+        path.write_text(json.dumps(described | {"sampling_defaults": sampling}))
+
+    rewrite({"max_tokens": 0})
+    with pytest.raises(ModelError, match=r"jaxserve_config\.json: max_tokens must be an integer in .*, got 0"):
+        _ = checkpoint.sampling_defaults
+    rewrite([0.7])
+    with pytest.raises(ModelError, match=r"sampling_defaults must be a JSON object, found \[0\.7\]"):
+        _ = checkpoint.sampling_defaults
+    del described["sampling_defaults"]
+    path.write_text(json.dumps(described))
+    assert open_checkpoint(str(folder)).sampling_defaults == {}, "a folder of before they were kept"
 
 
 def convert_script() -> ModuleType:
@@ -118,6 +142,11 @@ def test_convert_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     first, second = (t.encode(t.apply_chat_template(chat)) for t in tokenizers)
     assert first == second
     assert tokenizers[1].eos_token_id == 2
+
+
+def test_convert_script_keeps_sampling_defaults(saved: tuple[Path, dict[str, jax.Array]], tmp_path: Path) -> None:
+    assert convert_script().main([str(saved[0]), str(tmp_path / "new")]) == 0
+    assert open_checkpoint(str(tmp_path / "new")).sampling_defaults == SAMPLING
 
 
 def test_convert_script_names_the_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

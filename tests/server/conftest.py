@@ -66,6 +66,8 @@ class FakeEngine:
         self.tokenizer = FakeTokenizer()
         self.metrics = FakeMetrics()
         self.eos_token_ids = (0,)
+        self.max_model_len = MAX_MODEL_LEN
+        self.sampling_defaults: dict[str, Any] = {}
         self.running: dict[str, FakeRequest] = {}
         self.aborted: list[str] = []
         self.last_deltas: list[RequestDelta] = []

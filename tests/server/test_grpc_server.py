@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from jaxserve.config import ConfigError, ServerConfig
+from jaxserve.request import SamplingParams
 from jaxserve.server import servicer
 from jaxserve.server.client import Client
 from jaxserve.server.grpc_server import LIVE, SERVICE_NAME, GrpcServer
@@ -56,6 +57,20 @@ def test_every_kind_of_prompt(client, prompt, num_tokens):
 
 def test_defaults_are_those_of_sampling_params(client):
     assert len(list(client.generate("abc"))) == 16
+
+
+def test_fields_left_out_have_the_models_defaults(server, client):
+    server.engine.sampling_defaults = {"temperature": 0.5, "top_k": 9, "max_tokens": 7}
+    assert len(list(client.generate("abc"))) == 7
+    assert len(list(client.generate([2] * 995))) == 5, "cut to what max_model_len leaves"
+    stream = client.generate("abc", request_id="a", max_tokens=100, temperature=0.0)
+    next(iter(stream))
+    assert server.engine.running["a"].params == SamplingParams(temperature=0.0, top_k=9, max_tokens=100)
+    stream.cancel()
+    stream = client.generate("abc", request_id="b", max_tokens=None, top_k=0)
+    next(iter(stream))
+    assert server.engine.running["b"].params == SamplingParams(temperature=0.5, max_tokens=None)
+    stream.cancel()
 
 
 def test_max_tokens_none_goes_on_to_max_model_len(client):
