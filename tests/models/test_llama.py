@@ -24,13 +24,13 @@ from jaxserve.scheduler import Chunk
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import abstract_model, abstract_parameters
 
-CASES = sorted(path.name for path in (Path(__file__).parents[1] / "golden" / "llama_tiny").iterdir())
+CASES = sorted(path.name for path in (Path(__file__).parents[1] / "golden" / "tiny").glob("llama_*"))
 PAGE_SIZE, NUM_PAGES = 8, 20
 
 
 def golden(case: str) -> tuple[Path, np.ndarray, np.ndarray]:
     """Folder, token ids (prompt and greedy continuation), and the reference logits of each."""
-    folder = Path(__file__).parents[1] / "golden" / "llama_tiny" / case
+    folder = Path(__file__).parents[1] / "golden" / "tiny" / case
     expected = np.load(folder / "expected.npz")
     return folder, np.concatenate([expected["input_ids"], expected["greedy_ids"]]), expected["logits"]
 
