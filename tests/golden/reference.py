@@ -1,16 +1,22 @@
-"""What make_tiny.py and make_gguf.py share: random weights, a greedy continuation, and the arrays kept of it."""
+"""What make_tiny.py and make_gguf.py share: random models, greedy continuations, and the arrays kept."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+Config = dict[str, Any]
 
 NEW_TOKENS = 16
 FEWEST_DISTINCT_TOKENS = 4
+SMALLEST_EFFECT = 2e-3  # on some logit, of a setting that a case is there to exercise: tests allow 1e-3
 SMALLEST_MARGIN = 1e-3  # between the best two logits of a greedy step, and the last expert chosen and the next
 
 
@@ -55,6 +61,12 @@ class Continuation:
         return text if self.router_margin == float("inf") else f"{text}, router margin {self.router_margin:.4f}"
 
 
+def build(config: Config) -> Any:
+    """The model of a config.json, in float32."""
+    made = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
+    return AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation="eager").eval()
+
+
 def randomise(model: Any, generator: torch.Generator, dtype: torch.dtype) -> None:
     """Give every parameter random values of `dtype`, biases too: norm weights around one, Gemma's around zero.
 
@@ -94,3 +106,38 @@ def continue_greedily(model: Any, generator: torch.Generator, prompt_length: int
     assert torch.equal(steps.argmax(dim=-1), sequence[0, prompt_length:]), "the continuation is not greedy"
     assert logits.abs().max() > 1, "logits this flat would prove little"
     return made
+
+
+def smallest_effect(model: Any, config: Config, matters: tuple[Config, ...], made: Continuation) -> float:
+    """How much the most harmless change of the configuration changes the logit that it changes most."""
+    effects = [float("inf")]
+    for change in matters:
+        other = build(config | change)
+        other.load_state_dict(model.state_dict())
+        effects.append((other(made.sequence).logits[0] - made.logits).abs().max().item())
+    return min(effects)
+
+
+def make_model(
+    config: Config,
+    dtype: torch.dtype,
+    prompt_length: int,
+    first_seed: int,
+    matters: tuple[Config, ...],
+    store: Callable[[Any], None] = lambda _model: None,
+) -> tuple[Any, Continuation]:
+    """A random model whose continuation is telling and whose logits change with every change in `matters`.
+
+    `store` may round the weights to what its file will hold.
+    """
+    for seed in range(first_seed, first_seed + 5000, 100):
+        model = build(config)
+        generator = torch.Generator().manual_seed(seed)
+        randomise(model, generator, dtype)
+        store(model)
+        made = continue_greedily(model, generator, prompt_length)
+        effect = smallest_effect(model, config, matters, made)
+        if made.is_telling and effect > SMALLEST_EFFECT:
+            print(f"seed {seed}, smallest effect {effect:.3f}")
+            return model, made
+    raise AssertionError(f"no seed will do; with the last: {made}, smallest effect {effect}")
