@@ -19,7 +19,6 @@ from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.registry import FAMILIES, read_config
 from tests.models.golden import Golden, names
 
-
 TOLERANCE = 2e-4
 """Two float32 implementations differ by up to 7e-5 here; exact GELU for its tanh form would differ by 1e-3."""
 
