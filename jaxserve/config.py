@@ -21,6 +21,7 @@ import yaml
 SCHEDULERS = ("sarathi", "prefill_first")
 ATTENTION_BACKENDS = ("auto", "xla", "native")
 GENERATION_CONFIGS = ("auto", "none")
+LOAD_FORMATS = ("auto", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -45,6 +46,12 @@ class EngineConfig:
     """How one engine serves one model. Lengths and budgets are in tokens. Raises ConfigError."""
 
     model: str = option("smollm2-135m", "smollm2-135m, a local folder or .gguf file, or a Hugging Face hub id")
+    load_format: str = option(
+        "auto",
+        "dummy: random weights in the shape of a folder's or hub id's config.json, or of mistral-7b, yi-34b, "
+        "llama2-70b or falcon-180b",
+        LOAD_FORMATS,
+    )
     tokenizer: str | None = option(None, "folder or hub id of the tokenizer; the model's own by default")
     dtype: str = option("auto", "weights and activations; auto: float32 on CPUs, bfloat16 on GPUs", DTYPES)
     max_model_len: int | None = option(None, "longest prompt + output; the model's own limit by default")
@@ -83,6 +90,7 @@ class EngineConfig:
         if self.block_size is not None and (self.block_size & (self.block_size - 1) or not 8 <= self.block_size <= 128):
             raise ConfigError(f"block_size must be a power of two in [8, 128], got {self.block_size}")
         for name, allowed in (
+            ("load_format", LOAD_FORMATS),
             ("scheduler", SCHEDULERS),
             ("dtype", DTYPES),
             ("attention_backend", ATTENTION_BACKENDS),

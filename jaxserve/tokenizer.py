@@ -61,6 +61,16 @@ class Tokenizer:
         return cls(backend, special_tokens=special, chat_template=text)
 
     @classmethod
+    def of_bytes(cls) -> Tokenizer:
+        """Every byte of the UTF-8 text is a token."""
+        # The byte-level alphabet in the order of its characters; which byte has which id does not matter here.
+        alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        return cls(backend, special_tokens={}, chat_template=None)
+
+    @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
         """From a GGUF file's metadata. Raises ModelError for kinds that are not supported."""
         backend = gguf_tokenizer.build(metadata)

@@ -2,6 +2,7 @@
 
 bench.py throughput   offline: output and prompt tokens per second, and where a step's time goes
 bench.py stall        TBT of running decodes while a long prompt arrives: stall-free against prefill-first
+bench.py load         time and host memory to load a synthetic checkpoint of 4 GiB
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+import tempfile
+from pathlib import Path
 
 from jaxserve.config import EngineConfig, parse_config
 from jaxserve.engine.engine import Engine
+from jaxserve.evaluation.loading import measure_load, write_synthetic
 from jaxserve.evaluation.stall import measure_stall
 from jaxserve.evaluation.throughput import measure_throughput, random_prompts
 
@@ -62,17 +66,31 @@ def stall(config: EngineConfig, args: argparse.Namespace) -> None:
         engines[name].close()
 
 
+def load(config: EngineConfig, args: argparse.Namespace) -> None:
+    gib = 2**30
+    with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
+        write_synthetic(Path(folder))
+        results = [measure_load(Path(folder)) for _ in range(args.rounds)]
+    seconds = statistics.median(r.seconds for r in results)
+    size, largest = results[0].checkpoint_bytes, results[0].largest_tensor_bytes
+    print(f"checkpoint of {size / gib:.2f} GiB in bfloat16, largest tensor {largest / gib:.2f} GiB; "
+          f"{args.rounds} rounds")  # fmt: skip
+    print(f"  seconds, median   {seconds:8.2f}   ({size / gib / seconds:.2f} GiB/s)")
+    print(f"  peak host memory  {max(r.peak_host_bytes for r in results) / gib:8.2f} GiB besides the parameters")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=("throughput", "stall"))
+    parser.add_argument("benchmark", choices=("throughput", "stall", "load"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=16, help="throughput: number of requests")
     parser.add_argument("--prompt-tokens", type=int, default=151, help="throughput: tokens of each prompt")
     parser.add_argument("--output-tokens", type=int, default=64, help="throughput: forced output tokens of each")
     parser.add_argument("--decodes", type=int, default=8, help="stall: requests that decode")
     parser.add_argument("--long-prompt", type=int, default=1500, help="stall: tokens of the prompt that arrives")
+    parser.add_argument("--scratch", help="load: folder for the synthetic checkpoint; the system's by default")
     config, args = parse_config(parser, None, EngineConfig)
-    {"throughput": throughput, "stall": stall}[args.benchmark](config, args)
+    {"throughput": throughput, "stall": stall, "load": load}[args.benchmark](config, args)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Engine:
     ) -> None:
         use_persistent_cache(Path(config.compilation_cache or cache_dir() / "compiled"))
         self._tracer = StepTracer(Path(config.trace)) if config.trace else None
-        checkpoint = open_checkpoint(config.model)
+        checkpoint = open_checkpoint(config.model, config.load_format)
         self.model_config = checkpoint.config
         self.config = config.resolve(
             model_max_len=longest_sequence(checkpoint.config), on_gpu=jax.default_backend() == "gpu"

@@ -12,8 +12,10 @@ import jax
 from jaxserve.models.config import ModelConfig, ModelError
 from jaxserve.models.loading import generation, hf, orbax
 from jaxserve.models.loading.assemble import assemble
+from jaxserve.models.loading.dummy import random_parameters
 from jaxserve.models.loading.gguf import GGUFSource
 from jaxserve.models.loading.hub import resolve
+from jaxserve.models.presets import PRESETS
 from jaxserve.models.registry import family_of, read_config
 from jaxserve.models.weights import Weight
 from jaxserve.tokenizer import Tokenizer
@@ -111,8 +113,39 @@ class OrbaxCheckpoint(Checkpoint):
         return orbax.restore(self.path, abstract)
 
 
-def open_checkpoint(model: str) -> Checkpoint:
-    """Open ``model``: smollm2-135m, a local folder or .gguf file, or a Hugging Face hub id. Raises ModelError."""
+class DummyCheckpoint(Checkpoint):
+    """Random weights in the shape of a preset, or of a folder's config.json, whose tokenizer and defaults it has then.
+
+    Without a tokenizer.json every byte is a token.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.path = Path(model) if model in PRESETS else resolve(model, weights=False)
+        if not (model in PRESETS or (self.path / "config.json").is_file()):
+            known = ", ".join(PRESETS)
+            raise ModelError(f"load_format dummy needs a folder with config.json, or one of {known}; got {model!r}")
+        raw = PRESETS.get(model) or hf.read_json(self.path / "config.json")
+        self.config = read_config(raw, model)
+        self.eos_token_ids = hf.eos_token_ids(raw)
+
+    @property
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        return generation.from_hf(self.path / "generation_config.json")
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_folder(self.path) if (self.path / "tokenizer.json").is_file() else Tokenizer.of_bytes()
+
+    def load(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> dict[str, jax.Array]:
+        return random_parameters(abstract)
+
+
+def open_checkpoint(model: str, load_format: str = "auto") -> Checkpoint:
+    """Open ``model``: smollm2-135m, a local folder or .gguf file, or a Hugging Face hub id. Raises ModelError.
+
+    With ``load_format`` dummy only its config.json is read, and ``model`` may name one of presets.PRESETS.
+    """
+    if load_format == "dummy":
+        return DummyCheckpoint(model)
     path = resolve(model)
     if path.is_file():
         return GGUFCheckpoint(path)

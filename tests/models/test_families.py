@@ -138,3 +138,10 @@ LLAMA = {
 def test_config_that_cannot_be_served(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         read_config(LLAMA | change)
+
+
+def test_the_table_of_models_is_in_step() -> None:
+    table = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    absent = [name for name in (*FAMILIES, *names()) if f" {name} " not in table.replace(",", " ")]
+    assert not absent, "run python -m tests.models.make_table"
+    assert "**no**" not in table

@@ -18,6 +18,7 @@ from jaxserve.models.loading.checkpoint import OrbaxCheckpoint, open_checkpoint
 from jaxserve.models.registry import family_of
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import abstract_model, abstract_parameters
+from tests.models.golden import Golden
 
 SAMPLING = {"temperature": 0.7, "top_k": 20, "max_tokens": 100}
 CONFIG = ModelConfig(
@@ -162,3 +163,22 @@ def test_spec_without_partition(saved: tuple[Path, dict[str, jax.Array]]) -> Non
     for name, restored in orbax.restore(saved[0], wanted).items():
         assert restored.is_fully_replicated
         np.testing.assert_array_equal(restored, saved[1][name])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mistral_window", "mixtral_top2", "internlm_bias", "internlm2_gqa", "qwen2_bias", "qwen3_qknorm",
+     "qwen3_moe_mixed", "falcon_40b", "gemma2_softcap", "gemma3_local", "phi3_fused", "gpt2_learned", "llama_gqa_tied"],
+)  # fmt: skip
+def test_every_family_moves_to_another_mesh(name: str, tmp_path: Path) -> None:
+    """Loaded over two devices, saved, restored on one."""
+    golden, tokenizer = Golden(name), open_checkpoint("smollm2-135m").tokenizer()
+    original = open_checkpoint(str(golden.checkpoint))
+    config = original.config
+    parameters = original.load(abstract(2, config=config), family_of(config.architecture).weights(config))
+    assert any(len(value.sharding.device_set) == 2 for value in parameters.values())
+    orbax.save(tmp_path / "saved", parameters, config, eos_token_ids=(2,), sampling_defaults={}, tokenizer=tokenizer)
+    restored = open_checkpoint(str(tmp_path / "saved"))
+    assert restored.config == config
+    for path, value in restored.load(abstract(1, config=config), {}).items():
+        np.testing.assert_array_equal(value, parameters[path])

@@ -1,0 +1,30 @@
+"""Shapes of well-known models by name, for performance work with random weights (--load-format dummy).
+
+The four models of arXiv 2403.02310's evaluation, as their config.json on the hub has them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "mistral-7b": {
+        "architectures": ["MistralForCausalLM"], "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 32768, "sliding_window": 4096, "eos_token_id": 2,
+    },
+    "yi-34b": {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 64000, "hidden_size": 7168, "intermediate_size": 20480,
+        "num_hidden_layers": 60, "num_attention_heads": 56, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 200000, "rope_theta": 1e7, "eos_token_id": 2,
+    },
+    "llama2-70b": {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 8192, "intermediate_size": 28672,
+        "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096, "eos_token_id": 2,
+    },
+    "falcon-180b": {
+        "architectures": ["FalconForCausalLM"], "vocab_size": 65024, "hidden_size": 14848, "num_hidden_layers": 80,
+        "num_attention_heads": 232, "num_kv_heads": 8, "new_decoder_architecture": True, "eos_token_id": 11,
+    },
+}  # fmt: skip

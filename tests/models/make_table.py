@@ -1,0 +1,102 @@
+"""Write docs/models.md: what is served, and how far every reference checkpoint's logits are from transformers'.
+
+python -m tests.models.make_table
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.loading.gguf import ARCHITECTURES
+from jaxserve.models.registry import FAMILIES
+from tests.models.golden import Golden, names, paged_logits
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
+HEAD = """# Models
+
+Made by `python -m tests.models.make_table` from models/registry.py and the reference checkpoints of tests/golden: tiny
+random models whose logits, and greedy continuation of 16 tokens, transformers computed in float32 (tests/golden/README.md
+says how, and what could be proven of each). The same comparison is tests/models/test_families.py, which also serves each
+of them through the engine.
+
+Any of these loads from safetensors (a folder or a hub id) and, converted, from Orbax onto any mesh; GGUF where the
+table says so. `--load-format dummy` gives random weights in the shape of any config.json, or of mistral-7b, yi-34b,
+llama2-70b and falcon-180b by name.
+
+## Families
+
+| models | architecture in config.json | GGUF | verified by |
+|---|---|---|---|
+"""
+CASES = """
+## Reference checkpoints
+
+Largest absolute difference of any logit from transformers', with prompt and continuation in one step, in chunks of
+5, 1, 16 and the rest, and token by token; the limit is 1e-3. *Greedy*: the continuation is the same, token for token.
+
+| case | what it has | largest logit | one step | chunks | token by token | greedy |
+|---|---|---|---|---|---|---|
+"""
+
+
+def features(config: ModelConfig) -> str:
+    """What sets a model apart, in words."""
+    heads = "MHA" if config.group_size == 1 else "MQA" if config.num_kv_heads == 1 else "GQA"
+    found = [f"{heads} {config.num_heads}/{config.num_kv_heads}"]
+    windowed = sum(window is not None for window in config.windows)
+    if windowed:
+        found.append(f"window in {windowed} of {config.num_layers} layers")
+    if config.rope is None:
+        found.append("learned positions")
+    elif config.rope.kind != "default":
+        found.append(f"{config.rope.kind} RoPE")
+    if config.rope is not None and config.rope.dim != config.head_dim:
+        found.append(f"{config.rope.dim} of {config.head_dim} dimensions rotated")
+    if config.experts is not None:
+        sparse = len(config.experts.layers)
+        found.append(f"{config.experts.per_token} of {config.experts.count} experts in {sparse} layers")
+    flags = {
+        "local RoPE": config.local_rope is not None,
+        "q/k norms": config.qk_norm,
+        "q/k/v biases": config.qkv_bias,
+        "output bias": config.out_bias,
+        "MLP biases": config.mlp_bias,
+        "plain MLP": not config.gated_mlp,
+        "score cap": config.attention_softcap is not None,
+        "logit cap": config.logits_softcap is not None,
+        "two parallel norms": config.num_parallel_norms == 2,
+        "tied": config.tie_word_embeddings,
+    }
+    return ", ".join(found + [name for name, here in flags.items() if here])
+
+
+def main() -> None:
+    of_architecture: dict[str, list[str]] = {architecture: [] for architecture in FAMILIES}
+    rows = []
+    for name in names():
+        golden = Golden(name)
+        model = golden.load()
+        kind = "GGUF: " if golden.checkpoint.suffix == ".gguf" else ""
+        of_architecture[model.config.architecture].append(name)
+        errors = []
+        for sizes in golden.chunkings().values():
+            logits = paged_logits(model, golden.prompt + golden.greedy, sizes)
+            errors.append(f"{np.abs(logits - golden.logits).max():.1e}")
+        # The rows of the token-by-token run that predict the continuation.
+        same = logits[len(golden.prompt) - 1 : -1].argmax(axis=-1).tolist() == golden.greedy
+        cells = [name, kind + features(model.config), f"{np.abs(golden.logits).max():.1f}", *errors]
+        rows.append(f"| {' | '.join(cells)} | {'yes' if same else '**no**'} |")
+        print(rows[-1], flush=True)
+    families = []
+    for architecture, family in FAMILIES.items():
+        gguf = ", ".join(theirs for theirs, ours in ARCHITECTURES.items() if ours == architecture)
+        cases = ", ".join(of_architecture[architecture]) or "the text models' cases; names and configuration tested"
+        families.append(f"| {family.models} | {architecture} | {gguf} | {cases} |")
+    DOCUMENT.write_text(HEAD + "\n".join(families) + "\n" + CASES + "\n".join(rows) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
