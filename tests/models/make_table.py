@@ -18,9 +18,9 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = """# Models
 
 Made by `python -m tests.models.make_table` from models/registry.py and the reference checkpoints of tests/golden: tiny
-random models whose logits, and greedy continuation of 16 tokens, transformers computed in float32 (tests/golden/README.md
-says how, and what could be proven of each). The same comparison is tests/models/test_families.py, which also serves each
-of them through the engine.
+random models whose logits, and greedy continuation of 16 tokens, transformers computed in float32
+(tests/golden/README.md says how, and what could be proven of each). The same comparison is
+tests/models/test_families.py, which also serves each of them through the engine.
 
 Any of these loads from safetensors (a folder or a hub id) and, converted, from Orbax onto any mesh; GGUF where the
 table says so. `--load-format dummy` gives random weights in the shape of any config.json, or of mistral-7b, yi-34b,
