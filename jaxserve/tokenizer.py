@@ -49,7 +49,8 @@ class Tokenizer:
         """From tokenizer.json, tokenizer_config.json and chat_template.jinja. Raises ModelError."""
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise ModelError(f"{folder}: holds no tokenizer.json")
+            found = ", ".join(sorted(other.name for other in folder.glob("*token*"))) or "none"
+            raise ModelError(f"{folder}: holds no tokenizer.json, the supported kind of tokenizer; found: {found}")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises bare Exception

@@ -23,7 +23,9 @@ def convert(source: str, destination: Path, dtype: str, tensor: int) -> None:
     config, family = checkpoint.config, family_of(checkpoint.config.architecture)
     sampling_defaults = checkpoint.sampling_defaults
     _, state = abstract_model(family.model, config, max_len=config.max_position_embeddings, dtype=jnp.dtype(dtype))
-    parameters = checkpoint.load(abstract_parameters(state, make_mesh(tensor)), family.weights(config))
+    abstract, weights = abstract_parameters(state, make_mesh(tensor)), family.weights(config)
+    checkpoint.check(abstract, weights)
+    parameters = checkpoint.load(abstract, weights)
     orbax.save(
         destination,
         parameters,

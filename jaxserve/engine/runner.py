@@ -59,6 +59,8 @@ class ModelRunner:
             self._backend = choose_backend(config.attention_backend, mesh.devices.flat[0].platform, dtype)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        weights = family.weights(checkpoint.config)
+        checkpoint.check(abstract, weights)
         self.num_blocks = self._choose_num_blocks(dtype)
         self._layouts = {rows: self._layout(rows) for rows in self.buckets}
         lower = {("step", rows): partial(self._lower_step, rows) for rows in self.buckets} | {
@@ -66,7 +68,7 @@ class ModelRunner:
         }
         with ThreadPoolExecutor(max_workers=1) as pool:
             # Programs need the shapes of the weights only, so both come at once.
-            loading = pool.submit(checkpoint.load, abstract, family.weights(checkpoint.config))
+            loading = pool.submit(checkpoint.load, abstract, weights)
             self._programs = compile_all(lower, show_progress=show_progress)
             parameters = loading.result()
         self._parameters = [parameters[name] for name in abstract]

@@ -25,15 +25,13 @@ STAGING_BYTES = 2**30
 
 
 def assemble(
-    where: object, source: TensorSource, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]
+    source: TensorSource, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]
 ) -> dict[str, jax.Array]:
     """Build every parameter of ``abstract`` from ``source``, cast it, and put it on the devices of its sharding.
 
-    A parameter without a sharding goes to the first device. Raises one ModelError with everything that does not fit,
-    before any device memory is taken; ``where`` is the checkpoint's name in it.
+    A parameter without a sharding goes to the first device. What ``check`` would complain of must not be there.
     """
-    check(where, source, abstract, weights)
-    staging = _Staging(STAGING_BYTES)
+    staging = Staging(STAGING_BYTES)
 
     def load(item: tuple[str, jax.ShapeDtypeStruct]) -> jax.Array:
         name, spec = item
@@ -47,7 +45,7 @@ def assemble(
         return dict(zip(abstract, pool.map(load, abstract.items()), strict=True))
 
 
-class _Staging:
+class Staging:
     """Bounds the host memory of parameters that are on their way to a device; a larger one goes alone."""
 
     def __init__(self, limit_bytes: int) -> None:
@@ -93,7 +91,10 @@ def placement(spec: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
 def check(
     where: object, source: TensorSource, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]
 ) -> None:
-    """Raise ModelError with every missing, unexpected and mis-shaped tensor; reads names and shapes only."""
+    """Raise ModelError with every missing, unexpected and mis-shaped tensor; reads names and shapes only.
+
+    ``where`` is the checkpoint's name in it.
+    """
     names = source.names()
     wanted = {part.name for parameter in abstract for part in weights[parameter]}
     problems = [f"missing {name}" for name in sorted(wanted - names)]

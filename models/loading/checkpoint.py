@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxserve.models.config import ModelConfig, ModelError
-from jaxserve.models.loading import generation, hf, orbax
-from jaxserve.models.loading.assemble import assemble
+from jaxserve.models.loading import assemble, generation, hf, orbax
 from jaxserve.models.loading.dummy import random_parameters
 from jaxserve.models.loading.gguf import GGUFSource
 from jaxserve.models.loading.hub import resolve
@@ -41,11 +41,14 @@ class Checkpoint(ABC):
     def tokenizer(self) -> Tokenizer: ...
 
     @abstractmethod
-    def load(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> dict[str, jax.Array]:
-        """The parameters of ``abstract`` with its shapes, types and shardings; ``weights`` says how they are built.
+    def check(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> None:
+        """Raise one ModelError that names everything missing, unexpected and mis-shaped; reads headers only."""
 
-        Raises one ModelError that names everything missing, unexpected and mis-shaped, before any device memory is
-        taken.
+    @abstractmethod
+    def load(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> dict[str, jax.Array]:
+        """The parameters of ``abstract``, which ``check`` has passed, with its shapes, types and shardings.
+
+        ``weights`` says how they are built. Raises ModelError for files that cannot be read.
         """
 
 
@@ -66,9 +69,15 @@ class HuggingFaceCheckpoint(Checkpoint):
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.path)
 
+    @cached_property
+    def _source(self) -> hf.SafetensorsSource:
+        return hf.SafetensorsSource(self.path, family_of(self.config.architecture).tensor_name)
+
+    def check(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> None:
+        assemble.check(self.path, self._source, abstract, weights)
+
     def load(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> dict[str, jax.Array]:
-        source = hf.SafetensorsSource(self.path, family_of(self.config.architecture).tensor_name)
-        return assemble(self.path, source, abstract, weights)
+        return assemble.assemble(self._source, abstract, weights)
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -90,12 +99,15 @@ class GGUFCheckpoint(Checkpoint):
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_gguf(self._source.file.metadata)
 
+    def check(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> None:
+        assemble.check(self.path, self._source, abstract, weights)
+
     def load(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> dict[str, jax.Array]:
-        return assemble(self.path, self._source, abstract, weights)
+        return assemble.assemble(self._source, abstract, weights)
 
 
 class OrbaxCheckpoint(Checkpoint):
-    """A folder that scripts/convert.py wrote. Its parameters are stored assembled, so ``load`` needs no weights."""
+    """A folder that scripts/convert.py wrote. Its parameters are stored assembled, so ``weights`` may be empty."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
@@ -108,6 +120,9 @@ class OrbaxCheckpoint(Checkpoint):
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.path)
+
+    def check(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> None:
+        orbax.check(self.path, abstract)
 
     def load(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> dict[str, jax.Array]:
         return orbax.restore(self.path, abstract)
@@ -134,6 +149,9 @@ class DummyCheckpoint(Checkpoint):
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.path) if (self.path / "tokenizer.json").is_file() else Tokenizer.of_bytes()
+
+    def check(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> None:
+        """Everything fits."""
 
     def load(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> dict[str, jax.Array]:
         return random_parameters(abstract)

@@ -79,34 +79,40 @@ def sampling_defaults(folder: Path) -> dict[str, Any]:
     return generation.checked(path, found, {name: name for name in generation.FIELDS})
 
 
-def restore(folder: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Read every parameter of ``abstract`` onto the devices of its sharding, cast to its type.
-
-    Each process reads its own shards only, whatever mesh the checkpoint was written from. Raises one ModelError with
-    every parameter that does not fit, before any device memory is taken.
-    """
+def check(folder: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """Raise one ModelError with every parameter that does not fit; reads names and shapes only."""
     import orbax.checkpoint as ocp
 
     path = folder.absolute() / _PARAMETERS
     with ocp.StandardCheckpointer() as checkpointer:
         found = checkpointer.metadata(path).item_metadata
-        if found is None:
-            raise ModelError(f"{path}: not a readable Orbax checkpoint")
-        shapes = {name: tuple(array.shape) for name, array in found.tree.items()}
-        problems = [f"missing {name}" for name in sorted(abstract.keys() - shapes.keys())]
-        problems += [f"unexpected {name}" for name in sorted(shapes.keys() - abstract.keys())]
-        problems += [
-            f"mis-shaped {name} {shapes[name]}, expected {spec.shape}"
-            for name, spec in abstract.items()
-            if name in shapes and shapes[name] != spec.shape
-        ]
-        report(folder, problems)
-        placed = {
-            name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=placement(spec))
-            for name, spec in abstract.items()
-        }
-        try:
+    if found is None:
+        raise ModelError(f"{path}: not a readable Orbax checkpoint")
+    shapes = {name: tuple(array.shape) for name, array in found.tree.items()}
+    problems = [f"missing {name}" for name in sorted(abstract.keys() - shapes.keys())]
+    problems += [f"unexpected {name}" for name in sorted(shapes.keys() - abstract.keys())]
+    problems += [
+        f"mis-shaped {name} {shapes[name]}, expected {spec.shape}"
+        for name, spec in abstract.items()
+        if name in shapes and shapes[name] != spec.shape
+    ]
+    report(folder, problems)
+
+
+def restore(folder: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Read every parameter of ``abstract``, which ``check`` has passed, onto its devices, cast to its type.
+
+    Each process reads its own shards only, whatever mesh the checkpoint was written from. Raises ModelError.
+    """
+    import orbax.checkpoint as ocp
+
+    path = folder.absolute() / _PARAMETERS
+    placed = {
+        name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=placement(spec)) for name, spec in abstract.items()
+    }
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
             restored = checkpointer.restore(path, placed)
-        except Exception as error:  # bare Exception is what a truncated data file gives
-            raise ModelError(f"{path}: cannot be read: {str(error).splitlines()[0]:.200}") from error
+    except Exception as error:  # bare Exception is what a truncated data file gives
+        raise ModelError(f"{path}: cannot be read: {str(error).splitlines()[0]:.200}") from error
     return {name: restored[name] for name in abstract}

@@ -1,6 +1,8 @@
 """Hugging Face folders: config.json in all its layouts, safetensors files, and parameters built from them."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ from safetensors.numpy import load_file, save_file
 from jaxserve.models import llama
 from jaxserve.models.config import ModelError, Rope
 from jaxserve.models.decoder import Decoder
-from jaxserve.models.loading.assemble import assemble
-from jaxserve.models.loading.checkpoint import open_checkpoint
+from jaxserve.models.loading.assemble import STAGING_BYTES, Staging, check
+from jaxserve.models.loading.checkpoint import HuggingFaceCheckpoint, open_checkpoint
 from jaxserve.models.loading.hf import SafetensorsSource
-from jaxserve.models.registry import read_config
+from jaxserve.models.registry import family_of, read_config
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import abstract_model, abstract_parameters
+from tests.models.golden import Golden, names
 
 RAW: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -56,10 +59,10 @@ def write(folder: Path, weights: dict[str, np.ndarray], raw: dict[str, Any] = RA
         save_file(weights, folder / "model.safetensors")
         return folder
     weight_map = {}
-    for shard, names in enumerate(np.array_split(sorted(weights), shards)):
+    for shard, members in enumerate(np.array_split(sorted(weights), shards)):
         file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-        save_file({name: weights[name] for name in map(str, names)}, folder / file)
-        weight_map |= dict.fromkeys(map(str, names), file)
+        save_file({name: weights[name] for name in map(str, members)}, folder / file)
+        weight_map |= dict.fromkeys(map(str, members), file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
 
@@ -71,7 +74,9 @@ def abstract(raw: dict[str, Any] = RAW, tensor: int = 1, dtype: Any = jnp.float3
 
 def load(folder: Path, **options: Any) -> dict[str, jax.Array]:
     checkpoint = open_checkpoint(str(folder))
-    return checkpoint.load(abstract(**options), llama.weights(checkpoint.config))
+    wanted, weights = abstract(**options), llama.weights(checkpoint.config)
+    checkpoint.check(wanted, weights)
+    return checkpoint.load(wanted, weights)
 
 
 def test_config_and_its_defaults() -> None:
@@ -254,4 +259,34 @@ def test_no_weights_and_wrong_types(tmp_path: Path) -> None:
 def test_assemble_names_the_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, {"a": np.ones(2, np.float32)})
     with pytest.raises(ModelError, match=r"^here does not fit the model: missing"):
-        assemble("here", SafetensorsSource(tmp_path), abstract(), llama.weights(read_config(RAW)))
+        check("here", SafetensorsSource(tmp_path), abstract(), llama.weights(read_config(RAW)))
+
+
+@pytest.mark.parametrize("name", names())
+def test_parts_are_views_of_the_file(name: str) -> None:
+    """So that a device's shard costs the reading of its own bytes, and no host memory besides."""
+    checkpoint = open_checkpoint(str(Golden(name).checkpoint))
+    if not isinstance(checkpoint, HuggingFaceCheckpoint):
+        return  # GGUF: quantised tensors have to be worked out
+    source = SafetensorsSource(checkpoint.path, family_of(checkpoint.config.architecture).tensor_name)
+    for weight in family_of(checkpoint.config.architecture).weights(checkpoint.config).values():
+        for part in weight:
+            tensor = source.read(part.name)
+            assert np.shares_memory(part.view(tensor), tensor)
+            assert not tensor.flags.writeable
+
+
+def test_staging_bounds_what_is_in_flight_and_lets_a_larger_parameter_go_alone() -> None:
+    staging, running, most = Staging(100), [0], [0]
+
+    def stage(num_bytes: int) -> None:
+        with staging.reserve(num_bytes):
+            running[0] += num_bytes
+            most[0] = max(most[0], running[0] if num_bytes <= 100 else running[0] - num_bytes + 100)
+            time.sleep(0.001)
+            running[0] -= num_bytes
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(stage, [30, 60, 250, 50, 100, 20, 20, 20, 20, 20, 250, 70]))
+    assert most[0] <= 100
+    assert STAGING_BYTES == 2**30

@@ -79,7 +79,7 @@ def test_everything_that_does_not_fit_is_named_at_once(saved: tuple[Path, dict[s
     wanted["extra"] = jax.ShapeDtypeStruct((2,), jnp.float32)
     wanted["embedding"] = jax.ShapeDtypeStruct((33, 16), jnp.float32)
     with pytest.raises(ModelError, match=r"missing extra; unexpected norm\.weight; mis-shaped embedding \(32, 16\)"):
-        orbax.restore(saved[0], wanted)
+        orbax.check(saved[0], wanted)
 
 
 def test_damaged_folders(saved: tuple[Path, dict[str, jax.Array]], tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_damaged_folders(saved: tuple[Path, dict[str, jax.Array]], tmp_path: Pat
         orbax.restore(folder, abstract(1))
     (folder / "parameters").rename(folder / "elsewhere")
     with pytest.raises(ModelError, match="not a readable Orbax checkpoint"):
-        orbax.restore(folder, abstract(1))
+        orbax.check(folder, abstract(1))
     (folder / orbax.CONFIG).write_text('{"model": {}}')
     with pytest.raises(ModelError, match=r"jaxserve_config\.json: not a configuration"):
         open_checkpoint(str(folder))
