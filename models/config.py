@@ -57,3 +57,8 @@ class ModelConfig:
     def group_size(self) -> int:
         """Query heads that share one KV head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def window(self) -> int | None:
+        """The widest attention window when every layer has one, else None: keys further back are never read again."""
+        return None
