@@ -65,12 +65,22 @@ def write_kv(
 
 
 def paged_attention(
-    q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array, *, scale: float
+    q: jax.Array,
+    cache: KVCache[jax.Array],
+    inputs: AttentionInputs,
+    layer: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Causal attention of every row over its own sequence's cached keys, its own included.
 
     q: ``[T, heads, head_dim]``, already rotated; returns the same shape and type. Rows of no sequence return zeros.
+    window: a query at position i sees the keys at i - window < j <= i, as in transformers; layers may differ, none may
+    exceed the plan's PlanLimits.window.
+    softcap: scaled scores become ``softcap * tanh(scores / softcap)``, as in Gemma 2 (arXiv 2408.00118).
     """
     tables = inputs.block_tables + layer * inputs.num_pages
     attend = cpu.paged_attention if inputs.backend == "native" else xla.paged_attention
-    return attend(q, cache.k, cache.v, tables, inputs.plan, scale=scale)
+    return attend(q, cache.k, cache.v, tables, inputs.plan, scale=scale, window=window, softcap=softcap)

@@ -31,6 +31,8 @@ COMPILERS = ("c++", "g++", "clang++")
 # flush denormal numbers to zero.
 COMPILE_FLAGS = ("-O3", "-march=native", "-ffast-math", "-std=c++17", "-fPIC", "-w")
 LINK_FLAGS = ("-shared", "-lm")
+NO_WINDOW = np.iinfo(np.int32).max
+"""A window that every position lies in."""
 
 
 @functools.cache
@@ -51,11 +53,24 @@ def available() -> bool:
 
 
 def paged_attention(
-    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, tables: jax.Array, plan: AttentionPlan, *, scale: float
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    tables: jax.Array,
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
 ) -> jax.Array:
     """See kernels.xla.paged_attention; float32 only, and only where ``available()``."""
     call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(q.shape, q.dtype))
-    return call(q, k_pages, v_pages, tables, plan.decode, plan.prefill, plan.counts, scale=np.float32(scale))
+    return call(
+        q, k_pages, v_pages, tables, plan.decode, plan.prefill, plan.counts,
+        scale=np.float32(scale),
+        window=np.int64(NO_WINDOW if window is None else window),
+        softcap=np.float32(0.0 if softcap is None else softcap),
+    )  # fmt: skip
 
 
 def _build(compiler: str) -> Path:

@@ -25,8 +25,9 @@ namespace {
 // Columns of a work item.
 enum { kSequence, kRow, kNumRows, kPosition, kFirstPage, kEndPage, kKvLength, kPartial, kItemFields };
 
-// Finite, so that the compiler may assume finite numbers: that is what lets it vectorise std::exp.
-constexpr float kMasked = -1e30f;
+// The greatest score of a row that has seen no key yet. Finite, so that the compiler may assume finite numbers: that is
+// what lets it vectorise std::exp.
+constexpr float kUnseen = -1e30f;
 constexpr int kLanes = 16;
 constexpr int kBlock = 64;  // keys that a prefill task scores together
 constexpr int kRows = 4;    // query rows of a register tile
@@ -45,6 +46,8 @@ struct Inputs {
   const float *q, *k_pages, *v_pages;  // [T, heads, dim], [pages, page_size, kv_heads, dim]
   const int32_t* tables;               // [sequences, pages]
   float scale;
+  int64_t window;  // a query at position i sees the keys i - window < j <= i
+  float softcap;   // 0: none
 
   int64_t token_offset(int32_t sequence, int64_t token, int64_t kv_head) const {
     const int64_t page = tables[sequence * shape.table_stride + token / shape.page_size];
@@ -68,12 +71,21 @@ void add_scaled(float* out, const float* x, float factor, int64_t dim) {
   for (; d < dim; ++d) out[d] += factor * x[d];
 }
 
-// Partial softmax of one decode item: per query head of the group its maximum, its sum, and the weighted values.
+// softcap * tanh(x / softcap), through exp of a negative number: it vectorises, and cannot overflow.
+void soft_cap(float* x, int64_t count, float softcap) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float e = std::exp(std::abs(x[i]) * (-2 / softcap));
+    x[i] = std::copysign(softcap * (1 - e) / (1 + e), x[i]);
+  }
+}
+
+// Partial softmax of one decode item: per query head of the group its maximum, its sum, and the weighted values. Where
+// the window hides the whole item, they are kUnseen, 0 and 0.
 void decode_item(const Inputs& in, const int32_t* item, int64_t kv_head, float* top, float* total, float* value) {
   const Shape& s = in.shape;
-  const int64_t begin = item[kFirstPage] * s.page_size;
+  const int64_t begin = std::max<int64_t>(item[kFirstPage] * s.page_size, item[kKvLength] - in.window);
   const int64_t end = std::min<int64_t>(item[kEndPage] * s.page_size, item[kKvLength]);
-  const int64_t length = end - begin;
+  const int64_t length = std::max<int64_t>(end - begin, 0);
   const float* q = in.q + (item[kRow] * s.heads + kv_head * s.group) * s.dim;
   thread_local std::vector<float> scores;
   scores.resize(s.group * length);
@@ -81,10 +93,11 @@ void decode_item(const Inputs& in, const int32_t* item, int64_t kv_head, float* 
     const float* key = in.k_pages + in.token_offset(item[kSequence], begin + t, kv_head);
     for (int64_t g = 0; g < s.group; ++g) scores[g * length + t] = in.scale * dot(q + g * s.dim, key, s.dim);
   }
+  if (in.softcap > 0) soft_cap(scores.data(), s.group * length, in.softcap);
   for (int64_t g = 0; g < s.group; ++g) {
     float* row = scores.data() + g * length;
-    float best = row[0], sum = 0;
-    for (int64_t t = 1; t < length; ++t) best = std::max(best, row[t]);
+    float best = kUnseen, sum = 0;
+    for (int64_t t = 0; t < length; ++t) best = std::max(best, row[t]);
     for (int64_t t = 0; t < length; ++t) row[t] = std::exp(row[t] - best);
     for (int64_t t = 0; t < length; ++t) sum += row[t];
     top[g] = best;
@@ -142,6 +155,7 @@ void prefill_item(const Inputs& in, const int32_t* item, int64_t kv_head, float*
   const Shape& s = in.shape;
   const int64_t num_queries = item[kNumRows] * s.group;
   const int64_t padded = (num_queries + kRows - 1) / kRows * kRows;
+  const int64_t first = std::max<int64_t>(item[kFirstPage] * s.page_size, item[kPosition] + 1 - in.window);
   const int64_t end = item[kPosition] + item[kNumRows];
   thread_local std::vector<float> scratch;
   scratch.assign(padded * (2 * s.dim + 2) + 2 * kBlock * s.dim, 0.0f);
@@ -155,9 +169,9 @@ void prefill_item(const Inputs& in, const int32_t* item, int64_t kv_head, float*
     return ((item[kRow] + query / s.group) * s.heads + kv_head * s.group + query % s.group) * s.dim;
   };
   for (int64_t m = 0; m < num_queries; ++m) std::memcpy(q + m * s.dim, in.q + row_of(m), s.dim * sizeof(float));
-  for (int64_t m = 0; m < padded; ++m) top[m] = kMasked;
+  for (int64_t m = 0; m < padded; ++m) top[m] = kUnseen;
 
-  for (int64_t begin = 0; begin < end; begin += kBlock) {
+  for (int64_t begin = first; begin < end; begin += kBlock) {
     const int64_t length = std::min<int64_t>(kBlock, end - begin);
     for (int64_t t = 0; t < length; ++t) {
       const int64_t offset = in.token_offset(item[kSequence], begin + t, kv_head);
@@ -165,18 +179,24 @@ void prefill_item(const Inputs& in, const int32_t* item, int64_t kv_head, float*
       std::memcpy(values + t * s.dim, in.v_pages + offset, s.dim * sizeof(float));
     }
     for (int64_t m = 0; m < padded; m += kRows) {
+      const int64_t earliest = item[kPosition] + m / s.group;
+      const int64_t latest = item[kPosition] + (m + kRows - 1) / s.group;
+      if (begin > latest || begin + length <= earliest + 1 - in.window) continue;  // none of the rows sees the block
       float weights[kRows * kBlock], decay[kRows];
       score_tile(q + m * s.dim, keys, s.dim, in.scale, weights);
+      if (in.softcap > 0) soft_cap(weights, kRows * kBlock, in.softcap);
       for (int r = 0; r < kRows; ++r) {
         float* row = weights + r * kBlock;
         const int64_t position = item[kPosition] + (m + r) / s.group;
+        const int64_t hidden = std::min(length, std::max<int64_t>(position + 1 - in.window - begin, 0));
         const int64_t visible = std::min(length, std::max<int64_t>(position + 1 - begin, 0));
-        for (int64_t t = visible; t < kBlock; ++t) row[t] = kMasked;
-        float best = top[m + r];
-        for (int t = 0; t < kBlock; ++t) best = std::max(best, row[t]);
-        // A block that a row sees nothing of, before it has seen anything, does not occur: blocks start at token 0.
-        float sum = 0;
-        for (int t = 0; t < kBlock; ++t) row[t] = std::exp(row[t] - best);
+        float best = top[m + r], sum = 0;
+        for (int64_t t = hidden; t < visible; ++t) best = std::max(best, row[t]);
+        // What is not seen weighs 0, also in a row that has seen nothing yet. Masked scores instead would give such a
+        // row weights, and a vectorised exp falls back to slow scalar calls so far from 0.
+        for (int64_t t = 0; t < hidden; ++t) row[t] = 0;
+        for (int64_t t = hidden; t < visible; ++t) row[t] = std::exp(row[t] - best);
+        for (int64_t t = visible; t < kBlock; ++t) row[t] = 0;
         for (int t = 0; t < kBlock; ++t) sum += row[t];
         decay[r] = std::exp(top[m + r] - best);
         total[m + r] = total[m + r] * decay[r] + sum;
@@ -219,14 +239,15 @@ void parallel_for(ffi::ThreadPool& pool, int64_t count, const std::function<void
   state->finished.wait(lock, [&] { return state->done.load() == count; });
 }
 
-ffi::Error PagedAttention(ffi::ThreadPool pool, float scale, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k_pages,
-                          ffi::Buffer<ffi::F32> v_pages, ffi::Buffer<ffi::S32> tables, ffi::Buffer<ffi::S32> decode,
-                          ffi::Buffer<ffi::S32> prefill, ffi::Buffer<ffi::S32> counts,
+ffi::Error PagedAttention(ffi::ThreadPool pool, float scale, int64_t window, float softcap, ffi::Buffer<ffi::F32> q,
+                          ffi::Buffer<ffi::F32> k_pages, ffi::Buffer<ffi::F32> v_pages, ffi::Buffer<ffi::S32> tables,
+                          ffi::Buffer<ffi::S32> decode, ffi::Buffer<ffi::S32> prefill, ffi::Buffer<ffi::S32> counts,
                           ffi::ResultBuffer<ffi::F32> result) {
   const auto q_dims = q.dimensions(), kv_dims = k_pages.dimensions();
   const int64_t heads = q_dims[1], kv_heads = kv_dims[2], dim = q_dims[2];
   const Shape shape{heads, kv_heads, heads / kv_heads, dim, kv_dims[1], tables.dimensions()[1]};
-  const Inputs in{shape, q.typed_data(), k_pages.typed_data(), v_pages.typed_data(), tables.typed_data(), scale};
+  const Inputs in{shape, q.typed_data(), k_pages.typed_data(), v_pages.typed_data(), tables.typed_data(),
+                  scale, window,         softcap};
   const int32_t *decode_items = decode.typed_data(), *prefill_items = prefill.typed_data();
   const int64_t num_decode = counts.typed_data()[0], num_prefill = counts.typed_data()[1];
   float* out = result->typed_data();
@@ -253,7 +274,7 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, float scale, ffi::Buffer<ffi::F3
     for (end = begin + 1; end < num_decode && decode_items[end * kItemFields + kRow] == row; ++end) {
     }
     for (int64_t h = 0; h < heads; ++h) {
-      float best = kMasked, total = 0;
+      float best = kUnseen, total = 0;
       for (int64_t i = begin; i < end; ++i) best = std::max(best, base[i * partial + h]);
       for (int64_t i = begin; i < end; ++i)
         total += std::exp(base[i * partial + h] - best) * base[i * partial + heads + h];
@@ -272,6 +293,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_paged_attention, PagedAttention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<float>("scale")
+                                  .Attr<int64_t>("window")
+                                  .Attr<float>("softcap")
                                   .Arg<ffi::Buffer<ffi::F32>>()   // q
                                   .Arg<ffi::Buffer<ffi::F32>>()   // k_pages
                                   .Arg<ffi::Buffer<ffi::F32>>()   // v_pages

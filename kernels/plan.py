@@ -3,7 +3,8 @@
 A hybrid batch is cut into work items ``int32[8]``: sequence, first query row, number of rows, position of row 0,
 first page, end page, KV length, row of the partial result (-1: none). Decode items are one KV tile of a sequence with
 a single query row, so a long context is split over many items (split-KV) and the work is the sum of the real lengths.
-Prefill items are a tile of query rows that walks all its pages.
+Prefill items are a tile of query rows that walks all its pages. Where every layer has an attention window, items start
+at the first page that the widest one reaches; where only some have, their kernels skip what lies outside.
 """
 
 from __future__ import annotations
@@ -40,12 +41,17 @@ class PlanLimits:
     max_model_len: int
     page_size: int
     num_pages: int
+    window: int | None = None
+    """The widest attention window, in tokens, when every layer has one, else None."""
 
     @property
     def max_decode_items(self) -> int:
         """Each running sequence ends in a partly filled tile; all other tiles are full, and pages are not shared."""
         tile_pages = decode_tile_pages(self.page_size)
         pages_per_seq = -(-self.max_model_len // self.page_size)
+        if self.window is not None:
+            # A window touches most pages when it begins with the last token of one.
+            pages_per_seq = min(pages_per_seq, 1 + -(-(self.window - 1) // self.page_size))
         by_length = self.max_num_seqs * -(-pages_per_seq // tile_pages)
         by_memory = self.num_pages // tile_pages + self.max_num_seqs
         return min(by_length, by_memory)
@@ -108,14 +114,21 @@ def _expand(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return owners, np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
+def _first_page(limits: PlanLimits, positions: np.ndarray) -> np.ndarray:
+    """The page of the first key that queries at ``positions`` see in any layer."""
+    if limits.window is None:
+        return np.zeros_like(positions)
+    return np.maximum(positions - limits.window + 1, 0) // limits.page_size
+
+
 def _decode_items(
     limits: PlanLimits, sequences: np.ndarray, rows: np.ndarray, kv_lens: np.ndarray, items: np.ndarray
 ) -> int:
-    pages = -(-kv_lens // limits.page_size)
+    begin, end = _first_page(limits, kv_lens - 1), -(-kv_lens // limits.page_size)
     tile_pages = decode_tile_pages(limits.page_size)
-    owner, tile = _expand(-(-pages // tile_pages))
-    first_page = tile * tile_pages
-    end_page = np.minimum(first_page + tile_pages, pages[owner])
+    owner, tile = _expand(-(-(end - begin) // tile_pages))
+    first_page = begin[owner] + tile * tile_pages
+    end_page = np.minimum(first_page + tile_pages, end[owner])
     ones = np.ones_like(owner)
     columns = (
         sequences[owner], rows[owner], ones, kv_lens[owner] - 1, first_page, end_page, kv_lens[owner],
@@ -139,9 +152,10 @@ def _prefill_items(
     num_rows = np.minimum(tile_rows, query_lens[owner] - offset)
     position = kv_lens[owner] - query_lens[owner] + offset
     end_page = -(-(position + num_rows) // limits.page_size)
-    zeros = np.zeros_like(owner)
+    no_partial = np.full_like(owner, -1)
     columns = (
-        sequences[owner], rows[owner] + offset, num_rows, position, zeros, end_page, kv_lens[owner], zeros - 1,
+        sequences[owner], rows[owner] + offset, num_rows, position, _first_page(limits, position), end_page,
+        kv_lens[owner], no_partial,
     )  # fmt: skip
     items[: len(owner)] = np.stack(columns, axis=1)
     return len(owner)

@@ -32,25 +32,45 @@ def paged_attention(
     plan: AttentionPlan[jax.Array],
     *,
     scale: float,
+    window: int | None,
+    softcap: float | None,
 ) -> jax.Array:
     """See kernels.attention.paged_attention; ``tables`` already point into the layer's pages."""
     rows, heads, dim = q.shape
     kv_heads = k_pages.shape[2]
     q = (q * scale).reshape(rows, kv_heads, heads // kv_heads, dim)
-    decoded = _decode(q, k_pages, v_pages, tables, plan)
+    decoded = _decode(q, k_pages, v_pages, tables, plan, window, softcap)
     out = jnp.zeros_like(q).at[plan.decode_rows].set(decoded, mode="drop")
-    return _prefill(q, k_pages, v_pages, tables, plan, out).reshape(rows, heads, dim)
+    return _prefill(q, k_pages, v_pages, tables, plan, out, window, softcap).reshape(rows, heads, dim)
 
 
-def _softmax_tile(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Maximum, sum and unnormalised weights of one tile's scores over the last axis."""
+def _visible(keys: jax.Array, queries: jax.Array, window: int | None) -> jax.Array:
+    """Which keys each query sees, by their positions; the shapes broadcast."""
+    causal = keys <= queries
+    return causal if window is None else causal & (keys > queries - window)
+
+
+def _softmax_tile(
+    scores: jax.Array, visible: jax.Array, softcap: float | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Maximum, sum and unnormalised weights of one tile's scores over the last axis; sum 0 where nothing is visible."""
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(visible, scores, MASKED)
     top = scores.max(axis=-1)
     weights = jnp.where(visible, jnp.exp(scores - top[..., None]), 0.0)
     return top, weights.sum(axis=-1), weights
 
 
-def _decode(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, tables: jax.Array, plan: AttentionPlan) -> jax.Array:
+def _decode(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    tables: jax.Array,
+    plan: AttentionPlan,
+    window: int | None,
+    softcap: float | None,
+) -> jax.Array:
     """Single-row queries: partial softmax for each KV tile, then one combine (split-KV, as in Flash-Decoding).
 
     q ``[T, kv_heads, group, head_dim]`` -> ``[max_num_seqs, kv_heads, group, head_dim]``; sequences that do not decode
@@ -74,7 +94,8 @@ def _decode(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, tables: jax.Ar
         k, v = k_pages[pages].reshape(shape), v_pages[pages].reshape(shape)
         scores = jnp.einsum("nkgd,ntkd->nkgt", q[row], k, preferred_element_type=jnp.float32)
         position = first_page[:, None] * page_size + jnp.arange(tile)
-        top, total, weights = _softmax_tile(scores, (position < kv_len[:, None])[:, None, None])
+        visible = _visible(position, kv_len[:, None] - 1, window)
+        top, total, weights = _softmax_tile(scores, visible[:, None, None], softcap)
         value = jnp.einsum("nkgt,ntkd->nkgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=0)
@@ -105,6 +126,8 @@ def _prefill(
     tables: jax.Array,
     plan: AttentionPlan[jax.Array],
     out: jax.Array,
+    window: int | None,
+    softcap: float | None,
 ) -> jax.Array:
     """Tiles of query rows, each with an online softmax over its pages (as in FlashAttention); fills ``out``."""
     num_rows, kv_heads, group, dim = q.shape
@@ -118,17 +141,20 @@ def _prefill(
     out = jnp.pad(out, ((0, tile_rows), (0, 0), (0, 0), (0, 0)))
 
     def one_item(i: jax.Array, out: jax.Array) -> jax.Array:
-        sequence, row, num_item_rows, position, _, end_page = (plan.prefill[i, field] for field in range(6))
+        sequence, row, num_item_rows, position, first_page, end_page = (plan.prefill[i, field] for field in range(6))
+        if window is not None:
+            first_page = jnp.maximum(first_page, (position - window + 1) // page_size)
         q_tile = jax.lax.dynamic_slice_in_dim(q, row, tile_rows).transpose(1, 2, 0, 3)
         q_position = position + jnp.arange(tile_rows)[:, None]
 
         def one_tile(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             top, total, value = state
-            pages = jax.lax.dynamic_slice(tables, (sequence, j * tile_pages), (1, tile_pages))[0]
+            page = first_page + j * tile_pages
+            pages = jax.lax.dynamic_slice(tables, (sequence, page), (1, tile_pages))[0]
             k, v = k_pages[pages].reshape(tile, kv_heads, dim), v_pages[pages].reshape(tile, kv_heads, dim)
             scores = jnp.einsum("kgrd,tkd->kgrt", q_tile, k, preferred_element_type=jnp.float32)
-            visible = j * tile + jnp.arange(tile) <= q_position
-            tile_top, tile_total, weights = _softmax_tile(scores, visible)
+            visible = _visible(page * page_size + jnp.arange(tile), q_position, window)
+            tile_top, tile_total, weights = _softmax_tile(scores, visible, softcap)
             new_top = jnp.maximum(top, tile_top)
             old_scale, tile_scale = jnp.exp(top - new_top), jnp.exp(tile_top - new_top)
             tile_value = jnp.einsum("kgrt,tkd->kgrd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
@@ -140,10 +166,10 @@ def _prefill(
 
         statistics = jnp.zeros((kv_heads, group, tile_rows), jnp.float32)
         empty = (statistics + MASKED, statistics, jnp.zeros((kv_heads, group, tile_rows, dim), jnp.float32))
-        num_tiles = (end_page + tile_pages - 1) // tile_pages
+        num_tiles = (end_page - first_page + tile_pages - 1) // tile_pages
         _, total, value = jax.lax.fori_loop(0, num_tiles, one_tile, empty)
-        attended = (value / total[..., None]).transpose(2, 0, 1, 3).astype(q.dtype)
-        # Rows past the item belong to the next one: keep what is there.
+        # Rows past the item, which belong to the next one, may have seen nothing. Keep what is there.
+        attended = (value / jnp.maximum(total, 1e-30)[..., None]).transpose(2, 0, 1, 3).astype(q.dtype)
         current = jax.lax.dynamic_slice_in_dim(out, row, tile_rows)
         mine = (jnp.arange(tile_rows) < num_item_rows)[:, None, None, None]
         return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(mine, attended, current), row, axis=0)

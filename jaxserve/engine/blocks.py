@@ -26,7 +26,7 @@ class BlockManager:
         return self.num_used / (self.num_blocks - 1)
 
     def table(self, request_id: str) -> list[int]:
-        """The request's blocks, in the order of its tokens."""
+        """The request's blocks, in the order of its tokens; 0 where ``release_before`` took one back."""
         return self._tables.get(request_id, [])
 
     def room(self, request_id: str) -> int:
@@ -42,13 +42,25 @@ class BlockManager:
         for _ in range(missing):
             table.append(self._free.pop())
 
+    def release_before(self, request_id: str, num_tokens: int) -> None:
+        """Take back the request's whole blocks below token ``num_tokens``, which nothing will read again.
+
+        Their table entries become 0, so that the others stay where the positions expect them.
+        """
+        table = self.table(request_id)
+        for index in range(min(num_tokens // self.block_size, len(table)) - 1, -1, -1):
+            if table[index] == 0:  # and so are those before it
+                break
+            self._free.append(table[index])
+            table[index] = 0
+
     def release(self, request_id: str) -> None:
         """Take all blocks of the request back."""
-        self._free.extend(reversed(self._tables.pop(request_id, [])))
+        self._free.extend(block for block in reversed(self._tables.pop(request_id, [])) if block)
 
     def check(self) -> None:
         """Prove that every block is free or belongs to exactly one request; raises RuntimeError otherwise."""
-        owned = [block for table in self._tables.values() for block in table]
+        owned = [block for table in self._tables.values() for block in table if block]
         everything = sorted(owned + self._free)
         if everything != list(range(1, self.num_blocks)):
             raise RuntimeError(

@@ -92,6 +92,7 @@ class Engine:
             token_budget=config.token_budget,
             max_num_seqs=config.max_num_seqs,
             blocks=self.blocks,
+            window=self.model_config.window,
         )
         self.metrics = EngineMetrics(config.token_budget)
         self.on_step: list[Callable[[StepRecord, list[Chunk]], None]] = [self.metrics.observe_step]

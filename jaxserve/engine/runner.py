@@ -103,9 +103,9 @@ class ModelRunner:
         self._programs.clear()
 
     def _layout(self, rows: int) -> StepLayout:
-        config = self.config
+        config, window = self.config, self.model_config.window
         return StepLayout(
-            PlanLimits(rows, config.max_num_seqs, config.max_model_len, config.block_size, self.num_blocks)
+            PlanLimits(rows, config.max_num_seqs, config.max_model_len, config.block_size, self.num_blocks, window)
         )
 
     def _abstract_cache(self) -> KVCache[jax.ShapeDtypeStruct]:

@@ -10,5 +10,7 @@ __all__ = ["Batch", "Chunk", "PrefillFirstScheduler", "SarathiScheduler", "Sched
 POLICIES: dict[str, type[Scheduler]] = {"sarathi": SarathiScheduler, "prefill_first": PrefillFirstScheduler}
 
 
-def make_scheduler(name: str, *, token_budget: int, max_num_seqs: int, blocks: BlockManager) -> Scheduler:
-    return POLICIES[name](token_budget=token_budget, max_num_seqs=max_num_seqs, blocks=blocks)
+def make_scheduler(
+    name: str, *, token_budget: int, max_num_seqs: int, blocks: BlockManager, window: int | None = None
+) -> Scheduler:
+    return POLICIES[name](token_budget=token_budget, max_num_seqs=max_num_seqs, blocks=blocks, window=window)

@@ -46,12 +46,18 @@ class Scheduler(ABC):
 
     ``waiting`` and ``running`` are in order of arrival. When blocks run out the latest arrival is preempted: it gives
     all its blocks back, returns to the head of the queue and is recomputed.
+
+    With ``window``, the model's widest attention window where every layer has one, a request gives back the blocks that
+    it has left behind, so it needs only as many as its window and one chunk span, however long it is.
     """
 
-    def __init__(self, *, token_budget: int, max_num_seqs: int, blocks: BlockManager) -> None:
+    def __init__(
+        self, *, token_budget: int, max_num_seqs: int, blocks: BlockManager, window: int | None = None
+    ) -> None:
         self.token_budget = token_budget
         self.max_num_seqs = max_num_seqs
         self.blocks = blocks
+        self.window = window
         self.waiting: OrderedDict[str, Request] = OrderedDict()
         self.running: list[Request] = []
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
@@ -69,6 +75,7 @@ class Scheduler(ABC):
     def schedule(self) -> Batch:
         """The next step's batch. Its requests count as computed from now on, so the next call can run ahead."""
         ready = self._decodes()
+        self._release_unseen()
         batch = Batch(self.token_budget)
         self._fill(batch)
         for chunk in batch.chunks.values():
@@ -116,6 +123,19 @@ class Scheduler(ABC):
         batch.chunks[request.request_id] = Chunk(
             request, start, num_tokens, request.slot, samples=start + num_tokens == request.num_tokens
         )
+
+    def _release_unseen(self) -> None:
+        """Free the blocks out of every running request's window, before anyone is preempted for want of a block.
+
+        A request's next row is at ``num_computed_tokens``; it and all later ones see keys from there - window + 1 on,
+        and a recomputation starts over with new blocks. The step before may still have to read the freed ones, but the
+        device runs steps in order, so it does before this step writes to them. Within this step each layer writes the
+        rows of all requests before it attends, so a freed block may already hold another request's keys by then: that
+        is harmless, for the rows of this request do not see what was freed, and its table entry is 0.
+        """
+        if self.window is not None:
+            for request in self.running:
+                self.blocks.release_before(request.request_id, request.num_computed_tokens - self.window + 1)
 
     def _admit(self, request: Request) -> None:
         """Move the head of the queue to the running ones."""

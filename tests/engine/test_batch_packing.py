@@ -67,9 +67,9 @@ def make_blocks(batch: list[Chunk], order: np.random.Generator) -> BlockManager:
     return blocks
 
 
-def layout_for(batch: list[Chunk], padding: int) -> StepLayout:
+def layout_for(batch: list[Chunk], padding: int, window: int | None = None) -> StepLayout:
     rows = max(1, sum(chunk.num_tokens for chunk in batch) + padding)
-    return StepLayout(PlanLimits(rows, MAX_NUM_SEQS, MAX_MODEL_LEN, BLOCK_SIZE, NUM_BLOCKS))
+    return StepLayout(PlanLimits(rows, MAX_NUM_SEQS, MAX_MODEL_LEN, BLOCK_SIZE, NUM_BLOCKS, window))
 
 
 def reference(layout: StepLayout, batch: list[Chunk], blocks: BlockManager) -> dict[str, np.ndarray]:
@@ -106,9 +106,12 @@ def reference(layout: StepLayout, batch: list[Chunk], blocks: BlockManager) -> d
 
 
 @settings(max_examples=150, deadline=None)
-@given(batches(), st.integers(0, 20), st.integers(0, 2**32))
-def test_pack(batch: list[Chunk], padding: int, seed: int) -> None:
-    layout, blocks = layout_for(batch, padding), make_blocks(batch, np.random.default_rng(seed))
+@given(batches(), st.integers(0, 20), st.one_of(st.none(), st.integers(1, MAX_MODEL_LEN)), st.integers(0, 2**32))
+def test_pack(batch: list[Chunk], padding: int, window: int | None, seed: int) -> None:
+    layout, blocks = layout_for(batch, padding, window), make_blocks(batch, np.random.default_rng(seed))
+    if window is not None:
+        for chunk in batch:
+            blocks.release_before(chunk.request.request_id, chunk.start - window + 1)
     step = pack(layout, batch, blocks)
     assert step.ints.shape == (layout.num_ints,)
     assert step.ints.dtype == np.int32
