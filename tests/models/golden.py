@@ -90,8 +90,10 @@ def paged_logits(model: Decoder, token_ids: list[int], chunk_sizes: Sequence[int
     request = Request("r", token_ids, SamplingParams(), 1, RequestMetrics(0.0), slot=1)
     start, rows = 0, []
     for size in chunk_sizes:
+        if config.window is not None:
+            blocks.release_before("r", start - config.window + 1)
         blocks.grow("r", start + size)
-        limits = PlanLimits(16 if size <= 16 else 64, 3, len(token_ids), PAGE_SIZE, NUM_PAGES)
+        limits = PlanLimits(16 if size <= 16 else 64, 3, len(token_ids), PAGE_SIZE, NUM_PAGES, config.window)
         layout = StepLayout(limits)
         step = pack(layout, [Chunk(request, start, size, slot=1, samples=False)], blocks)
         logits, cache = _run(layout, model, cache, step.ints)
