@@ -28,7 +28,11 @@ enum { kSequence, kRow, kNumRows, kPosition, kFirstPage, kEndPage, kKvLength, kP
 // The greatest score of a row that has seen no key yet. Finite, so that the compiler may assume finite numbers: that is
 // what lets it vectorise std::exp.
 constexpr float kUnseen = -1e30f;
+#ifdef __AVX512F__
 constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;  // wider vectors than the processor's would spill
+#endif
 constexpr int kBlock = 64;  // keys that a prefill task scores together
 constexpr int kRows = 4;    // query rows of a register tile
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));

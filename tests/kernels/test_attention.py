@@ -133,7 +133,7 @@ def maskings(draw: st.DrawFn) -> Masking:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     batches(),
     st.sampled_from([8, 16, 64, 128]),

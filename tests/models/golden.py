@@ -24,7 +24,7 @@ from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import abstract_model, abstract_parameters
 
 FOLDER = Path(__file__).parents[1] / "golden"
-PAGE_SIZE, NUM_PAGES = 8, 20
+PAGE_SIZE, NUM_PAGES, NUM_ROWS = 8, 20, 64
 
 
 class Golden:
@@ -41,6 +41,10 @@ class Golden:
         """``float32[prompt and greedy tokens, vocab]``"""
         self.length = len(self.prompt) + len(self.greedy)
 
+    @property
+    def architecture(self) -> str:
+        return open_checkpoint(str(self.checkpoint)).config.architecture
+
     def chunkings(self) -> dict[str, list[int]]:
         """Ways to cut prompt and continuation into steps."""
         return {
@@ -52,9 +56,11 @@ class Golden:
     def load(self) -> Decoder:
         return load(self.checkpoint, max_len=self.length)
 
-    def error(self, model: Decoder, chunk_sizes: Sequence[int]) -> float:
-        """Largest absolute difference of any logit."""
-        return float(np.abs(paged_logits(model, self.prompt + self.greedy, chunk_sizes) - self.logits).max())
+    def compare(self, model: Decoder, chunk_sizes: Sequence[int]) -> tuple[float, bool]:
+        """Largest absolute difference of any logit, and whether greedy sampling gives the same continuation."""
+        logits = paged_logits(model, self.prompt + self.greedy, chunk_sizes)
+        sampled = logits[len(self.prompt) - 1 : -1].argmax(axis=-1).tolist()
+        return float(np.abs(logits - self.logits).max()), sampled == self.greedy
 
 
 def names() -> list[str]:
@@ -84,7 +90,8 @@ def paged_logits(model: Decoder, token_ids: list[int], chunk_sizes: Sequence[int
     """``float32[len(token_ids), vocab]`` of a sequence computed in chunks of the given sizes."""
     config = model.config
     shape = (config.num_layers * NUM_PAGES, PAGE_SIZE, config.num_kv_heads, config.head_dim)
-    cache = KVCache(jnp.zeros(shape), jnp.zeros(shape))
+    # Placed like the weights: otherwise the first step would be compiled for itself.
+    cache = KVCache(*(jax.device_put(jnp.zeros(shape), jax.devices()[0]) for _ in range(2)))
     blocks = BlockManager(NUM_PAGES, PAGE_SIZE)
     blocks.grow("other", 17)  # so that pages are not simply 1, 2, 3
     request = Request("r", token_ids, SamplingParams(), 1, RequestMetrics(0.0), slot=1)
@@ -93,8 +100,7 @@ def paged_logits(model: Decoder, token_ids: list[int], chunk_sizes: Sequence[int
         if config.window is not None:
             blocks.release_before("r", start - config.window + 1)
         blocks.grow("r", start + size)
-        limits = PlanLimits(16 if size <= 16 else 64, 3, len(token_ids), PAGE_SIZE, NUM_PAGES, config.window)
-        layout = StepLayout(limits)
+        layout = StepLayout(PlanLimits(NUM_ROWS, 3, len(token_ids), PAGE_SIZE, NUM_PAGES, config.window))
         step = pack(layout, [Chunk(request, start, size, slot=1, samples=False)], blocks)
         logits, cache = _run(layout, model, cache, step.ints)
         rows.append(np.asarray(logits)[:size])

@@ -12,7 +12,7 @@ import numpy as np
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.loading.gguf import ARCHITECTURES
 from jaxserve.models.registry import FAMILIES
-from tests.models.golden import Golden, names, paged_logits
+from tests.models.golden import Golden, names
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = """# Models
@@ -20,7 +20,7 @@ HEAD = """# Models
 Made by `python -m tests.models.make_table` from models/registry.py and the reference checkpoints of tests/golden: tiny
 random models whose logits, and greedy continuation of 16 tokens, transformers computed in float32
 (tests/golden/README.md says how, and what could be proven of each). The same comparison is
-tests/models/test_families.py, which also serves each of them through the engine.
+tests/models/test_families.py, which also serves one of each architecture through the engine.
 
 Any of these loads from safetensors (a folder or a hub id) and, converted, from Orbax onto any mesh; GGUF where the
 table says so. `--load-format dummy` gives random weights in the shape of any config.json, or of mistral-7b, yi-34b,
@@ -81,14 +81,10 @@ def main() -> None:
         model = golden.load()
         kind = "GGUF: " if golden.checkpoint.suffix == ".gguf" else ""
         of_architecture[model.config.architecture].append(name)
-        errors = []
-        for sizes in golden.chunkings().values():
-            logits = paged_logits(model, golden.prompt + golden.greedy, sizes)
-            errors.append(f"{np.abs(logits - golden.logits).max():.1e}")
-        # The rows of the token-by-token run that predict the continuation.
-        same = logits[len(golden.prompt) - 1 : -1].argmax(axis=-1).tolist() == golden.greedy
-        cells = [name, kind + features(model.config), f"{np.abs(golden.logits).max():.1f}", *errors]
-        rows.append(f"| {' | '.join(cells)} | {'yes' if same else '**no**'} |")
+        compared = [golden.compare(model, sizes) for sizes in golden.chunkings().values()]
+        cells = [name, kind + features(model.config), f"{np.abs(golden.logits).max():.1f}"]
+        cells += [f"{error:.1e}" for error, _ in compared]
+        rows.append(f"| {' | '.join(cells)} | {'yes' if all(same for _, same in compared) else '**no**'} |")
         print(rows[-1], flush=True)
     families = []
     for architecture, family in FAMILIES.items():
