@@ -14,10 +14,10 @@ import pytest
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.batch_file import BatchRun, ResultFile
-from jaxserve.models.config import ModelConfig, ModelError
+from jaxserve.models.config import ModelConfig, ModelError, Rope
+from jaxserve.models.decoder import Decoder
 from jaxserve.models.loading import orbax
 from jaxserve.models.loading.checkpoint import open_checkpoint
-from jaxserve.models.registry import model_class
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import abstract_model, abstract_parameters
 
@@ -31,9 +31,10 @@ def model(tmp_path: Path) -> Path:
     """A model of one narrow layer and random weights, which wants greedy outputs of five tokens."""
     config = ModelConfig(
         architecture="LlamaForCausalLM", vocab_size=49152, hidden_size=16, intermediate_size=16, num_layers=1,
-        num_heads=2, num_kv_heads=2, head_dim=8, max_position_embeddings=LIMIT, rms_norm_eps=1e-5, rope_theta=1e4,
+        num_heads=2, num_kv_heads=2, head_dim=8, max_position_embeddings=LIMIT, norm_eps=1e-5,
+        rope=Rope(theta=1e4, dim=8),
     )  # fmt: skip
-    _, state = abstract_model(model_class(config.architecture), config, max_len=LIMIT, dtype=jnp.float32)
+    _, state = abstract_model(Decoder, config, max_len=LIMIT, dtype=jnp.float32)
     random = np.random.default_rng(0)
     parameters = {
         name: jax.device_put(random.normal(size=spec.shape).astype(np.float32))

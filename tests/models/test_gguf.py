@@ -1,6 +1,7 @@
 """GGUF files: the container, quantised tensors, Hugging Face's order of rows, and the embedded model's download."""
 
 import hashlib
+import json
 import struct
 import zipfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
+from safetensors.numpy import load_file
 
 from jaxserve.models.config import ModelError, Rope
 from jaxserve.models.loading import hub
@@ -18,6 +20,7 @@ from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.loading.gguf import QUANTISED, GGUFSource
 from jaxserve.models.loading.gguf_file import read_gguf
 from jaxserve.models.rope import rope_frequencies
+from tests.models.golden import Golden, load
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCAB = 4, 2, 64, 256, 600
 METADATA: dict[str, Any] = {
@@ -41,6 +44,30 @@ def write(path: Path, tensors: dict[str, Any], architecture: str = "llama", **me
     for name, tensor in tensors.items():
         data, kind = tensor if isinstance(tensor, tuple) else (tensor, None)
         writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def gemma_as_gguf(folder: Path, path: Path) -> Path:
+    """A Gemma checkpoint as llama.cpp's converter writes it: its names, and norms around 1."""
+    raw, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    writer = gguf.GGUFWriter(path, "gemma")
+    writer.add_block_count(raw["num_hidden_layers"])
+    writer.add_context_length(raw["max_position_embeddings"])
+    writer.add_embedding_length(raw["hidden_size"])
+    writer.add_feed_forward_length(raw["intermediate_size"])
+    writer.add_head_count(raw["num_attention_heads"])
+    writer.add_head_count_kv(raw["num_key_value_heads"])
+    writer.add_key_length(raw["head_dim"])
+    writer.add_value_length(raw["head_dim"])
+    writer.add_layer_norm_rms_eps(raw["rms_norm_eps"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA, raw["num_hidden_layers"])
+    for name, tensor in tensors.items():
+        values = tensor.astype(np.float32) + (1 if name.endswith("norm.weight") else 0)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -158,6 +185,14 @@ def test_q_and_k_come_back_in_hugging_face_order(tmp_path: Path) -> None:
     np.testing.assert_array_equal(source.read(f"{attention}.v_proj.weight"), v)
     expected = gguf.quants.dequantize(gguf.quants.quantize(k, Kind.Q8_0), Kind.Q8_0)
     np.testing.assert_array_equal(source.read(f"{attention}.k_proj.weight"), expected)
+
+
+def test_gemma_matches_transformers(tmp_path: Path) -> None:
+    golden = Golden("gemma_mqa")
+    model = load(gemma_as_gguf(golden.checkpoint, tmp_path / "gemma.gguf"), golden.length)
+    error, same_greedy = golden.compare(model, [golden.length])
+    assert error < 2e-4
+    assert same_greedy
 
 
 def test_config_from_metadata(tmp_path: Path) -> None:
