@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -18,6 +19,7 @@ from jaxserve.engine.batch import pack, prompt_targets, wants_prompt_logprobs
 from jaxserve.engine.blocks import BlockManager
 from jaxserve.engine.compile import CompileCounter, use_persistent_cache
 from jaxserve.engine.output import OutputStream, host_logprobs, logprob_entry
+from jaxserve.engine.profiling import Profiler, largest_budget, read_profile
 from jaxserve.engine.runner import ModelRunner, StepOutputs
 from jaxserve.engine.sampler import TokenLogprobs
 from jaxserve.metrics import EngineMetrics, StepRecord
@@ -35,7 +37,8 @@ from jaxserve.request import (
     RequestStatus,
     SamplingParams,
 )
-from jaxserve.scheduler import Chunk, make_scheduler
+from jaxserve.scheduler import Chunk, Pace, make_scheduler
+from jaxserve.scheduler.step_time import Profile
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.tokenizer import Tokenizer
 from jaxserve.tracing import StepTracer
@@ -70,6 +73,7 @@ class Engine:
         self.config = config.resolve(
             model_max_len=longest_sequence(checkpoint.config), on_gpu=jax.default_backend() == "gpu"
         )
+        stored = read_profile(config.profile, self.config) if config.profile is not None else None
         self.max_model_len = self.config.max_model_len
         self.tokenizer = (
             Tokenizer.from_folder(resolve(config.tokenizer)) if config.tokenizer else checkpoint.tokenizer()
@@ -86,15 +90,19 @@ class Engine:
             ", ".join(self.sampling_defaults) or "none",
         )
         self.runner = ModelRunner(self.config, checkpoint, make_mesh(), show_progress=show_progress)
+        pace = self._settle_pace(stored, auto=config.token_budget == "auto") if config.needs_step_times else None
         self.blocks = BlockManager(self.runner.num_blocks, self.config.block_size)
         self.scheduler = make_scheduler(
             config.scheduler,
-            token_budget=config.token_budget,
+            chunk_schedule=config.chunk_budgets,
+            pace=pace,
+            token_budget=self.config.token_budget,
             max_num_seqs=config.max_num_seqs,
+            max_model_len=self.max_model_len,
             blocks=self.blocks,
             window=self.model_config.window,
         )
-        self.metrics = EngineMetrics(config.token_budget)
+        self.metrics = EngineMetrics(self.config.token_budget)
         self.on_step: list[Callable[[StepRecord, list[Chunk]], None]] = [self.metrics.observe_step]
         """Called with every processed step and its chunks."""
         if self._tracer is not None:
@@ -183,6 +191,23 @@ class Engine:
         self.compiles.close()
         if self._tracer is not None:
             self._tracer.close()
+
+    def _settle_pace(self, stored: Profile | None, *, auto: bool) -> Pace:
+        """The objective, and step times from the stored profile or measured now; an ``auto`` budget goes by them.
+
+        Every bucket that could be the budget has been compiled; those above the one chosen go unused.
+        """
+        slo_tbt_seconds, profiler = self.config.slo_tbt_seconds, Profiler(self.runner)
+        assert slo_tbt_seconds is not None, "checked by the configuration"
+        profile = stored or profiler.profile(stop_seconds=slo_tbt_seconds)[0]
+        if auto:
+            budget = largest_budget(profile.step_time, profiler.worst_shapes(), slo_tbt_seconds)
+            self.config = dataclasses.replace(self.config, token_budget=budget)
+        logger.info(
+            "step times of %s: held-out error %.1f %% (median), %.1f %% (P90); token budget %d",
+            profile.date, 100 * profile.error.median, 100 * profile.error.p90, self.config.token_budget,
+        )  # fmt: skip
+        return Pace(slo_tbt_seconds, profile.step_time)
 
     def _launch(self, chunks: list[Chunk], start: float) -> _LaunchedStep:
         scheduled = self._clock()

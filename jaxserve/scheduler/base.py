@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import NotRequired, TypedDict, Unpack
 
 from jaxserve.engine.blocks import BlockManager
 from jaxserve.request import FinishReason, Request, RequestStatus
@@ -41,30 +42,41 @@ class Batch:
         return self.budget - self.num_tokens
 
 
+class Limits(TypedDict):
+    """What bounds every policy's batches."""
+
+    token_budget: int
+    """Most tokens in one batch."""
+    max_num_seqs: int
+    max_model_len: int
+    blocks: BlockManager
+    window: NotRequired[int | None]
+    """The model's widest attention window, in tokens, where every layer has one."""
+
+
 class Scheduler(ABC):
     """Owns the requests that wait and run, first come first served; a policy fills each step's batch.
 
     ``waiting`` and ``running`` are in order of arrival. When blocks run out the latest arrival is preempted: it gives
     all its blocks back, returns to the head of the queue and is recomputed.
 
-    With ``window``, the model's widest attention window where every layer has one, a request gives back the blocks that
-    it has left behind, so it needs only as many as its window and one chunk span, however long it is.
+    With a window, a request gives back the blocks that it has left behind, so it needs only as many as its window and
+    one chunk span, however long it is.
     """
 
-    def __init__(
-        self, *, token_budget: int, max_num_seqs: int, blocks: BlockManager, window: int | None = None
-    ) -> None:
-        self.token_budget = token_budget
-        self.max_num_seqs = max_num_seqs
-        self.blocks = blocks
-        self.window = window
+    def __init__(self, **limits: Unpack[Limits]) -> None:
+        self.token_budget = limits["token_budget"]
+        self.max_num_seqs = limits["max_num_seqs"]
+        self.max_model_len = limits["max_model_len"]
+        self.blocks = limits["blocks"]
+        self.window = limits.get("window")
         self.waiting: OrderedDict[str, Request] = OrderedDict()
         self.running: list[Request] = []
-        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._free_slots = list(range(self.max_num_seqs - 1, -1, -1))
 
     @abstractmethod
     def _fill(self, batch: Batch) -> None:
-        """Choose the batch's chunks through ``_grant`` and ``_admit``."""
+        """Choose the batch's chunks through ``_grant`` and its kin, and whom to ``_admit``."""
 
     def add(self, request: Request) -> None:
         self.waiting[request.request_id] = request
@@ -105,13 +117,17 @@ class Scheduler(ABC):
     def _prefills(self) -> list[Request]:
         return [r for r in self.running if not r.decoding and not r.exhausted]
 
+    def _grant_decodes(self, batch: Batch) -> None:
+        for request in self._decodes():
+            self._grant(batch, request, 1)
+
     def _grant(self, batch: Batch, request: Request, wanted: int) -> None:
         """Schedule up to ``wanted`` tokens of a running request, as far as budget and blocks go.
 
         Where not even one token fits, later arrivals are preempted, the request itself last.
         """
         wanted = min(wanted, batch.budget_left)
-        if wanted == 0 or request.status is not RequestStatus.RUNNING:
+        if wanted <= 0 or request.status is not RequestStatus.RUNNING:
             return
         start = request.num_computed_tokens
         while (num_tokens := min(wanted, self.blocks.room(request.request_id) - start)) <= 0:
@@ -136,6 +152,18 @@ class Scheduler(ABC):
         if self.window is not None:
             for request in self.running:
                 self.blocks.release_before(request.request_id, request.num_computed_tokens - self.window + 1)
+
+    def _next_waiting(self, batch: Batch) -> Request | None:
+        """The head of the queue, where a batch in which nobody was preempted and a free slot could take it."""
+        if not self.waiting or batch.preempted or len(self.running) >= self.max_num_seqs:
+            return None
+        return next(iter(self.waiting.values()))
+
+    def _has_room(self, num_tokens: int) -> bool:
+        """True when blocks for ``num_tokens`` of a new request are free, and one more for each running request:
+        admitting into the last ones would only lead to preemption.
+        """
+        return self.blocks.num_free >= len(self.running) + -(-num_tokens // self.blocks.block_size)
 
     def _admit(self, request: Request) -> None:
         """Move the head of the queue to the running ones."""
