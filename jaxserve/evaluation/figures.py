@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from jaxserve.evaluation.latency import PERCENTS, Objective, Percentiles
 
@@ -26,7 +26,7 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 WIDTH_INCHES = 10.5
 OBJECTIVE_COLOR = "#777777"
-TIMELINE_BINS = 200
+TIMELINE_BINS = 400
 """A longer run is averaged over as many intervals."""
 
 
@@ -81,7 +81,7 @@ def rate_curves(all_series: Sequence[Series], objective: Objective | None) -> Ch
                 trials = [(t.rate, getattr(t.summary, name).at(percent)) for t in series.capacity.trials]
                 rates = series.capacity.rates
                 medians = [np.median([seconds for other, seconds in trials if other == rate]) for rate in rates]
-                ax.plot(rates, medians, label=series.name, markersize=5, **style)
+                ax.plot(rates, medians, label=series.name, markersize=4, **style)
                 ax.scatter(*zip(*trials, strict=True), s=10, alpha=0.35, linewidths=0, **style)
             if objective is not None and limit is not None:
                 _limit(ax.axhline, getattr(objective, limit))
@@ -96,46 +96,54 @@ def rate_curves(all_series: Sequence[Series], objective: Objective | None) -> Ch
 
 
 def timeline(series: Series) -> Chart:
-    """What the steps of a run computed over time: tokens and padding of a step, and how long it took."""
+    """What the device computed over time: tokens and padding of the steps, and how long these took."""
     steps = series.run.steps
-    start = steps[0].start_seconds
-    ends = np.array([step.ready_seconds - start for step in steps])
-    decodes = np.array([step.num_decode_tokens for step in steps], float)
-    tokens = np.array([step.num_tokens for step in steps], float)
-    rows = np.array([step.num_rows for step in steps], float)
-    seconds = np.array([step.ready_seconds - step.device_start_seconds for step in steps])
-    num_bins = min(TIMELINE_BINS, len(steps))
-    edges = np.linspace(0, ends[-1], num_bins + 1)
-    bins = np.clip(np.searchsorted(edges, ends, side="left") - 1, 0, num_bins - 1)
-    counts = np.bincount(bins, minlength=num_bins)
+    origin = steps[0].device_start_seconds
+    starts = np.array([step.device_start_seconds - origin for step in steps])
+    ends = np.array([step.ready_seconds - origin for step in steps])
+    exact = len(steps) <= TIMELINE_BINS
+    edges = np.unique([starts, ends]) if exact else np.linspace(0, ends[-1], TIMELINE_BINS + 1)
 
-    def mean(values: np.ndarray) -> np.ndarray:
-        return np.bincount(bins, values, num_bins) / np.maximum(counts, 1)
+    def mean(values: Sequence[float]) -> np.ndarray:
+        """Time averages in the bins of what holds from a step's start to its end; between steps it is 0."""
+        done = np.cumsum(np.array(values) * (ends - starts))
+        times, integral = np.stack([starts, ends], 1), np.stack([np.r_[0, done[:-1]], done], 1)
+        return np.diff(np.interp(edges, times.ravel(), integral.ravel())) / np.diff(edges)
 
-    longest = np.zeros(num_bins)
-    np.maximum.at(longest, bins, seconds)
+    longest = np.zeros(len(edges) - 1)
+    first, last = np.searchsorted(edges, starts, "right") - 1, np.searchsorted(edges, ends, "left")
+    for begin, end, seconds in zip(first, last, ends - starts, strict=True):
+        longest[begin:end] = np.maximum(longest[begin:end], seconds)
+    layers = (
+        ("decode", COLORS[0], [step.num_decode_tokens for step in steps]),
+        ("prefill", COLORS[4], [step.num_tokens - step.num_decode_tokens for step in steps]),
+        ("padding", "#d0d0d0", [step.num_rows - step.num_tokens for step in steps]),
+    )
     with mpl.rc_context(STYLE):
         figure = Figure((WIDTH_INCHES, 4.4), layout="constrained")
         held, took = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.4))
-        layers = (mean(decodes), mean(tokens - decodes), mean(rows - tokens))
-        colors = (COLORS[0], COLORS[4], "#d0d0d0")
-        bottom = np.zeros(num_bins)
-        for label, layer, color in zip(("decode", "prefill", "padding"), layers, colors, strict=True):
-            held.stairs(bottom + layer, edges, baseline=bottom, fill=True, color=color, label=label, linewidth=0)
-            bottom = bottom + layer
-        held.set_ylabel("rows in a step (tokens)")
+        bottom = np.zeros(len(longest))
+        for label, color, values in layers:
+            top = bottom + mean(values)
+            held.stairs(top, edges, baseline=bottom, fill=True, color=color, label=label, linewidth=0)
+            bottom = top
+        held.set_ylabel("rows of the step (tokens)")
         held.set_ylim(0, max(1.0, 1.05 * bottom.max()))
         took.stairs(1000 * longest, edges, color="#333333", linewidth=1.0)
         took.set_ylabel("step (ms)")
-        took.set_ylim(0)
+        took.set_ylim(0, 1100 * longest.max())
         took.set_xlabel("time (s)")
-        took.set_xlim(0, ends[-1])
+        took.set_xlim(0, edges[-1])
         _legend(figure, held)
         svg = _svg(figure, f"timeline-{series.name}")
-    bin_ms = 1000 * ends[-1] / num_bins
     at = "" if series.rate is None else f" at {series.rate:.3g} requests/s"
-    caption = f"Means over the {len(steps)} steps in intervals of {bin_ms:.3g} ms; below, the longest step of each."
-    return Chart(f"Steps of {series.name}{at}", caption, svg)
+    caption = f"What the {len(steps)} steps hold, and below how long they take"
+    if not exact:
+        caption += (
+            f", in intervals of {edges[1] - edges[0]:.2g} s: the average, in which an idle device counts as 0, "
+            "and the longest step"
+        )
+    return Chart(f"Steps of {series.name}{at}", f"{caption}.", svg)
 
 
 def _cdf(ax: Axes, percentiles: Percentiles, label: str, index: int) -> None:
@@ -147,10 +155,16 @@ def _limit(line: object, value: float) -> None:
     line(value, color=OBJECTIVE_COLOR, linestyle="--", linewidth=1, label="objective")
 
 
-def _log_seconds(ax: Axes, axis: str) -> None:
-    """Log scale with plain numbers, where there is something to show on it."""
-    getattr(ax, f"set_{axis}scale")("log", nonpositive="clip")
-    getattr(ax, f"{axis}axis").set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g}"))
+def _log_seconds(ax: Axes, name: str) -> None:
+    """Log scale with plain numbers: of each decade 1, 2 and 5 on a short axis, 1 on a long one."""
+    if not np.isfinite(getattr(ax.dataLim, f"minpos{name}")):
+        return  # nothing above 0
+    getattr(ax, f"set_{name}scale")("log", nonpositive="clip")
+    low, high = getattr(ax, f"get_{name}lim")()
+    axis = getattr(ax, f"{name}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 60 * low else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _legend(figure: Figure, ax: Axes) -> None:
