@@ -128,8 +128,7 @@ def serve(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(config).items() if value is not None]
         with running_server([sys.executable, str(SERVER), "--port", "0", *flags]) as address:
             run = run_server(address, workload)
-    rate = None if workload.arrivals == "closed" else workload.rate
-    result = Series(args.target or config.scheduler, run, rate)
+    result = Series(args.target or config.scheduler, run, workload.mean_rate)
     print(text_table([summary_row(result, objective)]))
     if args.report:
         settings = {"engine": vars(config)} if not args.target else {"server": {"target": args.target}}

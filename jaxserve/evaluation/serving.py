@@ -12,10 +12,9 @@ from jaxserve.config import ConfigError, EngineConfig, option
 from jaxserve.engine.engine import Engine
 from jaxserve.evaluation.capacity import CapacityResult, SearchConfig, Trial, find_capacity
 from jaxserve.evaluation.latency import Objective, RunResult
-from jaxserve.evaluation.load import measure_engine, measure_server
+from jaxserve.evaluation.load import make_prompts, measure_engine, measure_server
 from jaxserve.evaluation.report import Series
-from jaxserve.evaluation.throughput import random_prompts
-from jaxserve.evaluation.workload import WorkloadConfig, make_workload
+from jaxserve.evaluation.workload import WorkloadConfig, WorkloadRequest, make_workload
 from jaxserve.metrics import StepRecord
 from jaxserve.request import SamplingParams
 from jaxserve.scheduler import Chunk
@@ -70,7 +69,7 @@ def measure_decode_step(engine: Engine, context_tokens: int) -> float:
     # The first request decodes on while the last one's prompt is computed, beside at most num_seqs decodes a step.
     prefill_steps_per_token = num_seqs / (engine.config.token_budget - num_seqs + 1)
     longest = int((room - 2 * DECODE_STEPS) / (1 + prefill_steps_per_token))
-    prompts = random_prompts(num_seqs, max(1, min(context_tokens, longest)), engine.model_config.vocab_size)
+    request = WorkloadRequest(0.0, max(1, min(context_tokens, longest)), 1)
     seconds: list[float] = []
 
     def observe(step: StepRecord, chunks: list[Chunk]) -> None:
@@ -78,7 +77,7 @@ def measure_decode_step(engine: Engine, context_tokens: int) -> float:
             seconds.append(step.ready_seconds - step.device_start_seconds)
 
     forever = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
-    for index, prompt in enumerate(prompts):
+    for index, prompt in enumerate(make_prompts([request] * num_seqs, engine.model_config.vocab_size, seed=0)):
         engine.add_request(f"decode-{index}", prompt, forever)
     engine.on_step.append(observe)
     while engine.has_unfinished() and len(seconds) < DECODE_STEPS:
