@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from jaxserve.config import ConfigError, EngineConfig, option
+from jaxserve.config import WHOLE_PROMPT_SCHEDULERS, ConfigError, EngineConfig, option
 from jaxserve.engine.engine import Engine
 from jaxserve.evaluation.capacity import CapacityResult, SearchConfig, Trial, find_capacity
 from jaxserve.evaluation.latency import Objective, RunResult
@@ -20,8 +20,6 @@ from jaxserve.request import SamplingParams
 from jaxserve.scheduler import Chunk
 from jaxserve.server.client import Client
 
-CHUNKING_POLICIES = ("sarathi", "chunked_only")
-"""The others compute prompts whole, so their budget must hold the longest."""
 DECODE_STEPS = 16
 """Steps whose median is the time of a decode step."""
 
@@ -51,12 +49,13 @@ class ObjectiveConfig:
 
 def policy_config(config: EngineConfig, policy: str) -> EngineConfig:
     """The engine under another policy; one that computes prompts whole gets a budget of max_model_len."""
-    if policy in CHUNKING_POLICIES:
+    if policy != "sarathi":
+        config = dataclasses.replace(config, chunk_schedule=None)
+    if policy not in WHOLE_PROMPT_SCHEDULERS:
         return dataclasses.replace(config, scheduler=policy)
     if config.max_model_len is None:
         raise ConfigError(f"max_model_len must be given to compare with {policy}, which runs whole prompts, got none")
-    budget = max(config.token_budget, config.max_model_len)
-    return dataclasses.replace(config, scheduler=policy, token_budget=budget)
+    return dataclasses.replace(config, scheduler=policy, token_budget=config.max_model_len)
 
 
 def measure_decode_step(engine: Engine, context_tokens: int) -> float:
