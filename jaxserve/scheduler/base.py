@@ -58,6 +58,9 @@ class Scheduler(ABC):
         self.max_num_seqs = max_num_seqs
         self.blocks = blocks
         self.window = window
+        self.pipeline_depth = 1
+        """Micro-batches in flight. With more than one, a request waits until its token has left the last stage, and a
+        micro-batch takes its share of the decodes, so that the next ones have as many."""
         self.waiting: OrderedDict[str, Request] = OrderedDict()
         self.running: list[Request] = []
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
@@ -100,7 +103,11 @@ class Scheduler(ABC):
         request.finish_reason = reason
 
     def _decodes(self) -> list[Request]:
-        return [r for r in self.running if r.decoding and not r.exhausted]
+        decodes = [r for r in self.running if r.decoding and not r.exhausted]
+        if self.pipeline_depth == 1:
+            return decodes
+        share = -(-len(self.running) // self.pipeline_depth)
+        return [r for r in decodes if not r.num_pending_tokens][:share]
 
     def _prefills(self) -> list[Request]:
         return [r for r in self.running if not r.decoding and not r.exhausted]
