@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 
-SCHEDULERS = ("sarathi", "prefill_first")
+SCHEDULERS = ("sarathi", "prefill_first", "orca", "decode_first", "chunked_only", "hybrid_only")
+WHOLE_PROMPT_SCHEDULERS = ("prefill_first", "orca", "decode_first", "hybrid_only")
 ATTENTION_BACKENDS = ("auto", "xla", "native")
 GENERATION_CONFIGS = ("auto", "none")
 LOAD_FORMATS = ("auto", "dummy")
@@ -58,6 +59,11 @@ class EngineConfig:
     token_budget: int = option(256, "most tokens in one step, decodes and prefill chunks together")
     max_num_seqs: int = option(16, "most sequences that run at once")
     scheduler: str = option("sarathi", "batching policy", SCHEDULERS)
+    chunk_schedule: str | None = option(
+        None,
+        "sarathi's budget in the stages of a prefill, falling as its chunks read more keys: 512,384,256 for the three "
+        "thirds of max_model_len",
+    )
     attention_backend: str = option(
         "auto",
         "attention kernel; auto: native on CPUs in float32 where a C++ compiler is, xla elsewhere",
@@ -98,10 +104,33 @@ class EngineConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        self._check_chunk_schedule()
         if not 0.1 <= self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization must be in [0.1, 1], got {self.gpu_memory_utilization!r}")
         if not 0 <= self.seed <= 2**31 - 1:
             raise ConfigError(f"seed must be in [0, {2**31 - 1}], got {self.seed}")
+
+    @property
+    def chunk_budgets(self) -> tuple[int, ...]:
+        """The stages of chunk_schedule."""
+        return tuple(int(stage) for stage in self.chunk_schedule.split(",")) if self.chunk_schedule else ()
+
+    def _check_chunk_schedule(self) -> None:
+        if self.chunk_schedule is None:
+            return
+        if self.scheduler != "sarathi":
+            raise ConfigError(f"chunk_schedule is for the scheduler sarathi, got {self.scheduler}")
+        try:
+            budgets = self.chunk_budgets
+        except ValueError:
+            budgets = ()
+        # Fewer than max_num_seqs, and decodes could keep a prefill out for as long as they run.
+        falling = budgets == tuple(sorted(budgets, reverse=True))
+        if not budgets or not falling or budgets[0] > self.token_budget or budgets[-1] < self.max_num_seqs:
+            raise ConfigError(
+                f"chunk_schedule must be falling integers from token_budget {self.token_budget} down to max_num_seqs "
+                f"{self.max_num_seqs}, separated by commas, got {self.chunk_schedule!r}"
+            )
 
     def resolve(self, *, model_max_len: int, on_gpu: bool) -> ResolvedConfig:
         """Fill in what depends on the model and the platform: max_model_len, block_size and dtype."""
@@ -111,9 +140,9 @@ class EngineConfig:
                 f"max_model_len must not exceed the model's {model_max_len} positions, got {max_model_len}"
             )
         block_size = self.block_size or (64 if on_gpu else 16)
-        if self.scheduler == "prefill_first" and self.token_budget < max_model_len:
+        if self.scheduler in WHOLE_PROMPT_SCHEDULERS and self.token_budget < max_model_len:
             raise ConfigError(
-                f"scheduler prefill_first runs whole prompts: token_budget must be at least max_model_len, "
+                f"scheduler {self.scheduler} runs whole prompts: token_budget must be at least max_model_len, "
                 f"got {self.token_budget} < {max_model_len}"
             )
         # One block is the dummy page; the rest must hold at least one request of full length, or it could never run.

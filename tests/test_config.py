@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 
-from jaxserve.config import ConfigError, EngineConfig, ServerConfig, cache_dir, parse_config, read_config_file
+from jaxserve.config import (
+    WHOLE_PROMPT_SCHEDULERS,
+    ConfigError,
+    EngineConfig,
+    ServerConfig,
+    cache_dir,
+    parse_config,
+    read_config_file,
+)
+
+POLICIES = "sarathi, prefill_first, orca, decode_first, chunked_only, hybrid_only"
 
 
 def error(config: type, **settings: Any) -> str:
@@ -35,7 +45,19 @@ def test_counts(name: str, value: Any) -> None:
         ({"block_size": 24}, "block_size must be a power of two in [8, 128], got 24"),
         ({"block_size": 4}, "block_size must be a power of two in [8, 128], got 4"),
         ({"block_size": 256}, "block_size must be a power of two in [8, 128], got 256"),
-        ({"scheduler": "fifo"}, "scheduler must be one of sarathi, prefill_first, got 'fifo'"),
+        ({"scheduler": "fifo"}, f"scheduler must be one of {POLICIES}, got 'fifo'"),
+        (
+            {"scheduler": "orca", "chunk_schedule": "256"},
+            "chunk_schedule is for the scheduler sarathi, got orca",
+        ),
+        *(
+            (
+                {"chunk_schedule": stages},
+                "chunk_schedule must be falling integers from token_budget 256 down to max_num_seqs 16, separated by "
+                f"commas, got '{stages}'",
+            )
+            for stages in ("", "256,", "many", "128,256", "257,16", "256,15", "-1")
+        ),
         ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
         ({"generation_config": "vllm"}, "generation_config must be one of auto, none, got 'vllm'"),
         ({"gpu_memory_utilization": 0.05}, "gpu_memory_utilization must be in [0.1, 1], got 0.05"),
@@ -68,6 +90,7 @@ def test_server_config(settings: dict[str, Any], message: str) -> None:
 def test_limits_are_within_reach() -> None:
     EngineConfig(max_num_seqs=16, token_budget=16, block_size=8, gpu_memory_utilization=0.1, seed=2**31 - 1)
     EngineConfig(max_num_seqs=1, token_budget=1, block_size=128, gpu_memory_utilization=1, max_model_len=1)
+    EngineConfig(chunk_schedule="256, 100,16,16")
     ServerConfig(port=0, metrics_port=65535, max_waiting=1, max_message_bytes=1, drain_seconds=0)
 
 
@@ -93,9 +116,12 @@ def test_resolve_keeps_what_was_chosen() -> None:
     ("settings", "message"),
     [
         ({"max_model_len": 2049}, "max_model_len must not exceed the model's 2048 positions, got 2049"),
-        (
-            {"scheduler": "prefill_first", "token_budget": 2047},
-            "scheduler prefill_first runs whole prompts: token_budget must be at least max_model_len, got 2047 < 2048",
+        *(
+            (
+                {"scheduler": name, "token_budget": 2047},
+                f"scheduler {name} runs whole prompts: token_budget must be at least max_model_len, got 2047 < 2048",
+            )
+            for name in WHOLE_PROMPT_SCHEDULERS
         ),
         (
             {"num_blocks": 128},
@@ -115,7 +141,15 @@ def test_resolve_refuses(settings: dict[str, Any], message: str) -> None:
 
 def test_resolve_accepts_the_least() -> None:
     EngineConfig(num_blocks=129).resolve(model_max_len=2048, on_gpu=False)
-    EngineConfig(scheduler="prefill_first", token_budget=2048).resolve(model_max_len=2048, on_gpu=False)
+    for name in WHOLE_PROMPT_SCHEDULERS:
+        EngineConfig(scheduler=name, token_budget=2048).resolve(model_max_len=2048, on_gpu=False)
+    for name in ("sarathi", "chunked_only"):
+        EngineConfig(scheduler=name, token_budget=16).resolve(model_max_len=2048, on_gpu=False)
+
+
+def test_chunk_schedule() -> None:
+    assert EngineConfig(chunk_schedule="256, 100,16").chunk_budgets == (256, 100, 16)
+    assert EngineConfig().chunk_budgets == ()
 
 
 def parse(*argv: str) -> tuple[EngineConfig, ServerConfig, argparse.Namespace]:
@@ -220,7 +254,7 @@ def test_wrong_flags(capsys: pytest.CaptureFixture[str], argv: list[str], messag
         ("seed: null\n", "seed must "),
         ("port: null\n", "port must "),
         ("gpu_memory_utilization: null\n", "gpu_memory_utilization must "),
-        ("scheduler: fifo\n", "scheduler must be one of sarathi, prefill_first, got 'fifo'"),
+        ("scheduler: fifo\n", f"scheduler must be one of {POLICIES}, got 'fifo'"),
     ],
 )
 def test_wrong_files(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, message: str) -> None:

@@ -89,8 +89,10 @@ class Engine:
         self.blocks = BlockManager(self.runner.num_blocks, self.config.block_size)
         self.scheduler = make_scheduler(
             config.scheduler,
+            chunk_schedule=config.chunk_budgets,
             token_budget=config.token_budget,
             max_num_seqs=config.max_num_seqs,
+            max_model_len=self.max_model_len,
             blocks=self.blocks,
             window=self.model_config.window,
         )

@@ -1,16 +1,30 @@
 """Batching policies. Plain Python: nothing here imports jax, so the simulator can drive the same classes."""
 
-from jaxserve.engine.blocks import BlockManager
-from jaxserve.scheduler.base import Batch, Chunk, Scheduler
+from collections.abc import Sequence
+from typing import Unpack
+
+from jaxserve.scheduler.base import Batch, Chunk, Limits, Scheduler
+from jaxserve.scheduler.chunked_only import ChunkedOnlyScheduler
+from jaxserve.scheduler.decode_first import DecodeFirstScheduler
+from jaxserve.scheduler.hybrid_only import HybridOnlyScheduler
+from jaxserve.scheduler.orca import OrcaScheduler
 from jaxserve.scheduler.prefill_first import PrefillFirstScheduler
 from jaxserve.scheduler.sarathi import SarathiScheduler
 
-__all__ = ["Batch", "Chunk", "PrefillFirstScheduler", "SarathiScheduler", "Scheduler", "make_scheduler"]
+__all__ = ["POLICIES", "Batch", "Chunk", "Limits", "Scheduler", "make_scheduler"]
 
-POLICIES: dict[str, type[Scheduler]] = {"sarathi": SarathiScheduler, "prefill_first": PrefillFirstScheduler}
+POLICIES: dict[str, type[Scheduler]] = {
+    "sarathi": SarathiScheduler,
+    "prefill_first": PrefillFirstScheduler,
+    "orca": OrcaScheduler,
+    "decode_first": DecodeFirstScheduler,
+    "chunked_only": ChunkedOnlyScheduler,
+    "hybrid_only": HybridOnlyScheduler,
+}
 
 
-def make_scheduler(
-    name: str, *, token_budget: int, max_num_seqs: int, blocks: BlockManager, window: int | None = None
-) -> Scheduler:
-    return POLICIES[name](token_budget=token_budget, max_num_seqs=max_num_seqs, blocks=blocks, window=window)
+def make_scheduler(name: str, *, chunk_schedule: Sequence[int] = (), **limits: Unpack[Limits]) -> Scheduler:
+    """The policy of that name; ``chunk_schedule`` is sarathi's."""
+    if name == "sarathi":
+        return SarathiScheduler(chunk_schedule, **limits)
+    return POLICIES[name](**limits)

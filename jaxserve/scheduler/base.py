@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import NotRequired, TypedDict, Unpack
 
 from jaxserve.engine.blocks import BlockManager
 from jaxserve.request import FinishReason, Request, RequestStatus
@@ -31,14 +32,34 @@ class Batch:
     chunks: dict[str, Chunk] = field(default_factory=dict)
     """By request id."""
     preempted: list[Request] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(chunk.num_tokens for chunk in self.chunks.values())
+    num_tokens: int = 0
+    """Of all chunks."""
 
     @property
     def budget_left(self) -> int:
         return self.budget - self.num_tokens
+
+    def add(self, chunk: Chunk) -> None:
+        self.chunks[chunk.request.request_id] = chunk
+        self.num_tokens += chunk.num_tokens
+
+    def drop(self, request: Request) -> None:
+        """Take the request's chunk out, if it has one."""
+        chunk = self.chunks.pop(request.request_id, None)
+        if chunk is not None:
+            self.num_tokens -= chunk.num_tokens
+
+
+class Limits(TypedDict):
+    """What bounds every policy's batches."""
+
+    token_budget: int
+    """Most tokens in one batch."""
+    max_num_seqs: int
+    max_model_len: int
+    blocks: BlockManager
+    window: NotRequired[int | None]
+    """The model's widest attention window, in tokens, where every layer has one."""
 
 
 class Scheduler(ABC):
@@ -47,27 +68,26 @@ class Scheduler(ABC):
     ``waiting`` and ``running`` are in order of arrival. When blocks run out the latest arrival is preempted: it gives
     all its blocks back, returns to the head of the queue and is recomputed.
 
-    With ``window``, the model's widest attention window where every layer has one, a request gives back the blocks that
-    it has left behind, so it needs only as many as its window and one chunk span, however long it is.
+    With a window, a request gives back the blocks that it has left behind, so it needs only as many as its window and
+    one chunk span, however long it is.
     """
 
-    def __init__(
-        self, *, token_budget: int, max_num_seqs: int, blocks: BlockManager, window: int | None = None
-    ) -> None:
-        self.token_budget = token_budget
-        self.max_num_seqs = max_num_seqs
-        self.blocks = blocks
-        self.window = window
+    def __init__(self, **limits: Unpack[Limits]) -> None:
+        self.token_budget = limits["token_budget"]
+        self.max_num_seqs = limits["max_num_seqs"]
+        self.max_model_len = limits["max_model_len"]
+        self.blocks = limits["blocks"]
+        self.window = limits.get("window")
         self.pipeline_depth = 1
         """Micro-batches in flight. With more than one, a request waits until its token has left the last stage, and a
         micro-batch takes its share of the decodes, so that the next ones have as many."""
         self.waiting: OrderedDict[str, Request] = OrderedDict()
         self.running: list[Request] = []
-        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._free_slots = list(range(self.max_num_seqs - 1, -1, -1))
 
     @abstractmethod
     def _fill(self, batch: Batch) -> None:
-        """Choose the batch's chunks through ``_grant`` and ``_admit``."""
+        """Choose the batch's chunks through ``_grant`` and its kin, and whom to ``_admit``."""
 
     def add(self, request: Request) -> None:
         self.waiting[request.request_id] = request
@@ -112,13 +132,17 @@ class Scheduler(ABC):
     def _prefills(self) -> list[Request]:
         return [r for r in self.running if not r.decoding and not r.exhausted]
 
+    def _grant_decodes(self, batch: Batch) -> None:
+        for request in self._decodes():
+            self._grant(batch, request, 1)
+
     def _grant(self, batch: Batch, request: Request, wanted: int) -> None:
         """Schedule up to ``wanted`` tokens of a running request, as far as budget and blocks go.
 
         Where not even one token fits, later arrivals are preempted, the request itself last.
         """
         wanted = min(wanted, batch.budget_left)
-        if wanted == 0 or request.status is not RequestStatus.RUNNING:
+        if wanted <= 0 or request.status is not RequestStatus.RUNNING:
             return
         start = request.num_computed_tokens
         while (num_tokens := min(wanted, self.blocks.room(request.request_id) - start)) <= 0:
@@ -127,9 +151,8 @@ class Scheduler(ABC):
             if victim is request:
                 return
         self.blocks.grow(request.request_id, start + num_tokens)
-        batch.chunks[request.request_id] = Chunk(
-            request, start, num_tokens, request.slot, samples=start + num_tokens == request.num_tokens
-        )
+        samples = start + num_tokens == request.num_tokens
+        batch.add(Chunk(request, start, num_tokens, request.slot, samples))
 
     def _release_unseen(self) -> None:
         """Free the blocks out of every running request's window, before anyone is preempted for want of a block.
@@ -144,6 +167,18 @@ class Scheduler(ABC):
             for request in self.running:
                 self.blocks.release_before(request.request_id, request.num_computed_tokens - self.window + 1)
 
+    def _next_waiting(self, batch: Batch) -> Request | None:
+        """The head of the queue, where a batch in which nobody was preempted and a free slot could take it."""
+        if not self.waiting or batch.preempted or len(self.running) >= self.max_num_seqs:
+            return None
+        return next(iter(self.waiting.values()))
+
+    def _has_room(self, num_tokens: int) -> bool:
+        """True when blocks for ``num_tokens`` of a new request are free, and one more for each running request:
+        admitting into the last ones would only lead to preemption.
+        """
+        return self.blocks.num_free >= len(self.running) + -(-num_tokens // self.blocks.block_size)
+
     def _admit(self, request: Request) -> None:
         """Move the head of the queue to the running ones."""
         del self.waiting[request.request_id]
@@ -152,7 +187,7 @@ class Scheduler(ABC):
         self.running.append(request)
 
     def _preempt(self, batch: Batch, victim: Request) -> None:
-        batch.chunks.pop(victim.request_id, None)
+        batch.drop(victim)
         batch.preempted.append(victim)
         self.running.remove(victim)
         self._release(victim)

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from jaxserve.scheduler.base import Batch, Scheduler
+from collections.abc import Sequence
+from typing import Unpack
+
+from jaxserve.request import Request
+from jaxserve.scheduler.base import Batch, Limits
+from jaxserve.scheduler.chunked import ChunkedPrefillScheduler
 
 
-class SarathiScheduler(Scheduler):
+class SarathiScheduler(ChunkedPrefillScheduler):
     """Every running decode first, then prefills under way, then new requests in what is left of the token budget.
 
     No decode ever waits for a prefill, and no batch exceeds the budget.
+
+    With a ``chunk_schedule``, falling budgets of at least ``max_num_seqs``, a batch takes a prefill's chunk only up to
+    the budget of the prefill's stage; the stages part ``max_model_len`` evenly. Later chunks read more keys, so a step
+    of fewer tokens takes as long (the dynamic chunking schedule of the paper's code).
     """
 
-    def _fill(self, batch: Batch) -> None:
-        for request in self._decodes():
-            self._grant(batch, request, 1)
-        for request in self._prefills():
-            self._grant(batch, request, request.num_uncomputed_tokens)
-        while self._can_admit(batch):
-            request = next(iter(self.waiting.values()))
-            self._admit(request)
-            self._grant(batch, request, request.num_uncomputed_tokens)
+    def __init__(self, chunk_schedule: Sequence[int] = (), **limits: Unpack[Limits]) -> None:
+        super().__init__(**limits)
+        self._stage_budgets = chunk_schedule or (self.token_budget,)
 
-    def _can_admit(self, batch: Batch) -> bool:
-        # A free block is kept for each running sequence: admitting into the last ones would only lead to preemption.
-        return bool(
-            self.waiting
-            and not batch.preempted
-            and batch.budget_left
-            and len(self.running) < self.max_num_seqs
-            and self.blocks.num_free > len(self.running)
-        )
+    def _fill(self, batch: Batch) -> None:
+        self._grant_decodes(batch)
+        self._grant_chunks(batch)
+
+    def _chunk_tokens(self, batch: Batch, request: Request) -> int:
+        stage = request.num_computed_tokens * len(self._stage_budgets) // self.max_model_len
+        return min(super()._chunk_tokens(batch, request), self._stage_budgets[stage] - batch.num_tokens)

@@ -27,6 +27,8 @@ class Deployment:
     scheduler: str = "sarathi"
     token_budget: int = 512
     max_num_seqs: int = 128
+    max_model_len: int = 16384
+    """Prompt and output together; the model's own limit is not asked."""
     block_size: int = 64
     memory_share: float = 0.9
     """Of a device's memory, for weights and KV cache."""
@@ -35,7 +37,7 @@ class Deployment:
     """Step times in place of the roofline's, which then only says what fits into memory."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "token_budget", "max_num_seqs", "block_size"):
+        for name in ("tensor", "pipeline", "token_budget", "max_num_seqs", "max_model_len", "block_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.scheduler not in POLICIES:
@@ -84,6 +86,7 @@ class Deployment:
             self.scheduler,
             token_budget=self.token_budget,
             max_num_seqs=self.max_num_seqs,
+            max_model_len=self.max_model_len,
             blocks=BlockManager(self.num_blocks, self.block_size),
             window=self.model.window,
         )

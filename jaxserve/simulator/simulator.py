@@ -14,7 +14,7 @@ from jaxserve.simulator.cost import CostModel
 from jaxserve.simulator.pipeline import Pipeline
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SimulatedRun(RunResult):
     """A run as users saw it, and what the devices did; one entry per pipeline stage."""
 
@@ -78,6 +78,10 @@ class Simulator:
         blocks = self.scheduler.blocks
         capacity = (blocks.num_blocks - 1) * blocks.block_size
         num_tokens = asked.num_prompt_tokens + asked.num_output_tokens
+        if num_tokens > self.scheduler.max_model_len:
+            raise RequestError(
+                f"request {index} has {num_tokens} tokens, max_model_len is {self.scheduler.max_model_len}"
+            )
         if num_tokens > capacity and self.scheduler.window is None:
             raise RequestError(f"request {index} needs {num_tokens} KV tokens, the device's memory holds {capacity}")
         return Request(

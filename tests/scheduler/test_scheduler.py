@@ -1,4 +1,4 @@
-"""The properties that define stall-free batching, over random arrivals, stops and aborts."""
+"""The properties that define each batching policy, over random arrivals, stops and aborts."""
 
 from __future__ import annotations
 
@@ -6,152 +6,165 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxserve.config import SCHEDULERS, WHOLE_PROMPT_SCHEDULERS
 from jaxserve.engine.blocks import BlockManager
-from jaxserve.request import FinishReason, Request, RequestMetrics, RequestStatus, SamplingParams
-from jaxserve.scheduler import Batch, Scheduler, make_scheduler
+from jaxserve.scheduler import POLICIES, Batch, Scheduler, make_scheduler
+from jaxserve.scheduler.whole_prompts import WholePromptScheduler
+from tests.scheduler.driver import BLOCK_SIZE, MAX_LEN, Driver, Workload, make_request, most_blocks, run, workloads
 
-MAX_LEN, BLOCK_SIZE = 96, 8
 
-
-def make_request(index: int, prompt: int, output: int) -> Request:
-    return Request(
-        request_id=str(index),
-        prompt_token_ids=[1] * prompt,
-        params=SamplingParams(max_tokens=output),
-        max_tokens=output,
-        metrics=RequestMetrics(arrival_seconds=float(index)),
+def make(
+    name: str,
+    token_budget: int,
+    max_num_seqs: int,
+    *,
+    num_blocks: int = 500,
+    window: int | None = None,
+    chunk_schedule: tuple[int, ...] = (),
+) -> Scheduler:
+    return make_scheduler(
+        name,
+        chunk_schedule=chunk_schedule,
+        token_budget=token_budget,
+        max_num_seqs=max_num_seqs,
+        max_model_len=MAX_LEN,
+        blocks=BlockManager(num_blocks, BLOCK_SIZE),
+        window=window,
     )
 
 
-class Driver:
-    """An engine whose device notes where keys lie: samples arrive one step late, as in the overlapped loop."""
-
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.scheduler = scheduler
-        self.in_flight: Batch | None = None
-        self._cache: dict[int, tuple[str, int]] = {}
-        """Request and position of the key in each place, page * BLOCK_SIZE + offset."""
-
-    def step(self) -> Batch:
-        batch = self.scheduler.schedule()
-        self._attend(batch)
-        previous, self.in_flight = self.in_flight, batch
-        if previous is not None:
-            self.process(previous)
-        return batch
-
-    def _attend(self, batch: Batch) -> None:
-        """As each layer does: write the keys of all rows, then read what each row sees."""
-        window = self.scheduler.window or MAX_LEN
-        for chunk in batch.chunks.values():
-            for position in range(chunk.start, chunk.start + chunk.num_tokens):
-                self._cache[self._place(chunk.request, position)] = (chunk.request.request_id, position)
-        for chunk in batch.chunks.values():
-            for position in range(max(0, chunk.start - window + 1), chunk.start + chunk.num_tokens):
-                place = self._place(chunk.request, position)
-                assert place >= BLOCK_SIZE, "not on the dummy page"
-                assert self._cache[place] == (chunk.request.request_id, position)
-
-    def _place(self, request: Request, position: int) -> int:
-        return self.scheduler.blocks.table(request.request_id)[position // BLOCK_SIZE] * BLOCK_SIZE + (
-            position % BLOCK_SIZE
-        )
-
-    def process(self, batch: Batch) -> None:
-        for chunk in batch.chunks.values():
-            request = chunk.request
-            if request.status is RequestStatus.FINISHED or not chunk.samples:
-                continue
-            request.num_pending_tokens -= 1
-            request.output_token_ids.append(7)
-            if len(request.output_token_ids) >= request.max_tokens:
-                self.scheduler.finish(request, FinishReason.LENGTH)
+def num_prefill_tokens(batch: Batch) -> list[int]:
+    return [chunk.num_tokens for chunk in batch.chunks.values() if not chunk.request.output_token_ids]
 
 
-def most_blocks(window: int | None, num_rows: int) -> int:
-    """The blocks that a chunk of ``num_rows`` and the keys it sees can span."""
-    if window is None:
-        return MAX_LEN // BLOCK_SIZE
-    # One token is the last of its block, the others fill blocks from there.
-    return min(1 + -(-(window + num_rows - 2) // BLOCK_SIZE), MAX_LEN // BLOCK_SIZE)
-
-
-@st.composite
-def workloads(draw: st.DrawFn) -> dict:
-    max_num_seqs = draw(st.integers(1, 8))
-    window = draw(st.one_of(st.none(), st.integers(1, 2 * BLOCK_SIZE), st.integers(1, MAX_LEN)))
-    return {
-        "window": window,
-        "token_budget": draw(st.integers(max_num_seqs, 48)),
-        "max_num_seqs": max_num_seqs,
-        # From barely one full-length request, or one window, to plenty.
-        "num_blocks": 1 + most_blocks(window, num_rows=1) + draw(st.integers(0, 60)),
-        "requests": draw(
-            st.lists(
-                st.tuples(st.integers(0, 12), st.integers(1, 64), st.integers(1, 32), st.booleans()),
-                min_size=1,
-                max_size=20,
-            )
-        ),
-    }
-
-
-def check_batch(scheduler: Scheduler, batch: Batch, decodes: list[Request]) -> None:
-    assert batch.num_tokens <= scheduler.token_budget
-    assert len(scheduler.running) <= scheduler.max_num_seqs
-    slots = [chunk.slot for chunk in batch.chunks.values()]
-    assert len(set(slots)) == len(slots)
-    for chunk in batch.chunks.values():
-        assert chunk.num_tokens > 0
-        assert scheduler.blocks.room(chunk.request.request_id) >= chunk.start + chunk.num_tokens
-    for request in scheduler.running:
-        held = [block for block in scheduler.blocks.table(request.request_id) if block]
-        assert len(held) <= most_blocks(scheduler.window, scheduler.token_budget)
-    for request in decodes:
-        assert request.request_id in batch.chunks or request in batch.preempted
-    scheduler.blocks.check()
+def test_configurations_know_every_policy() -> None:
+    assert tuple(POLICIES) == SCHEDULERS
+    whole = tuple(name for name, policy in POLICIES.items() if issubclass(policy, WholePromptScheduler))
+    assert whole == WHOLE_PROMPT_SCHEDULERS
 
 
 @settings(max_examples=150, deadline=None)
 @given(workloads())
-def test_stall_free_batching(workload: dict) -> None:
-    blocks = BlockManager(workload["num_blocks"], BLOCK_SIZE)
-    scheduler = make_scheduler(
-        "sarathi", token_budget=workload["token_budget"], max_num_seqs=workload["max_num_seqs"], blocks=blocks,
-        window=workload["window"],
-    )  # fmt: skip
-    driver, step = Driver(scheduler), 0
-    arrivals = sorted(workload["requests"], key=lambda r: r[0])
-    requests = [make_request(i, prompt, output) for i, (_, prompt, output, _) in enumerate(arrivals)]
-    pending = list(zip(arrivals, requests, strict=True))
-    while pending or scheduler.has_unfinished() or (driver.in_flight and driver.in_flight.chunks):
-        while pending and pending[0][0][0] <= step:
-            scheduler.add(pending.pop(0)[1])
-        decodes = [r for r in scheduler.running if r.decoding and not r.exhausted]
-        check_batch(scheduler, driver.step(), decodes)
-        if step % 5 == 4:
-            for (_, _, _, aborts), request in zip(arrivals, requests, strict=True):
-                if aborts and request.status is RequestStatus.RUNNING:
-                    scheduler.finish(request, FinishReason.ABORT)
-                    break
-        step += 1
-        # No request starves: everything ends within a bound that all the work, redone for each preemption, fits in.
-        redone = sum(r.metrics.num_preemptions for r in requests)
-        assert step < 200 + 100 * len(requests) + 100 * redone
-    assert all(r.status is RequestStatus.FINISHED for r in requests)
-    assert all(r.metrics.num_stalls == 0 for r in requests)
-    for request in requests:
-        if request.finish_reason is FinishReason.LENGTH:
-            assert len(request.output_token_ids) == request.max_tokens
-    blocks.check()
-    assert blocks.num_used == 0
+def test_sarathi_leaves_no_decode_out(workload: Workload) -> None:
+    scheduler = make_scheduler("sarathi", **workload.limits)
+    for step in run(scheduler, workload):
+        for request in step.decodes:
+            assert request.request_id in step.batch.chunks or request in step.batch.preempted
+        for request in scheduler.running:
+            held = [block for block in scheduler.blocks.table(request.request_id) if block]
+            assert len(held) <= most_blocks(scheduler.window, scheduler.token_budget)
+    assert all(r.metrics.num_stalls == 0 for r in workload.requests)
+
+
+@settings(max_examples=100, deadline=None)
+@given(workloads(), st.data())
+def test_sarathi_with_a_chunk_schedule(workload: Workload, data: st.DataObject) -> None:
+    """A prefill takes a batch no further than the budget of its stage."""
+    budget, max_num_seqs = workload.limits["token_budget"], workload.limits["max_num_seqs"]
+    stages = sorted(data.draw(st.lists(st.integers(max_num_seqs, budget), min_size=1, max_size=5)), reverse=True)
+    scheduler = make_scheduler("sarathi", chunk_schedule=stages, **workload.limits)
+    for step in run(scheduler, workload):
+        num_tokens = 0
+        for chunk in step.batch.chunks.values():
+            num_tokens += chunk.num_tokens
+            if chunk.request not in step.decodes:
+                assert num_tokens <= stages[int(chunk.start / (MAX_LEN / len(stages)))]
+    assert all(r.metrics.num_stalls == 0 for r in workload.requests)
+
+
+@settings(max_examples=100, deadline=None)
+@given(workloads())
+def test_chunked_only_never_mixes_and_takes_turns(workload: Workload) -> None:
+    scheduler = make_scheduler("chunked_only", **workload.limits)
+    turns: list[bool] = []
+    for step in run(scheduler, workload):
+        decoding = {chunk.request in step.decodes for chunk in step.batch.chunks.values()}
+        assert len(decoding) <= 1
+        if decoding == {False} and turns and not turns[-1]:
+            assert not step.decodes, "prefills go on only where there is nothing to decode"
+        turns += decoding
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(WHOLE_PROMPT_SCHEDULERS), workloads(whole_prompts=True))
+def test_prompts_stay_whole(name: str, workload: Workload) -> None:
+    """So do recomputations after a preemption; and nobody starves, at the least budget and memory."""
+    scheduler = make_scheduler(name, **workload.limits)
+    for step in run(scheduler, workload):
+        assert not step.prefills
+        for request in step.admitted:
+            assert step.batch.chunks[request.request_id].start == 0
+            assert step.batch.chunks[request.request_id].samples
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(["orca", "decode_first"]), workloads(whole_prompts=True))
+def test_reservation(name: str, workload: Workload) -> None:
+    """From admission to the end a request owns blocks for the longest one, but for those left behind a window."""
+    scheduler = make_scheduler(name, **workload.limits)
+    for step in run(scheduler, workload):
+        assert not step.batch.preempted
+        for request in scheduler.running:
+            table = scheduler.blocks.table(request.request_id)
+            assert len(table) == MAX_LEN // BLOCK_SIZE
+            assert scheduler.window is not None or all(table)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(["orca", "hybrid_only"]), workloads(whole_prompts=True))
+def test_prompts_join_running_decodes(name: str, workload: Workload) -> None:
+    scheduler = make_scheduler(name, **workload.limits)
+    for step in run(scheduler, workload):
+        for request in step.decodes:
+            assert request.request_id in step.batch.chunks or request in step.batch.preempted
+    assert all(r.metrics.num_stalls == 0 for r in workload.requests)
+
+
+@settings(max_examples=100, deadline=None)
+@given(workloads(whole_prompts=True))
+def test_decode_first_admits_only_when_nothing_runs(workload: Workload) -> None:
+    scheduler = make_scheduler("decode_first", **workload.limits)
+    for step in run(scheduler, workload):
+        assert not (step.admitted and step.running)
+    assert all(r.metrics.num_stalls == 0 for r in workload.requests)
+
+
+@settings(max_examples=100, deadline=None)
+@given(workloads(whole_prompts=True))
+def test_prefill_first_never_mixes(workload: Workload) -> None:
+    scheduler = make_scheduler("prefill_first", **workload.limits)
+    for step in run(scheduler, workload):
+        assert not step.admitted or len(step.admitted) == len(step.batch.chunks)
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts"),
+    [
+        ("sarathi", [[28], [28], [24, 4], [16], []]),
+        ("chunked_only", [[32], [], [32], [], [16, 16]]),
+        ("hybrid_only", [[80], [20], [], [], []]),
+        ("orca", [[80], [20], [], [], []]),
+        ("prefill_first", [[80], [20], [], [], []]),
+        ("decode_first", [[], [], [], [], []]),
+    ],
+)
+def test_a_long_prompt_then_a_short_one_among_four_decodes(name: str, prompts: list[list[int]]) -> None:
+    """Prompt tokens in each of the next steps; the second prompt is too long to share the first one's batch."""
+    scheduler = make(name, 96 if name in WHOLE_PROMPT_SCHEDULERS else 32, 6)
+    driver = Driver(scheduler)
+    for index in range(4):
+        scheduler.add(make_request(index, 4, 64))
+    driver.step(), driver.step(), driver.step()
+    scheduler.add(make_request(8, 80, 2))
+    scheduler.add(make_request(9, 20, 2))
+    assert [num_prefill_tokens(driver.step()) for _ in prompts] == prompts
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=8))
 def test_first_come_first_served(prompts: list[int]) -> None:
     """Without memory pressure, requests start, and get their first token, in order of arrival."""
-    scheduler = make_scheduler("sarathi", token_budget=32, max_num_seqs=4, blocks=BlockManager(500, BLOCK_SIZE))
+    scheduler = make("sarathi", 32, 4)
     driver, started = Driver(scheduler), []
     for index, prompt in enumerate(prompts):
         scheduler.add(make_request(index, prompt, 3))
@@ -161,7 +174,7 @@ def test_first_come_first_served(prompts: list[int]) -> None:
 
 
 def test_long_prompt_does_not_stall_decodes_and_fills_the_budget() -> None:
-    scheduler = make_scheduler("sarathi", token_budget=32, max_num_seqs=8, blocks=BlockManager(500, BLOCK_SIZE))
+    scheduler = make("sarathi", 32, 8)
     driver = Driver(scheduler)
     for index in range(4):
         scheduler.add(make_request(index, 4, 64))
@@ -173,7 +186,7 @@ def test_long_prompt_does_not_stall_decodes_and_fills_the_budget() -> None:
 
 
 def test_prefill_first_stalls_running_decodes() -> None:
-    scheduler = make_scheduler("prefill_first", token_budget=96, max_num_seqs=8, blocks=BlockManager(500, BLOCK_SIZE))
+    scheduler = make("prefill_first", 96, 8)
     driver = Driver(scheduler)
     request = make_request(0, 4, 64)
     scheduler.add(request)
@@ -184,8 +197,7 @@ def test_prefill_first_stalls_running_decodes() -> None:
 
 
 def test_latest_arrival_is_preempted_and_recomputed() -> None:
-    blocks = BlockManager(1 + 12, BLOCK_SIZE)
-    scheduler = make_scheduler("sarathi", token_budget=64, max_num_seqs=4, blocks=blocks)
+    scheduler = make("sarathi", 64, 4, num_blocks=1 + 12)
     driver = Driver(scheduler)
     first, second = make_request(0, 30, 40), make_request(1, 30, 40)
     scheduler.add(first), scheduler.add(second)
@@ -198,8 +210,7 @@ def test_latest_arrival_is_preempted_and_recomputed() -> None:
 
 def test_a_window_frees_blocks_before_anyone_is_preempted() -> None:
     """The second request's step across a block's end frees the very block that the first one needs."""
-    blocks = BlockManager(1 + 3, BLOCK_SIZE)
-    scheduler = make_scheduler("sarathi", token_budget=64, max_num_seqs=2, blocks=blocks, window=2)
+    scheduler = make("sarathi", 64, 2, num_blocks=1 + 3, window=2)
     driver = Driver(scheduler)
     first, second = make_request(0, 2, 40), make_request(1, 3, 40)
     scheduler.add(first), scheduler.add(second)
@@ -208,44 +219,17 @@ def test_a_window_frees_blocks_before_anyone_is_preempted() -> None:
     assert first.metrics.num_preemptions == second.metrics.num_preemptions == 0
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(["grow", "release_before", "release"]), st.sampled_from("abc"), st.integers(-9, 90))
-    )
-)
-def test_blocks_balance_whatever_is_taken_and_given_back(calls: list[tuple[str, str, int]]) -> None:
-    blocks = BlockManager(20, BLOCK_SIZE)
-    tables: dict[str, list[int]] = {}
-    for name, request_id, num_tokens in calls:
-        table = tables.setdefault(request_id, [])
-        if name == "grow":
-            if num_tokens > blocks.room(request_id):
-                continue
-            blocks.grow(request_id, num_tokens)
-            added = blocks.table(request_id)[len(table) :]
-            assert len(added) == max(0, -(-num_tokens // BLOCK_SIZE) - len(table))
-            assert all(added)
-            table += added
-        elif name == "release_before":
-            blocks.release_before(request_id, num_tokens)
-            below = [(index + 1) * BLOCK_SIZE <= num_tokens for index in range(len(table))]
-            table[:] = [0 if gone else block for gone, block in zip(below, table, strict=True)]
-        else:
-            blocks.release(request_id)
-            table.clear()
-        blocks.check()
-        num_used = sum(block > 0 for table in tables.values() for block in table)
-        assert blocks.num_used == num_used
-        for other, expected in tables.items():
-            assert blocks.table(other) == expected
-            assert blocks.room(other) == (len(expected) + 19 - num_used) * BLOCK_SIZE
+def test_a_chunk_schedule_shrinks_late_chunks() -> None:
+    scheduler = make("sarathi", 40, 4, chunk_schedule=(40, 20, 8))
+    driver = Driver(scheduler)
+    scheduler.add(make_request(0, 90, 2))
+    # The stages begin at tokens 0, 32 and 64.
+    assert [num_prefill_tokens(driver.step()) for _ in range(6)] == [[40], [20], [20], [8], [2], []]
 
 
-def test_blocks_notice_a_lost_block() -> None:
-    blocks = BlockManager(10, BLOCK_SIZE)
-    blocks.grow("a", 20)
-    blocks.check()
-    blocks.table("a").pop()
-    with pytest.raises(RuntimeError, match="do not balance: 6 free \\+ 2 used of 9"):
-        blocks.check()
+def test_reservation_counts_the_longest_request() -> None:
+    """On demand, two short requests share what orca keeps for one."""
+    for name, expected in (("hybrid_only", 2), ("orca", 1)):
+        scheduler = make(name, 96, 4, num_blocks=1 + MAX_LEN // BLOCK_SIZE + 1)
+        scheduler.add(make_request(0, 4, 4)), scheduler.add(make_request(1, 4, 4))
+        assert len(scheduler.schedule().chunks) == expected

@@ -15,7 +15,7 @@ from jaxserve.config import ConfigError
 from jaxserve.engine.blocks import BlockManager
 from jaxserve.evaluation.workload import WorkloadRequest
 from jaxserve.request import RequestError
-from jaxserve.scheduler import Batch, Scheduler, make_scheduler
+from jaxserve.scheduler import POLICIES, Batch, Scheduler, make_scheduler
 from jaxserve.simulator.cost import Span
 from jaxserve.simulator.deployment import Deployment
 from jaxserve.simulator.devices import A40_48G, A100_80G, find_device
@@ -36,7 +36,11 @@ class TokenCost:
 
 def scheduler_for(policy: str, *, budget: int, num_blocks: int = 1000, max_num_seqs: int = 16) -> Scheduler:
     return make_scheduler(
-        policy, token_budget=budget, max_num_seqs=max_num_seqs, blocks=BlockManager(num_blocks, block_size=8)
+        policy,
+        token_budget=budget,
+        max_num_seqs=max_num_seqs,
+        max_model_len=700,
+        blocks=BlockManager(num_blocks, block_size=8),
     )
 
 
@@ -64,17 +68,19 @@ def poisson(num_requests: int, rate: float, prompt: int = 100, output: int = 20)
 
 @settings(max_examples=40, deadline=None)
 @given(
-    policy=st.sampled_from(["sarathi", "prefill_first"]),
+    policy=st.sampled_from(sorted(POLICIES)),
     num_stages=st.integers(1, 4),
-    num_blocks=st.integers(32, 120),
+    num_blocks=st.integers(89, 120),
     rate=st.floats(0.1, 20),
 )
 def test_every_token_is_made_and_every_block_returned(
     policy: str, num_stages: int, num_blocks: int, rate: float
 ) -> None:
-    """Also with so few blocks that requests are preempted; every request alone fits into 31."""
+    """Also with so few blocks that requests are preempted; one of full length alone fits into 88."""
     workload = poisson(30, rate)
-    scheduler = scheduler_for(policy, budget=64 if policy == "sarathi" else 256, num_blocks=num_blocks)
+    scheduler = scheduler_for(
+        policy, budget=64 if policy in ("sarathi", "chunked_only") else 700, num_blocks=num_blocks
+    )
     batches = watch(scheduler)
     run = Simulator(scheduler, TokenCost(num_stages)).run(workload)
     for asked, metrics in zip(workload, run.requests, strict=True):
@@ -186,6 +192,11 @@ def test_deployments_that_cannot_work(settings: dict, message: str) -> None:
 def test_unknown_device() -> None:
     with pytest.raises(ConfigError, match=r"device must be one of a100-80g, .*, got 'tpu'"):
         find_device("tpu")
+
+
+def test_a_request_that_is_too_long() -> None:
+    with pytest.raises(RequestError, match="request 0 has 701 tokens, max_model_len is 700"):
+        Simulator(scheduler_for("sarathi", budget=64), TokenCost(1)).run([WorkloadRequest(0.0, 600, 101)])
 
 
 def test_a_request_that_never_fits() -> None:

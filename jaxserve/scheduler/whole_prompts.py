@@ -1,0 +1,38 @@
+"""What the policies share that never cut a prompt."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from jaxserve.scheduler.base import Batch, Scheduler
+
+
+class WholePromptScheduler(Scheduler):
+    """A prompt runs in one step, and after a preemption so does its recomputation with the outputs so far.
+
+    Either is of fewer than ``max_model_len`` tokens: a prompt leaves room for output, and whoever may still make a
+    token is short of the limit. The queue is first come first served, so while its head does not fit nobody is
+    admitted, the running requests end one by one, and in the end it has the whole budget and all blocks to itself.
+    A ``token_budget`` of ``max_model_len - 1`` thus keeps every request from starving, even where decodes share the
+    batch; configurations must have ``max_model_len`` (config.py).
+    """
+
+    reserves: ClassVar[bool] = False
+    """Blocks for ``max_model_len`` tokens are taken at admission and held, so nobody is ever preempted. A window
+    gives back the blocks left behind, and those ahead stay reserved."""
+
+    def _admit_whole(self, batch: Batch) -> None:
+        """Admit requests with their whole prompts while budget, slots and blocks last."""
+        while (request := self._next_waiting(batch)) is not None:
+            num_tokens = request.num_uncomputed_tokens
+            if num_tokens > batch.budget_left or not self._has_room(num_tokens):
+                break
+            self._admit(request)
+            if self.reserves:
+                self.blocks.grow(request.request_id, self.max_model_len)
+            self._grant(batch, request, num_tokens)
+
+    def _has_room(self, num_tokens: int) -> bool:
+        if self.reserves:
+            return self.blocks.num_free * self.blocks.block_size >= self.max_model_len
+        return super()._has_room(num_tokens)

@@ -1,0 +1,175 @@
+"""An engine without a model for scheduler tests, random workloads, and what every batch of every policy must be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hypothesis import strategies as st
+
+from jaxserve.engine.blocks import BlockManager
+from jaxserve.request import FinishReason, Request, RequestMetrics, RequestStatus, SamplingParams
+from jaxserve.scheduler import Batch, Limits, Scheduler
+
+MAX_LEN, BLOCK_SIZE = 96, 8
+
+
+def make_request(index: int, prompt: int, output: int) -> Request:
+    return Request(
+        request_id=str(index),
+        prompt_token_ids=[1] * prompt,
+        params=SamplingParams(max_tokens=output),
+        max_tokens=output,
+        metrics=RequestMetrics(arrival_seconds=float(index)),
+    )
+
+
+class Driver:
+    """An engine whose device notes where keys lie: samples arrive one step late, as in the overlapped loop."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.in_flight: Batch | None = None
+        self._cache: dict[int, tuple[str, int]] = {}
+        """Request and position of the key in each place, page * BLOCK_SIZE + offset."""
+
+    def step(self) -> Batch:
+        batch = self.scheduler.schedule()
+        self._attend(batch)
+        previous, self.in_flight = self.in_flight, batch
+        if previous is not None:
+            self.process(previous)
+        return batch
+
+    def _attend(self, batch: Batch) -> None:
+        """As each layer does: write the keys of all rows, then read what each row sees."""
+        window = self.scheduler.window or MAX_LEN
+        for chunk in batch.chunks.values():
+            for position in range(chunk.start, chunk.start + chunk.num_tokens):
+                self._cache[self._place(chunk.request, position)] = (chunk.request.request_id, position)
+        for chunk in batch.chunks.values():
+            for position in range(max(0, chunk.start - window + 1), chunk.start + chunk.num_tokens):
+                place = self._place(chunk.request, position)
+                assert place >= BLOCK_SIZE, "not on the dummy page"
+                assert self._cache[place] == (chunk.request.request_id, position)
+
+    def _place(self, request: Request, position: int) -> int:
+        return self.scheduler.blocks.table(request.request_id)[position // BLOCK_SIZE] * BLOCK_SIZE + (
+            position % BLOCK_SIZE
+        )
+
+    def process(self, batch: Batch) -> None:
+        for chunk in batch.chunks.values():
+            request = chunk.request
+            if request.status is RequestStatus.FINISHED or not chunk.samples:
+                continue
+            request.num_pending_tokens -= 1
+            request.output_token_ids.append(7)
+            if len(request.output_token_ids) >= request.max_tokens:
+                self.scheduler.finish(request, FinishReason.LENGTH)
+
+
+def most_blocks(window: int | None, num_rows: int) -> int:
+    """The blocks that a chunk of ``num_rows`` and the keys it sees can span."""
+    if window is None:
+        return MAX_LEN // BLOCK_SIZE
+    # One token is the last of its block, the others fill blocks from there.
+    return min(1 + -(-(window + num_rows - 2) // BLOCK_SIZE), MAX_LEN // BLOCK_SIZE)
+
+
+@dataclass
+class Workload:
+    limits: Limits
+    requests: list[Request]
+    arrival_steps: list[int]
+    """In order, of the requests."""
+    aborts: list[bool]
+
+
+@st.composite
+def workloads(draw: st.DrawFn, *, whole_prompts: bool = False) -> Workload:
+    """With ``whole_prompts``, the least budget and memory are those that whole prompts need."""
+    max_num_seqs = draw(st.integers(1, 8))
+    window = draw(st.one_of(st.none(), st.integers(1, 2 * BLOCK_SIZE), st.integers(1, MAX_LEN)))
+    least_budget = MAX_LEN - 1 if whole_prompts else max_num_seqs
+    least_blocks = MAX_LEN // BLOCK_SIZE if whole_prompts else most_blocks(window, num_rows=1)
+    arrivals = draw(
+        st.lists(
+            st.tuples(st.integers(0, 12), st.integers(1, 64), st.integers(1, 32), st.booleans()),
+            min_size=1,
+            max_size=20,
+        )
+    )
+    arrivals.sort(key=lambda arrival: arrival[0])
+    return Workload(
+        limits={
+            "token_budget": draw(st.integers(least_budget, least_budget + 40)),
+            "max_num_seqs": max_num_seqs,
+            "max_model_len": MAX_LEN,
+            # From barely one full-length request, or one window, to plenty.
+            "blocks": BlockManager(1 + least_blocks + draw(st.integers(0, 60)), BLOCK_SIZE),
+            "window": window,
+        },
+        requests=[make_request(index, prompt, output) for index, (_, prompt, output, _) in enumerate(arrivals)],
+        arrival_steps=[step for step, _, _, _ in arrivals],
+        aborts=[aborts for _, _, _, aborts in arrivals],
+    )
+
+
+@dataclass
+class Step:
+    """A batch, and what its scheduler had before."""
+
+    batch: Batch
+    running: list[Request]
+    decodes: list[Request]
+    prefills: list[Request]
+
+    @property
+    def admitted(self) -> list[Request]:
+        return [chunk.request for chunk in self.batch.chunks.values() if chunk.request not in self.running]
+
+
+def run(scheduler: Scheduler, workload: Workload) -> Iterator[Step]:
+    """Serve the workload to its end; checks what holds for every policy."""
+    driver, step, requests = Driver(scheduler), 0, workload.requests
+    pending = list(zip(workload.arrival_steps, requests, strict=True))
+    while pending or scheduler.has_unfinished() or (driver.in_flight and driver.in_flight.chunks):
+        while pending and pending[0][0] <= step:
+            scheduler.add(pending.pop(0)[1])
+        running = list(scheduler.running)
+        unfinished = [r for r in running if not r.exhausted]
+        decodes = [r for r in unfinished if r.decoding]
+        prefills = [r for r in unfinished if not r.decoding]
+        batch = driver.step()
+        check_batch(scheduler, batch)
+        yield Step(batch, running, decodes, prefills)
+        if step % 5 == 4:
+            for aborts, request in zip(workload.aborts, requests, strict=True):
+                if aborts and request.status is RequestStatus.RUNNING:
+                    scheduler.finish(request, FinishReason.ABORT)
+                    break
+        step += 1
+        # No request starves: everything ends within a bound that all the work, redone for each preemption, fits in.
+        redone = sum(r.metrics.num_preemptions for r in requests)
+        assert step < 200 + 100 * len(requests) + 100 * redone
+    assert all(r.status is RequestStatus.FINISHED for r in requests)
+    for request in requests:
+        if request.finish_reason is FinishReason.LENGTH:
+            assert len(request.output_token_ids) == request.max_tokens
+    scheduler.blocks.check()
+    assert scheduler.blocks.num_used == 0
+
+
+def check_batch(scheduler: Scheduler, batch: Batch) -> None:
+    assert batch.num_tokens <= scheduler.token_budget
+    assert len(scheduler.running) <= scheduler.max_num_seqs
+    slots = [chunk.slot for chunk in batch.chunks.values()]
+    assert len(set(slots)) == len(slots)
+    for chunk in batch.chunks.values():
+        assert chunk.num_tokens > 0
+        assert scheduler.blocks.room(chunk.request.request_id) >= chunk.start + chunk.num_tokens
+    for request in scheduler.running:
+        held = [block for block in scheduler.blocks.table(request.request_id) if block]
+        assert len(held) <= MAX_LEN // BLOCK_SIZE
+    scheduler.blocks.check()
