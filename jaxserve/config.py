@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-SCHEDULERS = ("sarathi", "prefill_first", "orca", "decode_first", "chunked_only", "hybrid_only")
+SCHEDULERS = ("sarathi", "adaptive", "prefill_first", "orca", "decode_first", "chunked_only", "hybrid_only")
 WHOLE_PROMPT_SCHEDULERS = ("prefill_first", "orca", "decode_first", "hybrid_only")
 ATTENTION_BACKENDS = ("auto", "xla", "native")
 GENERATION_CONFIGS = ("auto", "none")
 LOAD_FORMATS = ("auto", "dummy")
+AUTO_TOKEN_BUDGET = 2048
+"""The largest that token_budget auto tries: the paper's budget under relaxed objectives."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -56,13 +59,22 @@ class EngineConfig:
     tokenizer: str | None = option(None, "folder or hub id of the tokenizer; the model's own by default")
     dtype: str = option("auto", "weights and activations; auto: float32 on CPUs, bfloat16 on GPUs", DTYPES)
     max_model_len: int | None = option(None, "longest prompt + output; the model's own limit by default")
-    token_budget: int = option(256, "most tokens in one step, decodes and prefill chunks together")
+    token_budget: int | Literal["auto"] = option(
+        256, "most tokens in one step, decodes and prefill chunks together; auto: the most that meets slo_tbt_seconds"
+    )
     max_num_seqs: int = option(16, "most sequences that run at once")
     scheduler: str = option("sarathi", "batching policy", SCHEDULERS)
     chunk_schedule: str | None = option(
         None,
         "sarathi's budget in the stages of a prefill, falling as its chunks read more keys: 512,384,256 for the three "
         "thirds of max_model_len",
+    )
+    slo_tbt_seconds: float | None = option(
+        None, "objective for the time between tokens; token_budget auto and the scheduler adaptive go by it"
+    )
+    profile: str | None = option(
+        None,
+        "step times from profile_steps.py, for token_budget auto and adaptive; measured at start by default",
     )
     attention_backend: str = option(
         "auto",
@@ -84,11 +96,13 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("max_model_len", "token_budget", "max_num_seqs", "block_size", "num_blocks"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if value is None or (name == "token_budget" and value == "auto"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
         if not self.model:
             raise ConfigError("model must not be empty")
-        if self.max_num_seqs > self.token_budget:
+        if self.token_budget != "auto" and self.max_num_seqs > self.token_budget:
             raise ConfigError(
                 f"max_num_seqs must not exceed token_budget (every running decode is in every batch), "
                 f"got {self.max_num_seqs} > {self.token_budget}"
@@ -104,11 +118,27 @@ class EngineConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        self._check_objective()
         self._check_chunk_schedule()
         if not 0.1 <= self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization must be in [0.1, 1], got {self.gpu_memory_utilization!r}")
         if not 0 <= self.seed <= 2**31 - 1:
             raise ConfigError(f"seed must be in [0, {2**31 - 1}], got {self.seed}")
+
+    @property
+    def needs_step_times(self) -> bool:
+        return self.token_budget == "auto" or self.scheduler == "adaptive"
+
+    def _check_objective(self) -> None:
+        if self.slo_tbt_seconds is not None and not 0 < self.slo_tbt_seconds < math.inf:
+            raise ConfigError(f"slo_tbt_seconds must be positive and finite, got {self.slo_tbt_seconds}")
+        if self.needs_step_times and self.slo_tbt_seconds is None:
+            user = "token_budget auto" if self.token_budget == "auto" else "scheduler adaptive"
+            raise ConfigError(f"slo_tbt_seconds must be given for {user}, got none")
+        if self.token_budget == "auto" and self.scheduler in WHOLE_PROMPT_SCHEDULERS:
+            raise ConfigError(
+                f"scheduler {self.scheduler} runs whole prompts: token_budget must be at least max_model_len, got auto"
+            )
 
     @property
     def chunk_budgets(self) -> tuple[int, ...]:
@@ -118,8 +148,11 @@ class EngineConfig:
     def _check_chunk_schedule(self) -> None:
         if self.chunk_schedule is None:
             return
-        if self.scheduler != "sarathi":
-            raise ConfigError(f"chunk_schedule is for the scheduler sarathi, got {self.scheduler}")
+        if self.scheduler != "sarathi" or self.token_budget == "auto":
+            raise ConfigError(
+                "chunk_schedule is for the scheduler sarathi with a token_budget in tokens, "
+                f"got {self.scheduler} with {self.token_budget}"
+            )
         try:
             budgets = self.chunk_budgets
         except ValueError:
@@ -133,17 +166,23 @@ class EngineConfig:
             )
 
     def resolve(self, *, model_max_len: int, on_gpu: bool) -> ResolvedConfig:
-        """Fill in what depends on the model and the platform: max_model_len, block_size and dtype."""
+        """Fill in what depends on the model and the platform: max_model_len, block_size and dtype.
+
+        An automatic token_budget becomes the largest one that is tried.
+        """
         max_model_len = self.max_model_len or model_max_len
         if max_model_len > model_max_len:
             raise ConfigError(
                 f"max_model_len must not exceed the model's {model_max_len} positions, got {max_model_len}"
             )
         block_size = self.block_size or (64 if on_gpu else 16)
-        if self.scheduler in WHOLE_PROMPT_SCHEDULERS and self.token_budget < max_model_len:
+        # A step of more tokens than the longest prompt would rarely fill.
+        most = min(AUTO_TOKEN_BUDGET, max(max_model_len, self.max_num_seqs))
+        token_budget = self.token_budget if isinstance(self.token_budget, int) else most
+        if self.scheduler in WHOLE_PROMPT_SCHEDULERS and token_budget < max_model_len:
             raise ConfigError(
                 f"scheduler {self.scheduler} runs whole prompts: token_budget must be at least max_model_len, "
-                f"got {self.token_budget} < {max_model_len}"
+                f"got {token_budget} < {max_model_len}"
             )
         # One block is the dummy page; the rest must hold at least one request of full length, or it could never run.
         needed = 1 + -(-max_model_len // block_size)
@@ -154,7 +193,8 @@ class EngineConfig:
             )
         dtype = self.dtype if self.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(EngineConfig)}
-        return ResolvedConfig(**settings | {"max_model_len": max_model_len, "block_size": block_size, "dtype": dtype})
+        settings |= {"max_model_len": max_model_len, "token_budget": token_budget}
+        return ResolvedConfig(**settings | {"block_size": block_size, "dtype": dtype})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +202,7 @@ class ResolvedConfig(EngineConfig):
     """An EngineConfig with nothing left open that depends on the model or the platform."""
 
     max_model_len: int
+    token_budget: int
     block_size: int
 
 
@@ -188,11 +229,29 @@ class ServerConfig:
             raise ConfigError(f"drain_seconds must not be negative, got {self.drain_seconds}")
 
 
-def _value_type(annotation: Any) -> type:
-    """int for ``int | None``, str for ``str``, ..."""
-    if isinstance(annotation, types.UnionType):
-        (annotation,) = [a for a in typing.get_args(annotation) if a is not types.NoneType]
-    return annotation
+@dataclass(frozen=True)
+class _Accepted:
+    """What a field's annotation lets a flag or a file say."""
+
+    kind: type
+    """int for ``int``, ``int | None`` and ``int | Literal["auto"]``."""
+    words: tuple[str, ...]
+    optional: bool
+
+    @classmethod
+    def of(cls, annotation: Any) -> _Accepted:
+        members = typing.get_args(annotation) or (annotation,)
+        words = tuple(word for member in members for word in typing.get_args(member))
+        (kind,) = [m for m in members if isinstance(m, type) and m is not types.NoneType]
+        return cls(kind, words, types.NoneType in members)
+
+    @property
+    def __name__(self) -> str:
+        """For argparse's messages, and ours."""
+        return " or ".join((self.kind.__name__, *self.words))
+
+    def __call__(self, text: str) -> Any:
+        return text if text in self.words else self.kind(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser, *configs: type) -> None:
@@ -204,7 +263,7 @@ def add_arguments(parser: argparse.ArgumentParser, *configs: type) -> None:
             default = "" if f.default is None else f" (default: {f.default})"
             group.add_argument(
                 "--" + f.name.replace("_", "-"),
-                type=_value_type(hints[f.name]),
+                type=_Accepted.of(hints[f.name]),
                 choices=f.metadata["choices"],
                 default=argparse.SUPPRESS,
                 help=f.metadata["help"] + default,
@@ -227,11 +286,11 @@ def read_config_file(path: str, *configs: type) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         if name not in known:
             raise ConfigError(f"config: unknown setting {key!r} in {path!r}; known: {', '.join(sorted(known))}")
-        wanted = _value_type(known[name])
-        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        wanted = _Accepted.of(known[name])
+        if wanted.kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        optional = isinstance(known[name], types.UnionType)
-        if not (value is None and optional) and (not isinstance(value, wanted) or isinstance(value, bool)):
+        accepted = value in wanted.words or (value is None and wanted.optional)
+        if not accepted and (not isinstance(value, wanted.kind) or isinstance(value, bool)):
             raise ConfigError(f"config: {key} must be of type {wanted.__name__}, got {value!r} in {path!r}")
         settings[name] = value
     return settings

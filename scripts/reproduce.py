@@ -19,11 +19,11 @@ RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", type=Path, default=RESULTS / "paper.md", help="where to write the page")
-    parser.add_argument("--request-share", type=float, default=1.0, help="of each trial's requests, for a quick look")
+    parser.add_argument("--time-share", type=float, default=1.0, help="of each trial's duration, for a quick look")
     parser.add_argument("--tolerance", type=float, default=0.05, help="of the capacities, relative")
     args = parser.parse_args()
     models = {setup.model: read_config(PRESETS[setup.model], setup.model) for setup in SETUPS}
-    run = Reproduction(models, request_share=args.request_share, tolerance=args.tolerance)
+    run = Reproduction(models, time_share=args.time_share, tolerance=args.tolerance)
     print(reproduce(run, args.page))
 
 

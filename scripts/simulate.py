@@ -20,8 +20,9 @@ from jaxserve.models.config import ModelConfig, ModelError
 from jaxserve.models.presets import PRESETS
 from jaxserve.models.registry import read_config
 from jaxserve.request import RequestError
-from jaxserve.scheduler import POLICIES
-from jaxserve.simulator.cost import OVERLAPPED, authors_host_time
+from jaxserve.scheduler import POLICIES, Pace
+from jaxserve.scheduler.step_time import Profile, StepTimeModel
+from jaxserve.simulator.cost import OVERLAPPED, FittedCost, authors_host_time
 from jaxserve.simulator.deployment import Deployment
 from jaxserve.simulator.devices import DEVICES, find_device
 from jaxserve.simulator.sweep import COLUMNS, SWEEPS, Candidate, plot, rate_candidate, simulate, variants, whole_prompts
@@ -38,6 +39,13 @@ def model_config(name: str) -> ModelConfig:
         raise ConfigError(
             f"model must be one of {', '.join(PRESETS)} or a folder with a config.json: {error}"
         ) from None
+
+
+def measured_steps(path: str) -> StepTimeModel:
+    try:
+        return Profile.from_json(Path(path).read_text(encoding="utf-8")).step_time
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"profile: cannot read {path!r}: {error}") from None
 
 
 def show(candidates: list[Candidate], serve: float | None) -> None:
@@ -62,6 +70,7 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=128)
     parser.add_argument("--max-model-len", type=int, default=16384)
     parser.add_argument("--authors-host", action="store_true", help="the paper's engine, whose host delays each step")
+    parser.add_argument("--profile", help="step times measured by profile_steps.py instead of the roofline's")
     parser.add_argument("--p99-tbt", type=float, help="objective in seconds: search the capacity")
     parser.add_argument("--median-delay", type=float, default=2.0, help="objective: scheduling delay in seconds")
     parser.add_argument("--low", type=float, default=0.05, help="lowest rate of the search, requests/s")
@@ -72,8 +81,10 @@ def main() -> None:
     parser.add_argument("--plot", help="write a picture of the capacities and TBTs to this file")
     workload, args = parse_config(parser, None, WorkloadConfig)
     try:
+        model = model_config(args.model)
+        steps = measured_steps(args.profile) if args.profile else None
         deployment = Deployment(
-            model=model_config(args.model),
+            model=model,
             device=find_device(args.device),
             tensor=args.tp,
             pipeline=args.pp,
@@ -81,6 +92,8 @@ def main() -> None:
             max_num_seqs=args.max_num_seqs,
             max_model_len=args.max_model_len,
             host=authors_host_time(args.tp) if args.authors_host else OVERLAPPED,
+            measured=FittedCost(steps, model.window) if steps else None,
+            pace=Pace(args.p99_tbt, steps) if steps and args.p99_tbt else None,
         )
         deployment = whole_prompts(deployment, args.scheduler)
         if args.p99_tbt is None:
@@ -102,6 +115,8 @@ def main() -> None:
     except (ConfigError, ModelError, RequestError) as error:
         parser.error(str(error))
     show(candidates, args.serve)
+    if not all(candidate.queue_could_grow(objective) for candidate in candidates):
+        print("requests came for too short a time for a queue to show: give more --num-requests or --duration-seconds")
     if args.plot:
         plot(candidates, objective, args.plot)
 

@@ -19,7 +19,7 @@ from jaxserve.config import (
     read_config_file,
 )
 
-POLICIES = "sarathi, prefill_first, orca, decode_first, chunked_only, hybrid_only"
+POLICIES = "sarathi, adaptive, prefill_first, orca, decode_first, chunked_only, hybrid_only"
 
 
 def error(config: type, **settings: Any) -> str:
@@ -48,7 +48,20 @@ def test_counts(name: str, value: Any) -> None:
         ({"scheduler": "fifo"}, f"scheduler must be one of {POLICIES}, got 'fifo'"),
         (
             {"scheduler": "orca", "chunk_schedule": "256"},
-            "chunk_schedule is for the scheduler sarathi, got orca",
+            "chunk_schedule is for the scheduler sarathi with a token_budget in tokens, got orca with 256",
+        ),
+        (
+            {"token_budget": "auto", "chunk_schedule": "256", "slo_tbt_seconds": 0.1},
+            "chunk_schedule is for the scheduler sarathi with a token_budget in tokens, got sarathi with auto",
+        ),
+        ({"slo_tbt_seconds": 0.0}, "slo_tbt_seconds must be positive and finite, got 0.0"),
+        ({"slo_tbt_seconds": float("nan")}, "slo_tbt_seconds must be positive and finite, got nan"),
+        ({"slo_tbt_seconds": float("inf")}, "slo_tbt_seconds must be positive and finite, got inf"),
+        ({"token_budget": "auto"}, "slo_tbt_seconds must be given for token_budget auto, got none"),
+        ({"scheduler": "adaptive"}, "slo_tbt_seconds must be given for scheduler adaptive, got none"),
+        (
+            {"token_budget": "auto", "slo_tbt_seconds": 0.1, "scheduler": "orca"},
+            "scheduler orca runs whole prompts: token_budget must be at least max_model_len, got auto",
         ),
         *(
             (
@@ -147,6 +160,18 @@ def test_resolve_accepts_the_least() -> None:
         EngineConfig(scheduler=name, token_budget=16).resolve(model_max_len=2048, on_gpu=False)
 
 
+@pytest.mark.parametrize(("max_model_len", "token_budget"), [(8, 16), (512, 512), (4096, 2048)])
+def test_an_automatic_budget_becomes_the_largest_to_try(max_model_len: int, token_budget: int) -> None:
+    config = EngineConfig(token_budget="auto", slo_tbt_seconds=0.1, max_model_len=max_model_len)
+    assert config.resolve(model_max_len=8192, on_gpu=False).token_budget == token_budget
+
+
+def test_automatic_budget_from_flag_and_file(tmp_path: Path) -> None:
+    expected = EngineConfig(token_budget="auto", slo_tbt_seconds=0.1)
+    assert parse("--token-budget", "auto", "--slo-tbt", "0.1")[0] == expected
+    assert parse("--config", settings_file(tmp_path, "token_budget: auto\nslo_tbt_seconds: 0.1\n"))[0] == expected
+
+
 def test_chunk_schedule() -> None:
     assert EngineConfig(chunk_schedule="256, 100,16").chunk_budgets == (256, 100, 16)
     assert EngineConfig().chunk_budgets == ()
@@ -222,7 +247,7 @@ def test_empty_file(tmp_path: Path) -> None:
     ("argv", "message"),
     [
         (["--token_budgets", "1"], "unrecognized arguments: --token_budgets 1"),
-        (["--token-budget", "many"], "argument --token-budget: invalid int value: 'many'"),
+        (["--token-budget", "many"], "argument --token-budget: invalid int or auto value: 'many'"),
         (["--token-budget", "0"], "token_budget must be an integer of at least 1, got 0"),
         (["--scheduler", "fifo"], "argument --scheduler: invalid choice: 'fifo'"),
         (["--port", "70000"], "port must be in [0, 65535], got 70000"),
@@ -243,9 +268,9 @@ def test_wrong_flags(capsys: pytest.CaptureFixture[str], argv: list[str], messag
         ("0\n", "must hold a mapping of settings, got int"),
         ("[]\n", "must hold a mapping of settings, got list"),
         ("token_budget: [\n", "config: cannot read "),
-        ("token_budget: many\n", "config: token_budget must be of type int, got 'many' in "),
-        ("token-budget: 1.5\n", "config: token-budget must be of type int, got 1.5 in "),
-        ("token_budget: true\n", "config: token_budget must be of type int, got True in "),
+        ("token_budget: many\n", "config: token_budget must be of type int or auto, got 'many' in "),
+        ("token-budget: 1.5\n", "config: token-budget must be of type int or auto, got 1.5 in "),
+        ("token_budget: true\n", "config: token_budget must be of type int or auto, got True in "),
         ("gpu_memory_utilization: false\n", "config: gpu_memory_utilization must be of type float, got False in "),
         ("max_model_len: '64'\n", "config: max_model_len must be of type int, got '64' in "),
         ("model: 7\n", "config: model must be of type str, got 7 in "),

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: token buckets, parallel builds, the persistent cache, and the count of compilations."""
+"""Ahead-of-time compilation: parallel builds, the persistent cache, and the count of compilations."""
 
 from __future__ import annotations
 
@@ -14,24 +14,7 @@ from tqdm import tqdm
 
 from jaxserve.config import ConfigError
 
-SMALLEST_BUCKET = 16
-"""A step of very few rows is slower than this one on CPUs: XLA gives it a matrix-vector kernel."""
-TILE = 128
-"""Rows of a GPU's matmul tile: larger buckets are multiples of it (arXiv 2403.02310, section 4.3)."""
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-
-
-def token_buckets(token_budget: int) -> tuple[int, ...]:
-    """Step sizes in tokens: powers of two up to 128, multiples of 128 above, and the budget itself.
-
-    Above 1024 they grow by an eighth at a time, so that a large budget does not mean dozens of programs.
-    """
-    buckets, size = [], SMALLEST_BUCKET
-    while size < token_budget:
-        buckets.append(size)
-        step = size if size < TILE else max(TILE, size // 8 // TILE * TILE)
-        size += step
-    return (*buckets, token_budget)
 
 
 def use_persistent_cache(folder: Path) -> None:

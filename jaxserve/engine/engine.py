@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -18,6 +19,7 @@ from jaxserve.engine.batch import pack, prompt_targets, wants_prompt_logprobs
 from jaxserve.engine.blocks import BlockManager
 from jaxserve.engine.compile import CompileCounter, use_persistent_cache
 from jaxserve.engine.output import OutputStream, host_logprobs, logprob_entry
+from jaxserve.engine.profiling import Profiler, largest_budget, read_profile
 from jaxserve.engine.runner import ModelRunner, StepOutputs
 from jaxserve.engine.sampler import TokenLogprobs
 from jaxserve.metrics import EngineMetrics, StepRecord
@@ -35,7 +37,7 @@ from jaxserve.request import (
     RequestStatus,
     SamplingParams,
 )
-from jaxserve.scheduler import Chunk, make_scheduler
+from jaxserve.scheduler import Chunk, Pace, make_scheduler
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.tokenizer import Tokenizer
 from jaxserve.tracing import StepTracer
@@ -86,17 +88,22 @@ class Engine:
             ", ".join(self.sampling_defaults) or "none",
         )
         self.runner = ModelRunner(self.config, checkpoint, make_mesh(), show_progress=show_progress)
+        pace = self._measure_pace() if config.needs_step_times else None
+        if config.token_budget == "auto" and pace is not None:
+            budget = largest_budget(pace.step_time, Profiler(self.runner).worst_shapes(), pace.slo_tbt_seconds)
+            self.config = dataclasses.replace(self.config, token_budget=budget)
         self.blocks = BlockManager(self.runner.num_blocks, self.config.block_size)
         self.scheduler = make_scheduler(
             config.scheduler,
             chunk_schedule=config.chunk_budgets,
-            token_budget=config.token_budget,
+            pace=pace,
+            token_budget=self.config.token_budget,
             max_num_seqs=config.max_num_seqs,
             max_model_len=self.max_model_len,
             blocks=self.blocks,
             window=self.model_config.window,
         )
-        self.metrics = EngineMetrics(config.token_budget)
+        self.metrics = EngineMetrics(self.config.token_budget)
         self.on_step: list[Callable[[StepRecord, list[Chunk]], None]] = [self.metrics.observe_step]
         """Called with every processed step and its chunks."""
         if self._tracer is not None:
@@ -185,6 +192,20 @@ class Engine:
         self.compiles.close()
         if self._tracer is not None:
             self._tracer.close()
+
+    def _measure_pace(self) -> Pace:
+        """The objective, and step times from the profile that the configuration names, or else measured now."""
+        config, slo_tbt_seconds = self.config, self.config.slo_tbt_seconds
+        assert slo_tbt_seconds is not None, "checked by the configuration"
+        if config.profile is not None:
+            profile = read_profile(config.profile, config)
+        else:
+            profile, _ = Profiler(self.runner).profile(stop_seconds=slo_tbt_seconds)
+        logger.info(
+            "step times of %s: held-out error %.1f %% (median), %.1f %% (P90)",
+            profile.date, 100 * profile.error.median, 100 * profile.error.p90,
+        )  # fmt: skip
+        return Pace(slo_tbt_seconds, profile.step_time)
 
     def _launch(self, chunks: list[Chunk], start: float) -> _LaunchedStep:
         scheduled = self._clock()

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.config import ConfigError, ResolvedConfig
 from jaxserve.engine.batch import PackedStep, StepLayout, empty_step, plan_of
-from jaxserve.engine.compile import compile_all, token_buckets
+from jaxserve.engine.compile import compile_all
 from jaxserve.engine.sampler import SamplingInputs, TokenLogprobs, optional_logprobs, sample, token_logprobs
 from jaxserve.kernels.attention import AttentionInputs, KVCache, choose_backend
 from jaxserve.kernels.plan import PlanLimits
@@ -23,6 +23,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.loading.checkpoint import Checkpoint
 from jaxserve.models.registry import family_of
+from jaxserve.scheduler.buckets import bucket_of, token_buckets
 from jaxserve.sharding.rules import abstract_model, abstract_parameters
 
 CPU_KV_CACHE_BYTES = 2**30
@@ -79,7 +80,7 @@ class ModelRunner:
 
     def layout(self, num_tokens: int) -> StepLayout:
         """The layout of the smallest program that holds ``num_tokens`` rows."""
-        return self._layouts[next(rows for rows in self.buckets if rows >= num_tokens)]
+        return self._layouts[bucket_of(num_tokens, self.buckets)]
 
     def launch(self, layout: StepLayout, step: PackedStep) -> StepOutputs:
         """Start a step and return at once; its tokens are being copied to the host."""

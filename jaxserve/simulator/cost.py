@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 from jaxserve.models.config import ModelConfig
+from jaxserve.scheduler.step_time import BatchShape, StepTimeModel, num_seen_keys
 from jaxserve.simulator.devices import TILE_ROWS, Device
 
 DTYPE_BYTES = 2
@@ -195,7 +196,7 @@ class RooflineCost:
         chunks = [span for span in spans if span.num_tokens > 1]
         if not chunks:
             return 0.0
-        pairs = sum(_pairs(span.start, span.num_tokens, window) for span in chunks)
+        pairs = sum(num_seen_keys(span.start, span.num_tokens, window) for span in chunks)
         keys = sum(_keys(span, window) for span in chunks)
         flops = 4 * pairs * self.model.num_heads / self.tensor * self.model.head_dim
         return self.device.kernel_seconds + max(flops / self._attention_flops_per_second, self._kv_read_seconds(keys))
@@ -232,14 +233,32 @@ class RooflineCost:
         return parameters * DTYPE_BYTES
 
 
-def _pairs(start: int, num_tokens: int, window: int | None) -> int:
-    """Queries times the keys that each sees: causal, and at most ``window`` of them."""
-    free = num_tokens if window is None else max(0, min(num_tokens, window - start))
-    seen = free * start + free * (free + 1) // 2
-    return seen if window is None else seen + (num_tokens - free) * window
-
-
 def _keys(span: Span, window: int | None) -> int:
     """Keys that any query of the span sees."""
     keys = span.start + span.num_tokens
     return keys if window is None else min(keys, window - 1 + span.num_tokens)
+
+
+class FittedCost:
+    """Steps of one device as they were measured (scripts/profile_steps.py); ``window`` as in StepTimeModel's fit."""
+
+    num_stages = 1
+
+    def __init__(self, step_time: StepTimeModel, window: int | None = None) -> None:
+        self.step_time = step_time
+        self.window = window
+        self._buckets = sorted(step_time.base_seconds)
+
+    def stage_seconds(self, spans: Iterable[Span]) -> list[float]:
+        num_decodes = num_kv_tokens = num_prefill_tokens = num_pairs = 0
+        for span in spans:
+            keys = num_seen_keys(span.start, span.num_tokens, self.window)
+            if span.num_tokens == 1:
+                num_decodes += 1
+                num_kv_tokens += keys
+            else:
+                num_prefill_tokens += span.num_tokens
+                num_pairs += keys
+        rows = num_decodes + num_prefill_tokens
+        padded = next((bucket for bucket in self._buckets if bucket >= rows), rows)
+        return [self.step_time.predict(BatchShape(padded, num_decodes, num_kv_tokens, num_prefill_tokens, num_pairs))]

@@ -10,7 +10,7 @@ from jaxserve.config import ConfigError
 from jaxserve.engine.blocks import BlockManager
 from jaxserve.evaluation.workload import WorkloadRequest
 from jaxserve.models.config import ModelConfig
-from jaxserve.scheduler import POLICIES, make_scheduler
+from jaxserve.scheduler import POLICIES, Pace, make_scheduler
 from jaxserve.simulator.cost import OVERLAPPED, CostModel, HostTime, RooflineCost
 from jaxserve.simulator.devices import GIB, Device
 from jaxserve.simulator.simulator import SimulatedRun, Simulator
@@ -25,6 +25,8 @@ class Deployment:
     tensor: int = 1
     pipeline: int = 1
     scheduler: str = "sarathi"
+    pace: Pace | None = None
+    """For the adaptive scheduler, which needs it."""
     token_budget: int = 512
     max_num_seqs: int = 128
     max_model_len: int = 16384
@@ -42,6 +44,8 @@ class Deployment:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.scheduler not in POLICIES:
             raise ConfigError(f"scheduler must be one of {', '.join(POLICIES)}, got {self.scheduler!r}")
+        if self.scheduler == "adaptive" and self.pace is None:
+            raise ConfigError("scheduler adaptive needs a pace: a TBT objective and measured step times")
         if self.max_num_seqs > self.token_budget:
             raise ConfigError(
                 f"max_num_seqs must not exceed token_budget, got {self.max_num_seqs} > {self.token_budget}"
@@ -84,6 +88,7 @@ class Deployment:
     def simulate(self, workload: Sequence[WorkloadRequest]) -> SimulatedRun:
         scheduler = make_scheduler(
             self.scheduler,
+            pace=self.pace,
             token_budget=self.token_budget,
             max_num_seqs=self.max_num_seqs,
             max_model_len=self.max_model_len,

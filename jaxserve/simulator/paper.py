@@ -44,9 +44,9 @@ class Setup:
     orca_seqs: int
     low_rate: float
     """Requests per second from which to search capacities upwards."""
-    num_requests: int
-    """Of a trial. The median delay of n requests at r per second grows to n / 2 (1 / capacity - 1 / r), so a rate
-    passes that is too high by a share of 4 capacity / n: these keep it at 5 to 7 %."""
+    trial_seconds: float
+    """Of arrivals in a trial, several times as long as a request lives: a queue needs time to fill and to grow. (The
+    median delay after t seconds is t / 2 (rate / capacity - 1), so rates pass that are too high by 4 s / t.)"""
 
     def objective(self, name: str) -> Objective:
         return Objective(self.strict_seconds * (1 if name == "strict" else 5))
@@ -57,19 +57,19 @@ class Setup:
 
 MISTRAL = Setup(
     model="mistral-7b", device=A100_80G_PAIRS, tensor=1, pipeline=1,
-    strict_seconds=0.1, relaxed_budget=2048, orca_seqs=16, low_rate=0.25, num_requests=256,
+    strict_seconds=0.1, relaxed_budget=2048, orca_seqs=16, low_rate=0.25, trial_seconds=120,
 )  # fmt: skip
 YI = Setup(
     model="yi-34b", device=A100_80G_PAIRS, tensor=2, pipeline=1,
-    strict_seconds=0.2, relaxed_budget=2048, orca_seqs=16, low_rate=0.1, num_requests=128,
+    strict_seconds=0.2, relaxed_budget=2048, orca_seqs=16, low_rate=0.1, trial_seconds=180,
 )  # fmt: skip
 LLAMA = Setup(
     model="llama2-70b", device=A40_48G, tensor=4, pipeline=2,
-    strict_seconds=1.0, relaxed_budget=1536, orca_seqs=8, low_rate=0.05, num_requests=96,
+    strict_seconds=1.0, relaxed_budget=1536, orca_seqs=8, low_rate=0.05, trial_seconds=300,
 )  # fmt: skip
 FALCON = Setup(
     model="falcon-180b", device=A100_80G_PAIRS, tensor=4, pipeline=2,
-    strict_seconds=1.0, relaxed_budget=2048, orca_seqs=8, low_rate=0.05, num_requests=96,
+    strict_seconds=1.0, relaxed_budget=2048, orca_seqs=8, low_rate=0.05, trial_seconds=300,
 )  # fmt: skip
 SETUPS = (MISTRAL, YI, LLAMA, FALCON)
 
@@ -82,6 +82,8 @@ class CapacityKey:
     workload: str
     objective: str
     policy: str
+    extra_milliseconds: float
+    """Of host time in every stage: a what-if."""
 
 
 @dataclass
@@ -89,8 +91,10 @@ class Reproduction:
     """Runs the experiments; ``models`` are the shapes of the presets."""
 
     models: Mapping[str, ModelConfig]
-    request_share: float = 1.0
-    """Of each setup's ``num_requests``; the paper's trials have 2048 requests."""
+    min_requests: int = 96
+    """Of a trial where the rate is so low that fewer arrive; the paper's trials have 2048."""
+    time_share: float = 1.0
+    """Of each setup's ``trial_seconds``."""
     tolerance: float = 0.05
     """Of a capacity, relative."""
     log: Callable[[str], None] = print
@@ -116,27 +120,33 @@ class Reproduction:
             host=authors_host_time(tensor),
         )
 
-    def requests(self, setup: Setup) -> int:
-        """Of a trial."""
-        return max(1, round(setup.num_requests * self.request_share))
-
     def run(self, setup: Setup, deployment: Deployment, workload: str, rate: float, seed: int = 0) -> SimulatedRun:
         config = WorkloadConfig(
             lengths=workload,
             max_total_tokens=MAX_TOKENS[workload],
             rate=rate,
-            num_requests=self.requests(setup),
+            num_requests=max(self.min_requests, round(rate * setup.trial_seconds * self.time_share)),
             workload_seed=seed,
         )
         return deployment.simulate(make_workload(config))
 
     def capacity(
-        self, setup: Setup, workload: str, objective: str, policy: str, *, tensor: int = 0, pipeline: int = 0
+        self,
+        setup: Setup,
+        workload: str,
+        objective: str,
+        policy: str,
+        *,
+        tensor: int = 0,
+        pipeline: int = 0,
+        extra_seconds: float = 0.0,
     ) -> float:
         """Requests per second; 0 where the lowest rate fails. Each is searched once."""
         deployment = self.deployment(setup, workload, policy, setup.budget(objective), tensor=tensor, pipeline=pipeline)
+        host = replace(deployment.host, batch_seconds=deployment.host.batch_seconds + extra_seconds)
+        deployment = replace(deployment, host=host)
         shape = f"TP{deployment.tensor}-PP{deployment.pipeline}"
-        key = CapacityKey(setup.model, shape, workload, objective, policy)
+        key = CapacityKey(setup.model, shape, workload, objective, policy, 1000 * extra_seconds)
         if key not in self.capacities:
             found = find_capacity(
                 lambda rate, seed: self.run(setup, deployment, workload, rate, seed),
@@ -149,6 +159,10 @@ class Reproduction:
             self.capacities[key] = found
             self.log(f"{setup.model} {shape} {workload} {objective} {policy}: {found.rate:.3g}/s ({found.reason})")
         return self.capacities[key].rate
+
+    def missing_seconds(self, setup: Setup) -> float:
+        """What a stage would have to take longer for a decode iteration to take as long as the objective implies."""
+        return (setup.strict_seconds / 5 - sum(self.decode_seconds(setup))) / setup.pipeline
 
     def cost(self, setup: Setup, *, tensor: int = 0, pipeline: int = 0) -> RooflineCost:
         return self.deployment(

@@ -13,6 +13,7 @@ import tokenizers
 from flax import nnx
 
 from jaxserve import LLM, SamplingParams
+from jaxserve.config import SCHEDULERS
 from jaxserve.models.config import ModelError
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.loading.checkpoint import open_checkpoint
@@ -54,6 +55,21 @@ def test_greedy_output_matches_transformers(name: str, tokenizer: Path) -> None:
         assert llm.engine.blocks.num_used == 0
     assert list(first.outputs[0].token_ids) == golden.greedy
     assert len(second.outputs[0].token_ids) == len(golden.greedy)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_outputs_do_not_depend_on_the_policy(scheduler: str, tokenizer: Path) -> None:
+    """With memory for little more than one request, so that most policies preempt, and a window that frees blocks."""
+    golden = Golden("mistral_window")
+    with LLM(
+        model=str(golden.checkpoint), tokenizer=str(tokenizer), show_progress=False, token_budget=golden.length,
+        max_num_seqs=4, block_size=8, num_blocks=2 + -(-golden.length // 8), max_model_len=golden.length,
+        scheduler=scheduler, slo_tbt_seconds=100.0,
+    ) as llm:  # fmt: skip
+        greedy = SamplingParams(temperature=0, max_tokens=len(golden.greedy), ignore_eos=True)
+        outputs = llm.generate([golden.prompt] * 4, greedy, use_tqdm=False)
+        assert llm.engine.blocks.num_used == llm.engine.compiles.count == 0
+    assert [output.outputs[0].token_ids for output in outputs] == [golden.greedy] * 4
 
 
 def test_layers_of_one_structure_share_a_trace() -> None:

@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 
 from jaxserve.config import SCHEDULERS, WHOLE_PROMPT_SCHEDULERS
 from jaxserve.engine.blocks import BlockManager
-from jaxserve.scheduler import POLICIES, Batch, Scheduler, make_scheduler
+from jaxserve.scheduler import POLICIES, Batch, Pace, Scheduler, make_scheduler
+from jaxserve.scheduler.adaptive import AdaptiveScheduler
+from jaxserve.scheduler.buckets import token_buckets
+from jaxserve.scheduler.step_time import BatchShape, StepTimeModel
 from jaxserve.scheduler.whole_prompts import WholePromptScheduler
 from tests.scheduler.driver import BLOCK_SIZE, MAX_LEN, Driver, Workload, make_request, most_blocks, run, workloads
 
@@ -70,6 +73,50 @@ def test_sarathi_with_a_chunk_schedule(workload: Workload, data: st.DataObject) 
             if chunk.request not in step.decodes:
                 assert num_tokens <= stages[int(chunk.start / (MAX_LEN / len(stages)))]
     assert all(r.metrics.num_stalls == 0 for r in workload.requests)
+
+
+MODEL = StepTimeModel({16: 16.0, 32: 20.0, 64: 40.0}, seconds_per_kv_token=0.1, seconds_per_pair=0.01)
+
+
+@settings(max_examples=150, deadline=None)
+@given(workloads(), st.floats(10.0, 100.0))
+def test_adaptive_keeps_mixed_batches_within_the_objective(workload: Workload, slo_tbt_seconds: float) -> None:
+    scheduler = make_scheduler("adaptive", pace=Pace(slo_tbt_seconds, MODEL), **workload.limits)
+    assert isinstance(scheduler, AdaptiveScheduler)
+    for step in run(scheduler, workload):
+        chunks = step.batch.chunks.values()
+        for request in step.decodes:
+            assert request.request_id in step.batch.chunks or request in step.batch.preempted
+        if {chunk.request in step.decodes for chunk in chunks} == {True, False}:
+            assert scheduler.predict(step.batch) <= slo_tbt_seconds
+    assert all(r.metrics.num_stalls == 0 for r in workload.requests)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 7), st.integers(1, 80), st.floats(10.0, 100.0))
+def test_adaptive_uses_the_slack(num_decodes: int, prompt: int, slo_tbt_seconds: float) -> None:
+    """One token more of the chunk would break the objective, or the budget, or there is none."""
+    scheduler = make_scheduler(
+        "adaptive",
+        pace=Pace(slo_tbt_seconds, MODEL),
+        token_budget=48,
+        max_num_seqs=8,
+        max_model_len=MAX_LEN,
+        blocks=BlockManager(500, BLOCK_SIZE),
+    )
+    assert isinstance(scheduler, AdaptiveScheduler)
+    driver = Driver(scheduler)
+    for index in range(num_decodes):
+        scheduler.add(make_request(index, 4, 64))
+    driver.step(), driver.step()  # without decodes there is room for all of them at once
+    scheduler.add(make_request(9, prompt, 2))
+    batch = driver.step()
+    chunk = batch.chunks.get("9")
+    granted = chunk.num_tokens if chunk is not None else 0
+    if granted < min(prompt, batch.budget - num_decodes):
+        decodes = [c for name, c in batch.chunks.items() if name != "9"]
+        shape = BatchShape.of(decodes, token_buckets(48)).with_chunk(0, granted + 1, token_buckets(48))
+        assert MODEL.predict(shape) > slo_tbt_seconds
 
 
 @settings(max_examples=100, deadline=None)

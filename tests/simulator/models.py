@@ -7,6 +7,11 @@ MISTRAL_7B = ModelConfig(
     num_heads=32, num_kv_heads=8, head_dim=128, max_position_embeddings=32768, norm_eps=1e-5,
     rope=Rope(theta=1e4, dim=128), windows=(4096,) * 32,
 )  # fmt: skip
+YI_34B = ModelConfig(
+    architecture="LlamaForCausalLM", vocab_size=64000, hidden_size=7168, intermediate_size=20480, num_layers=60,
+    num_heads=56, num_kv_heads=8, head_dim=128, max_position_embeddings=200000, norm_eps=1e-5,
+    rope=Rope(theta=1e7, dim=128),
+)  # fmt: skip
 LLAMA2_70B = ModelConfig(
     architecture="LlamaForCausalLM", vocab_size=32000, hidden_size=8192, intermediate_size=28672, num_layers=80,
     num_heads=64, num_kv_heads=8, head_dim=128, max_position_embeddings=4096, norm_eps=1e-5,

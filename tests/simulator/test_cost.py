@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.simulator.cost import HostTime, RooflineCost, Tokens, _pairs, decodes
+from jaxserve.scheduler.step_time import StepTimeModel
+from jaxserve.simulator.cost import FittedCost, HostTime, RooflineCost, Tokens, decodes
 from jaxserve.simulator.devices import A40_48G, A100_80G, A100_80G_PAIRS, H100, Device
 from tests.simulator.models import FALCON_180B, LLAMA2_70B, MISTRAL_7B, MIXTRAL_8X7B
 
@@ -94,13 +95,6 @@ def test_prefill_by_hand() -> None:
     assert parts["lm_head"] == 0
 
 
-@settings(max_examples=50, deadline=None)
-@given(start=st.integers(0, 40), num_tokens=st.integers(1, 40), window=st.one_of(st.none(), st.integers(1, 50)))
-def test_pairs_are_what_the_mask_leaves(start: int, num_tokens: int, window: int | None) -> None:
-    counted = sum(min(row + 1, window or row + 1) for row in range(start, start + num_tokens))
-    assert _pairs(start, num_tokens, window) == counted
-
-
 @settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from([MISTRAL_7B, LLAMA2_70B, FALCON_180B, MIXTRAL_8X7B]),
@@ -159,3 +153,12 @@ def test_host_time_is_paid_in_every_stage() -> None:
     with_host = RooflineCost(LLAMA2_70B, A100_80G, pipeline=2, host=host).stage_seconds(decodes(4, 100))
     without = RooflineCost(LLAMA2_70B, A100_80G, pipeline=2).stage_seconds(decodes(4, 100))
     assert [a - b for a, b in zip(with_host, without, strict=True)] == pytest.approx([3.0, 3.0])
+
+
+def test_measured_steps() -> None:
+    step_time = StepTimeModel({128: 0.010, 256: 0.015}, seconds_per_kv_token=1e-6, seconds_per_pair=1e-8)
+    cost = FittedCost(step_time, window=1000)
+    batch = [*decodes(10, 500), *decodes(2, 3000), Tokens(0, 100, False)]
+    assert cost.stage_seconds(batch) == [pytest.approx(0.010 + 1e-6 * (10 * 500 + 2 * 1000) + 1e-8 * 5050)]
+    assert cost.stage_seconds([Tokens(0, 129, False)])[0] > 0.015
+    assert cost.stage_seconds([Tokens(0, 512, False)])[0] > 0.030  # more than was measured: in proportion

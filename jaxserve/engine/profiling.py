@@ -1,0 +1,142 @@
+"""One-time profiling (arXiv 2403.02310, section 4.3): times stated batches on a runner to model its steps."""
+
+from __future__ import annotations
+
+import datetime
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxserve.config import ConfigError, ResolvedConfig
+from jaxserve.engine.batch import pack
+from jaxserve.engine.blocks import BlockManager
+from jaxserve.engine.runner import ModelRunner
+from jaxserve.request import Request, RequestMetrics, SamplingParams
+from jaxserve.scheduler import Chunk
+from jaxserve.scheduler.step_time import BatchShape, Profile, Sample, StepTimeModel, held_out_error
+
+NUM_REPEATS = 3
+
+
+class Profiler:
+    """Batches of every bucket, at stated numbers of decodes and contexts, on an engine's runner that is idle."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self._token_ids = np.random.default_rng(0).integers(
+            runner.model_config.vocab_size, size=runner.config.max_model_len
+        )
+        config = runner.config
+        blocks_per_seq = (runner.num_blocks - 1) // config.max_num_seqs
+        self.context_tokens = max(2, min(config.max_model_len, blocks_per_seq * config.block_size))
+        """Of every sequence in the worst batch: what the cache holds of all sequences at once."""
+
+    def profile(self, stop_seconds: float) -> tuple[Profile, list[Sample]]:
+        """Measure, fit, and say how well. Buckets too slow to meet ``stop_seconds`` in any batch are left out."""
+        samples = self._samples(stop_seconds)
+        profile = Profile(
+            **identity(self._runner.config),
+            date=datetime.date.today().isoformat(),
+            error=held_out_error(samples),
+            step_time=StepTimeModel.fit(samples),
+        )
+        return profile, samples
+
+    def worst_shapes(self) -> dict[int, BatchShape]:
+        """For every bucket that could be the budget: all sequences but one decode, and the rest is a prefill chunk,
+        all at the longest context."""
+        at_once = self._runner.config.max_num_seqs
+        budgets = [rows for rows in self._runner.buckets if rows >= at_once]
+        return {rows: self._shape(self._batch(rows, at_once - 1, self.context_tokens)) for rows in budgets}
+
+    def _samples(self, stop_seconds: float) -> list[Sample]:
+        samples: list[Sample] = []
+        for rows in self._runner.buckets:
+            measured = [Sample(self._shape(batch), self._seconds(batch)) for batch in self._batches(rows)]
+            samples += measured
+            if measured and min(sample.seconds for sample in measured) > stop_seconds:
+                break
+        return samples
+
+    def _batches(self, rows: int) -> list[list[Chunk]]:
+        """Chunks alone, beside some decodes and beside many, and decodes alone; at short, medium and long contexts."""
+        at_once, longest = self._runner.config.max_num_seqs, self.context_tokens
+        cases = sorted(
+            (num_decodes, context)
+            for num_decodes in {0, at_once // 2, at_once - 1, at_once}
+            for context in {max(2, longest // 4), max(2, longest // 2), longest}
+        )
+        batches = [self._batch(rows, *case) for case in cases if case[0] <= rows]
+        return [batch for batch in batches if self._shape(batch).num_rows == rows and self._fits(batch)]
+
+    def _batch(self, rows: int, num_decodes: int, context: int) -> list[Chunk]:
+        """``num_decodes`` at ``context``; chunks that end there, if they are not longer, fill the other rows."""
+        config = self._runner.config
+        pieces = [(context - 1, 1)] * num_decodes
+        left = rows - num_decodes
+        while left and len(pieces) < config.max_num_seqs:
+            num_tokens = min(left, config.max_model_len)
+            pieces.append((max(0, context - num_tokens), num_tokens))
+            left -= num_tokens
+        return [self._chunk(slot, *piece, decodes=slot < num_decodes) for slot, piece in enumerate(pieces)]
+
+    def _chunk(self, slot: int, start: int, num_tokens: int, *, decodes: bool) -> Chunk:
+        token_ids = self._token_ids[: start + num_tokens].tolist()
+        prompt, output = (token_ids[:-1], token_ids[-1:]) if decodes else (token_ids, [])
+        request = Request(str(slot), prompt, SamplingParams(), 1, RequestMetrics(0.0), output_token_ids=output)
+        return Chunk(request, start, num_tokens, slot, samples=True)
+
+    def _shape(self, batch: list[Chunk]) -> BatchShape:
+        return BatchShape.of(batch, self._runner.buckets, self._runner.model_config.window)
+
+    def _fits(self, batch: list[Chunk]) -> bool:
+        block_size = self._runner.config.block_size
+        return sum(-(-(c.start + c.num_tokens) // block_size) for c in batch) < self._runner.num_blocks
+
+    def _seconds(self, batch: list[Chunk]) -> float:
+        """Median time from a launch to its tokens, after a run that is not counted."""
+        blocks = BlockManager(self._runner.num_blocks, self._runner.config.block_size)
+        for chunk in batch:
+            blocks.grow(chunk.request.request_id, chunk.start + chunk.num_tokens)
+        layout = self._runner.layout(sum(chunk.num_tokens for chunk in batch))
+        step = pack(layout, batch, blocks)
+        times = []
+        for _ in range(1 + NUM_REPEATS):
+            start = time.perf_counter()
+            np.asarray(self._runner.launch(layout, step).tokens)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:])
+
+
+def identity(config: ResolvedConfig) -> dict[str, str]:
+    """What a profile is of."""
+    return {"model": config.model, "dtype": config.dtype, "device": jax.devices()[0].device_kind}
+
+
+def read_profile(path: str, config: ResolvedConfig) -> Profile:
+    """Raises ConfigError, also where the profile is of something else."""
+    try:
+        profile = Profile.from_json(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"profile: cannot read {path!r}: {error}") from error
+    for name, value in identity(config).items():
+        if getattr(profile, name) != value:
+            raise ConfigError(f"profile: {path!r} is of {name} {getattr(profile, name)!r}, the engine has {value!r}")
+    return profile
+
+
+def largest_budget(step_time: StepTimeModel, worst_shapes: Mapping[int, BatchShape], slo_tbt_seconds: float) -> int:
+    """The largest token budget whose worst step meets the objective. Raises ConfigError if none does."""
+    seconds = {rows: step_time.predict(shape) for rows, shape in worst_shapes.items()}
+    meeting = [rows for rows in seconds if seconds[rows] <= slo_tbt_seconds]
+    if not meeting:
+        fastest = min(seconds, key=seconds.__getitem__)
+        raise ConfigError(
+            f"slo_tbt_seconds must be at least {seconds[fastest]:.4g}, what a step of {fastest} tokens takes with "
+            f"every sequence at its longest, got {slo_tbt_seconds:g}"
+        )
+    return max(meeting)
