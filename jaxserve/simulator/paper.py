@@ -160,18 +160,16 @@ class Reproduction:
             self.log(f"{setup.model} {shape} {workload} {objective} {policy}: {found.rate:.3g}/s ({found.reason})")
         return self.capacities[key].rate
 
-    def missing_seconds(self, setup: Setup) -> float:
-        """What a stage would have to take longer for a decode iteration to take as long as the objective implies."""
-        return (setup.strict_seconds / 5 - sum(self.decode_seconds(setup))) / setup.pipeline
-
     def cost(self, setup: Setup, *, tensor: int = 0, pipeline: int = 0) -> RooflineCost:
         return self.deployment(
             setup, "openchat_sharegpt4", "sarathi", STRICT_BUDGET, tensor=tensor, pipeline=pipeline
         ).roofline
 
-    def decode_seconds(self, setup: Setup, *, tensor: int = 0, pipeline: int = 0, batch: int = 32) -> list[float]:
-        """A decode-only micro-batch of ``batch`` requests at context 4096, in each stage."""
-        return self.cost(setup, tensor=tensor, pipeline=pipeline).stage_seconds(decodes(batch, 4096))
+    def decode_seconds(
+        self, setup: Setup, *, tensor: int = 0, pipeline: int = 0, batch: int = 32, context: int = 4096
+    ) -> list[float]:
+        """A decode-only micro-batch in each stage."""
+        return self.cost(setup, tensor=tensor, pipeline=pipeline).stage_seconds(decodes(batch, context))
 
     def prefill_seconds(self, setup: Setup, num_tokens: int, chunk: int) -> float:
         """A prompt alone, in chunks; all stages, one after the other."""
