@@ -38,6 +38,7 @@ from jaxserve.request import (
     SamplingParams,
 )
 from jaxserve.scheduler import Chunk, Pace, make_scheduler
+from jaxserve.scheduler.step_time import Profile
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.tokenizer import Tokenizer
 from jaxserve.tracing import StepTracer
@@ -72,6 +73,7 @@ class Engine:
         self.config = config.resolve(
             model_max_len=longest_sequence(checkpoint.config), on_gpu=jax.default_backend() == "gpu"
         )
+        stored = read_profile(config.profile, self.config) if config.profile is not None else None
         self.max_model_len = self.config.max_model_len
         self.tokenizer = (
             Tokenizer.from_folder(resolve(config.tokenizer)) if config.tokenizer else checkpoint.tokenizer()
@@ -88,10 +90,7 @@ class Engine:
             ", ".join(self.sampling_defaults) or "none",
         )
         self.runner = ModelRunner(self.config, checkpoint, make_mesh(), show_progress=show_progress)
-        pace = self._measure_pace() if config.needs_step_times else None
-        if config.token_budget == "auto" and pace is not None:
-            budget = largest_budget(pace.step_time, Profiler(self.runner).worst_shapes(), pace.slo_tbt_seconds)
-            self.config = dataclasses.replace(self.config, token_budget=budget)
+        pace = self._settle_pace(stored, auto=config.token_budget == "auto") if config.needs_step_times else None
         self.blocks = BlockManager(self.runner.num_blocks, self.config.block_size)
         self.scheduler = make_scheduler(
             config.scheduler,
@@ -193,17 +192,20 @@ class Engine:
         if self._tracer is not None:
             self._tracer.close()
 
-    def _measure_pace(self) -> Pace:
-        """The objective, and step times from the profile that the configuration names, or else measured now."""
-        config, slo_tbt_seconds = self.config, self.config.slo_tbt_seconds
+    def _settle_pace(self, stored: Profile | None, *, auto: bool) -> Pace:
+        """The objective, and step times from the stored profile or measured now; an ``auto`` budget goes by them.
+
+        Every bucket that could be the budget has been compiled; those above the one chosen go unused.
+        """
+        slo_tbt_seconds, profiler = self.config.slo_tbt_seconds, Profiler(self.runner)
         assert slo_tbt_seconds is not None, "checked by the configuration"
-        if config.profile is not None:
-            profile = read_profile(config.profile, config)
-        else:
-            profile, _ = Profiler(self.runner).profile(stop_seconds=slo_tbt_seconds)
+        profile = stored or profiler.profile(stop_seconds=slo_tbt_seconds)[0]
+        if auto:
+            budget = largest_budget(profile.step_time, profiler.worst_shapes(), slo_tbt_seconds)
+            self.config = dataclasses.replace(self.config, token_budget=budget)
         logger.info(
-            "step times of %s: held-out error %.1f %% (median), %.1f %% (P90)",
-            profile.date, 100 * profile.error.median, 100 * profile.error.p90,
+            "step times of %s: held-out error %.1f %% (median), %.1f %% (P90); token budget %d",
+            profile.date, 100 * profile.error.median, 100 * profile.error.p90, self.config.token_budget,
         )  # fmt: skip
         return Pace(slo_tbt_seconds, profile.step_time)
 

@@ -39,7 +39,7 @@ class Profiler:
         """Measure, fit, and say how well. Buckets too slow to meet ``stop_seconds`` in any batch are left out."""
         samples = self._samples(stop_seconds)
         profile = Profile(
-            **identity(self._runner.config),
+            **_identity(self._runner.config),
             date=datetime.date.today().isoformat(),
             error=held_out_error(samples),
             step_time=StepTimeModel.fit(samples),
@@ -112,7 +112,7 @@ class Profiler:
         return statistics.median(times[1:])
 
 
-def identity(config: ResolvedConfig) -> dict[str, str]:
+def _identity(config: ResolvedConfig) -> dict[str, str]:
     """What a profile is of."""
     return {"model": config.model, "dtype": config.dtype, "device": jax.devices()[0].device_kind}
 
@@ -123,7 +123,7 @@ def read_profile(path: str, config: ResolvedConfig) -> Profile:
         profile = Profile.from_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"profile: cannot read {path!r}: {error}") from error
-    for name, value in identity(config).items():
+    for name, value in _identity(config).items():
         if getattr(profile, name) != value:
             raise ConfigError(f"profile: {path!r} is of {name} {getattr(profile, name)!r}, the engine has {value!r}")
     return profile

@@ -143,7 +143,11 @@ def run(scheduler: Scheduler, workload: Workload) -> Iterator[Step]:
         prefills = [r for r in unfinished if not r.decoding]
         batch = driver.step()
         check_batch(scheduler, batch)
-        yield Step(batch, running, decodes, prefills)
+        taken = Step(batch, running, decodes, prefills)
+        if batch.preempted:
+            assert not taken.admitted, "there is no room, and what there is belongs to the preempted"
+            assert not any(request.request_id in batch.chunks for request in batch.preempted)
+        yield taken
         if step % 5 == 4:
             for aborts, request in zip(workload.aborts, requests, strict=True):
                 if aborts and request.status is RequestStatus.RUNNING:
