@@ -3,24 +3,47 @@
 bench.py throughput   offline: output and prompt tokens per second, and where a step's time goes
 bench.py stall        TBT of running decodes while a long prompt arrives: stall-free against prefill-first
 bench.py load         time and host memory to load a synthetic checkpoint of 4 GiB
+bench.py serve        TTFT, TBT, scheduling delay and goodput of a workload: through a gRPC server or in this process
+bench.py capacity     the highest request rate at which each policy meets a TBT objective
+
+bench.py serve --help, say, lists the flags of one.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from jaxserve.config import EngineConfig, parse_config
+import grpc
+
+from jaxserve.config import SCHEDULERS, ConfigError, EngineConfig, parse_config
 from jaxserve.engine.engine import Engine
+from jaxserve.evaluation.capacity import SearchConfig, Trial
+from jaxserve.evaluation.latency import Objective
 from jaxserve.evaluation.loading import measure_load, write_synthetic
+from jaxserve.evaluation.report import Series, capacity_rows, check_can_report, summary_row, text_table, write_report
+from jaxserve.evaluation.serving import ObjectiveConfig, compare_capacity, run_engine, run_server
 from jaxserve.evaluation.stall import measure_stall
 from jaxserve.evaluation.throughput import measure_throughput, random_prompts
+from jaxserve.evaluation.workload import WorkloadConfig
+from jaxserve.models.config import ModelError
+from jaxserve.server.process import ServerProcessError, running_server
+
+SERVER = Path(__file__).with_name("serve.py")
 
 
-def throughput(config: EngineConfig, args: argparse.Namespace) -> None:
+def throughput(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=16, help="number of requests")
+    parser.add_argument("--prompt-tokens", type=int, default=151, help="tokens of each prompt")
+    parser.add_argument("--output-tokens", type=int, default=64, help="forced output tokens of each")
+    config, args = parse_config(parser, argv, EngineConfig)
     engine = Engine(config)
     prompts = random_prompts(args.requests, args.prompt_tokens, engine.model_config.vocab_size)
     measure_throughput(engine, prompts, args.output_tokens)  # warm caches, discarded
@@ -39,7 +62,11 @@ def throughput(config: EngineConfig, args: argparse.Namespace) -> None:
     print(f"  padding           {1 - steps.num_tokens / steps.num_rows:8.1%} of rows")
 
 
-def stall(config: EngineConfig, args: argparse.Namespace) -> None:
+def stall(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--decodes", type=int, default=8, help="requests that decode")
+    parser.add_argument("--long-prompt", type=int, default=1500, help="tokens of the prompt that arrives")
+    config, args = parse_config(parser, argv, EngineConfig)
     length = config.max_model_len or 2048
     policies = {
         "sarathi": dataclasses.replace(config, max_model_len=length),
@@ -66,7 +93,10 @@ def stall(config: EngineConfig, args: argparse.Namespace) -> None:
         engines[name].close()
 
 
-def load(config: EngineConfig, args: argparse.Namespace) -> None:
+def load(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scratch", help="folder for the synthetic checkpoint; the system's by default")
+    args = parser.parse_args(argv)
     gib = 2**30
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         write_synthetic(Path(folder))
@@ -79,19 +109,87 @@ def load(config: EngineConfig, args: argparse.Namespace) -> None:
     print(f"  peak host memory  {max(r.peak_host_bytes for r in results) / gib:8.2f} GiB besides the parameters")
 
 
-def main() -> None:
+def serve(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    parser.add_argument("--target", help="host:port of a running server; one of its own is started by default")
+    parser.add_argument("--in-process", action="store_true", help="drive the engine directly, without gRPC")
+    parser.add_argument("--report", metavar="FILE.html", help="write a report, and its numbers beside it as .json")
+    config, workload, limits, args = parse_config(parser, argv, EngineConfig, WorkloadConfig, ObjectiveConfig)
+    if args.report:
+        check_can_report(args.report)
+    objective = limits.objective(math.nan) if limits.tbt_seconds else None
+    if args.in_process:
+        engine = Engine(config)
+        run_engine(engine, dataclasses.replace(workload, num_requests=2, duration_seconds=None))  # warm, discarded
+        run = run_engine(engine, workload)
+        engine.close()
+    elif args.target:
+        run = run_server(args.target, workload)
+    else:
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(config).items() if value is not None]
+        with running_server([sys.executable, str(SERVER), "--port", "0", *flags]) as address:
+            run = run_server(address, workload)
+    result = Series(args.target or config.scheduler, run, workload.mean_rate)
+    print(text_table([summary_row(result, objective)]))
+    if args.report:
+        settings = {"engine": vars(config)} if not args.target else {"server": {"target": args.target}}
+        finish_report(args.report, "jaxserve under load", [result], objective, settings | {"workload": vars(workload)})
+
+
+def capacity(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    parser.add_argument(
+        "--policies", nargs="+", choices=SCHEDULERS, default=["sarathi", "prefill_first"], help="instead of --scheduler"
+    )
+    parser.add_argument("--report", metavar="FILE.html", help="write a report, and its numbers beside it as .json")
+    configs = EngineConfig, WorkloadConfig, SearchConfig, ObjectiveConfig
+    config, workload, search, limits, args = parse_config(parser, argv, *configs)
+    if args.report:
+        check_can_report(args.report)
+    config = dataclasses.replace(config, max_model_len=config.max_model_len or 2048)
+
+    def show_objective(objective: Objective) -> None:
+        print(f"objective: P99 TBT {1000 * objective.p99_tbt_seconds:.0f} ms, "
+              f"median scheduling delay {objective.median_delay_seconds:g} s", flush=True)  # fmt: skip
+
+    def show_trial(policy: str, trial: Trial) -> None:
+        summary = trial.summary
+        print(f"  {policy:14} {trial.rate:7.3g}/s  seed {trial.seed}  TBT p99 {1000 * summary.tbt.at(99):7.1f} ms  "
+              f"delay p50 {summary.delay.at(50):6.2f} s  {'meets it' if trial.passed else 'fails'}",
+              flush=True)  # fmt: skip
+
+    objective, results = compare_capacity(
+        config, args.policies, workload, search, limits, on_trial=show_trial, on_objective=show_objective
+    )
+    print(f"\n{text_table(capacity_rows(results))}\n\n{text_table([summary_row(r, objective) for r in results])}")
+    if args.report:
+        settings = {"engine": vars(config), "workload": vars(workload), "search": vars(search)}
+        finish_report(args.report, "Capacity by policy", results, objective, settings | {"objective": vars(limits)})
+
+
+def finish_report(
+    path: str, title: str, results: list[Series], objective: Objective | None, settings: dict[str, dict[str, object]]
+) -> None:
+    json_path = write_report(path, title, results, objective, settings)
+    print(f"report: {path}, numbers: {json_path}")
+
+
+COMMANDS = {"throughput": throughput, "stall": stall, "load": load, "serve": serve, "capacity": capacity}
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=("throughput", "stall", "load"))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=16, help="throughput: number of requests")
-    parser.add_argument("--prompt-tokens", type=int, default=151, help="throughput: tokens of each prompt")
-    parser.add_argument("--output-tokens", type=int, default=64, help="throughput: forced output tokens of each")
-    parser.add_argument("--decodes", type=int, default=8, help="stall: requests that decode")
-    parser.add_argument("--long-prompt", type=int, default=1500, help="stall: tokens of the prompt that arrives")
-    parser.add_argument("--scratch", help="load: folder for the synthetic checkpoint; the system's by default")
-    config, args = parse_config(parser, None, EngineConfig)
-    {"throughput": throughput, "stall": stall, "load": load}[args.benchmark](config, args)
+    parser.add_argument("benchmark", choices=COMMANDS)
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="of the benchmark and the engine")
+    args = parser.parse_args()
+    try:
+        COMMANDS[args.benchmark](argparse.ArgumentParser(prog=f"bench.py {args.benchmark}"), args.flags)
+    except (ConfigError, ModelError, ServerProcessError, TimeoutError) as error:
+        print(f"bench.py: error: {error}", file=sys.stderr)
+        return 2
+    except grpc.RpcError as error:
+        print(f"bench.py: error: {error.code().name}: {error.details()}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,12 +5,8 @@ A long prompt arrives while the others decode; stall-free batching keeps their t
 
 from __future__ import annotations
 
-import re
-import signal
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,12 +15,10 @@ from pathlib import Path
 import grpc
 
 from jaxserve.server.client import ChatMessages, Client, StreamTiming
+from jaxserve.server.process import ServerProcessError, running_server
 
 SERVER = Path(__file__).with_name("serve.py")
 SERVER_FLAGS = ["--port", "0", "--max-model-len", "2048", "--token-budget", "128", "--max-num-seqs", "16"]
-TIMEOUT_SECONDS = 900
-"""A server that is still there after this long hangs, and is killed."""
-STOP_TIMEOUT_SECONDS = 60
 LONG_PROMPT_AFTER_SECONDS = 2.0
 LONG_PROMPT = "The river rose in spring, and the people of the valley moved their herds to the hills. " * 60
 
@@ -99,49 +93,25 @@ def show_table(done: list[Generation]) -> None:
         print(f"{generation.name:14}{lengths}{ttft:>9}{p50:>9}{p99:>8}{worst:>8}")
 
 
-def wait_for_address(server: subprocess.Popen[str]) -> str:
-    """Show the server's output until it says where it serves."""
-    assert server.stdout is not None
-    for line in server.stdout:
-        print(line, end="", flush=True)
-        match = re.search(r"SERVING model=\S+ on (\S+)", line)
-        if match:
-            return match.group(1)
-    raise DemoError(f"the server ended with exit code {server.wait()} before it served")
-
-
-def stop(server: subprocess.Popen[str]) -> None:
-    server.send_signal(signal.SIGTERM)
-    exit_code = server.wait(timeout=STOP_TIMEOUT_SECONDS)
-    if exit_code != 0:
-        raise DemoError(f"the server ended with exit code {exit_code} after SIGTERM")
-    print("\nThe server has shut down cleanly.")
-
-
 def main() -> int:
-    # The server's log and progress bar go to our stderr as they come.
-    server = subprocess.Popen([sys.executable, str(SERVER), *SERVER_FLAGS], stdout=subprocess.PIPE, text=True)
-    watchdog = threading.Timer(TIMEOUT_SECONDS, server.kill)
-    watchdog.start()
     try:
-        with Client(wait_for_address(server)) as client:
-            client.wait_ready(timeout_seconds=10)
-            work = generations()
-            print(f"\nStreaming {len(work)} generations; the long prompt comes {LONG_PROMPT_AFTER_SECONDS} s later.")
-            with ThreadPoolExecutor(len(work)) as pool:
-                for _ in pool.map(lambda generation: run(client, generation), work):
-                    pass
-        for generation in work:
-            show(generation)
-        show_table(work)
-        stop(server)
-    except (DemoError, grpc.RpcError, TimeoutError, subprocess.TimeoutExpired) as error:
+        with running_server([sys.executable, str(SERVER), *SERVER_FLAGS]) as address:
+            with Client(address) as client:
+                client.wait_ready(timeout_seconds=10)
+                work = generations()
+                print(
+                    f"\nStreaming {len(work)} generations; the long prompt comes {LONG_PROMPT_AFTER_SECONDS} s later."
+                )
+                with ThreadPoolExecutor(len(work)) as pool:
+                    for _ in pool.map(lambda generation: run(client, generation), work):
+                        pass
+            for generation in work:
+                show(generation)
+            show_table(work)
+        print("\nThe server has shut down cleanly.")
+    except (DemoError, ServerProcessError, grpc.RpcError, TimeoutError) as error:
         print(f"demo.py: error: {error}", file=sys.stderr)
         return 1
-    finally:
-        watchdog.cancel()
-        server.kill()
-        server.wait()
     return 0
 
 

@@ -7,11 +7,29 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jaxserve.config import ConfigError
+from jaxserve.config import ConfigError, option
 from jaxserve.evaluation.latency import Objective, RunResult, RunSummary
 
 GROWTH = 2.0
 """From one rate to the next while none has failed: an overloaded run is long, so rates come from below."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Where and how closely a capacity is searched. Raises ConfigError."""
+
+    low: float = option(0.1, "lowest rate to try, requests per second")
+    high: float = option(64.0, "highest rate to try")
+    repeats: int = option(3, "trials at each rate, with different seeds; the majority decides")
+    tolerance: float = option(0.05, "how far apart the rate that passes and the one that fails may be in the end")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low < self.high < math.inf:
+            raise ConfigError(f"low must be above 0 and below high, got {self.low:g} and {self.high:g}")
+        if self.repeats < 1 or self.repeats % 2 == 0:
+            raise ConfigError(f"repeats must be odd and at least 1, since the majority decides, got {self.repeats}")
+        if not 0 < self.tolerance <= 1:
+            raise ConfigError(f"tolerance must be in (0, 1], got {self.tolerance:g}")
 
 
 @dataclass(frozen=True)
@@ -65,12 +83,7 @@ def find_capacity(
     passes above one that fails, further than the tolerance, is noise, and the search counts as not converged.
     ``on_trial`` sees each trial at once. Raises ConfigError.
     """
-    if not 0 < low < high < math.inf:
-        raise ConfigError(f"low must be above 0 and below high, got {low:g} and {high:g}")
-    if repeats < 1 or repeats % 2 == 0:
-        raise ConfigError(f"repeats must be odd and at least 1, since the majority decides, got {repeats}")
-    if not 0 < tolerance <= 1:
-        raise ConfigError(f"tolerance must be in (0, 1], got {tolerance:g}")
+    SearchConfig(low=low, high=high, repeats=repeats, tolerance=tolerance)
     trials: list[Trial] = []
 
     def passes(rate: float) -> bool:

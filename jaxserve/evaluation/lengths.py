@@ -95,6 +95,12 @@ class Trace:
     def __len__(self) -> int:
         return len(self.num_prompt_tokens)
 
+    @property
+    def rate(self) -> float:
+        """Mean requests per second of a trace with arrival times."""
+        assert self.arrival_seconds is not None
+        return len(self) / max(float(np.ptp(self.arrival_seconds)), 1e-9)
+
     def rows(self, index: np.ndarray | slice) -> Self:
         """Some of the requests."""
         times = self.arrival_seconds

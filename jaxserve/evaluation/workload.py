@@ -76,11 +76,16 @@ class WorkloadConfig:
             raise ConfigError(f"workload_seed must be at least 0, got {self.workload_seed}")
         if "trace" in (self.lengths, self.arrivals) and not self.trace_file:
             raise ConfigError("trace_file must name a file where lengths or arrivals are 'trace', got none")
-        if self.arrivals == "closed" and self.duration_seconds is not None:
-            raise ConfigError(
-                f"duration_seconds must be left out for closed arrivals, which have no rate, "
-                f"got {self.duration_seconds:g}"
-            )
+        for name in ("rate", "duration_seconds"):
+            if self.arrivals == "closed" and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name} must be left out for closed arrivals, which answers pace, got {getattr(self, name):g}"
+                )
+
+    @property
+    def mean_rate(self) -> float | None:
+        """Requests per second; None for a closed loop and for a trace as it was recorded."""
+        return self.rate if self.arrivals in ("closed", "trace") else self.rate or 1.0
 
 
 def make_workload(config: WorkloadConfig, *, max_model_len: int | None = None) -> list[WorkloadRequest]:
@@ -94,22 +99,25 @@ def make_workload(config: WorkloadConfig, *, max_model_len: int | None = None) -
     for_lengths, for_arrivals = (
         np.random.default_rng(seed) for seed in np.random.SeedSequence(config.workload_seed).spawn(2)
     )
-    trace = (
-        Trace.read(config.trace_file) if config.trace_file and "trace" in (config.lengths, config.arrivals) else None
-    )
-    count = _num_requests(config, trace)
-    match config.arrivals:
-        case "poisson":
-            times = poisson_seconds(for_arrivals, count, config.rate or 1.0)
-        case "gamma":
-            times = gamma_seconds(for_arrivals, count, config.rate or 1.0, config.cv)
-        case "trace":
+    trace = _read_trace(config)
+    count = config.num_requests
+    if config.duration_seconds is not None:
+        rate = config.mean_rate
+        if rate is None:
             assert trace is not None
-            trace = _stretch(trace, count, for_arrivals, config.trace_file)
-            assert trace.arrival_seconds is not None
-            times = trace_seconds(trace.arrival_seconds, config.rate)
-        case _:
-            times = np.zeros(count)
+            rate = trace.rate
+        count = max(1, round(rate * config.duration_seconds))
+    if config.arrivals == "trace":
+        assert trace is not None
+        trace = _stretch(trace, count, for_arrivals, config.trace_file)
+        assert trace.arrival_seconds is not None
+        times = trace_seconds(trace.arrival_seconds, config.rate)
+    elif config.mean_rate is None:
+        times = np.zeros(count)
+    elif config.arrivals == "gamma":
+        times = gamma_seconds(for_arrivals, count, config.mean_rate, config.cv)
+    else:
+        times = poisson_seconds(for_arrivals, count, config.mean_rate)
     prompts, outputs = _lengths(config, for_lengths.random((count, 2)), trace)
     prompts, outputs = _clip(prompts, outputs, config.max_total_tokens)
     if config.length_scale != 1:
@@ -121,21 +129,21 @@ def make_workload(config: WorkloadConfig, *, max_model_len: int | None = None) -
     ]
 
 
-def _num_requests(config: WorkloadConfig, trace: Trace | None) -> int:
-    if config.duration_seconds is None:
-        return config.num_requests
-    rate = config.rate
-    if rate is None and config.arrivals == "trace" and trace is not None and trace.arrival_seconds is not None:
-        rate = len(trace) / max(float(np.ptp(trace.arrival_seconds)), 1e-9)
-    return max(1, round((rate or 1.0) * config.duration_seconds))
+def _read_trace(config: WorkloadConfig) -> Trace | None:
+    """The trace where the workload needs one."""
+    path = config.trace_file
+    if path is None or "trace" not in (config.lengths, config.arrivals):
+        return None
+    trace = Trace.read(path)
+    if config.arrivals == "trace" and trace.arrival_seconds is None:
+        raise ConfigError(f"trace_file must have a column arrived_at for arrivals of a trace, {path!r} has none")
+    return trace
 
 
 def _stretch(trace: Trace, count: int, random: np.random.Generator, path: str | None) -> Trace:
     """``count`` consecutive rows."""
-    if trace.arrival_seconds is None:
-        raise ConfigError(f"trace_file must have a column arrived_at for arrivals of a trace, {path!r} has none")
     if count > len(trace):
-        raise ConfigError(f"num_requests must not exceed the {len(trace)} requests of trace {path!r}, got {count}")
+        raise ConfigError(f"num_requests must not exceed the {len(trace)} of trace_file {path!r}, got {count}")
     start = int(random.integers(len(trace) - count + 1))
     return trace.rows(slice(start, start + count))
 

@@ -1,9 +1,9 @@
-"""A thin synchronous client of ``jaxserve.v1``. Needs grpcio alone; loads no jax."""
+"""Thin clients of ``jaxserve.v1``. They need grpcio alone; they load no jax."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 DEFAULT_TARGET = "127.0.0.1:50051"
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 POLL_SECONDS = 0.1
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # A server that has just come up should be found soon.
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+]
 
 ChatMessages = Sequence[Mapping[str, str]]
 
@@ -52,15 +58,7 @@ class Client:
 
     def __init__(self, target: str = DEFAULT_TARGET) -> None:
         self.target = target
-        self._channel = grpc.insecure_channel(
-            target,
-            options=[
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-                # A server that has just come up should be found soon.
-                ("grpc.max_reconnect_backoff_ms", 1_000),
-            ],
-        )
+        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
         self._stub = pb_grpc.InferenceServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
@@ -105,10 +103,7 @@ class Client:
         ``sampling`` takes the names of jaxserve.SamplingParams. Iterate for the responses; ``cancel()`` on the result
         ends the request on the server.
         """
-        request = pb.GenerateRequest(
-            request_id=request_id, model=model, sampling_params=_sampling_message(sampling), **_prompt_field(prompt)
-        )
-        return self._stub.Generate(request, timeout=timeout_seconds)
+        return self._stub.Generate(_generate_request(prompt, request_id, model, sampling), timeout=timeout_seconds)
 
     def abort(self, request_id: str) -> bool:
         """End a request from outside its call; False when it is not in flight."""
@@ -124,6 +119,37 @@ class Client:
     def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         request = pb.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
         return self._stub.Detokenize(request).text
+
+
+class AsyncClient:
+    """``Client.generate`` for asyncio, for hundreds of streams in one thread. Create it inside the event loop."""
+
+    def __init__(self, target: str = DEFAULT_TARGET) -> None:
+        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._stub = pb_grpc.InferenceServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self._channel.close()
+
+    def generate(
+        self, prompt: str | Sequence[int] | ChatMessages, *, request_id: str = "", model: str = "", **sampling: Any
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        """As ``Client.generate``; a failed call raises grpc.aio.AioRpcError."""
+        call: AsyncIterator[pb.GenerateResponse] = self._stub.Generate(
+            _generate_request(prompt, request_id, model, sampling)
+        )
+        return call
+
+
+def _generate_request(
+    prompt: str | Sequence[int] | ChatMessages, request_id: str, model: str, sampling: dict[str, Any]
+) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        request_id=request_id, model=model, sampling_params=_sampling_message(sampling), **_prompt_field(prompt)
+    )
 
 
 def _prompt_field(prompt: str | Sequence[int] | ChatMessages) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def sharp(limit: float):
     return lambda rate, seed: run([0.0], tbt=0.05 if rate <= limit else 0.5)
 
 
-def queue(service_seconds: float, *, num_requests: int = 4000):
+def queue(service_seconds: float, *, num_requests: int = 1000):
     """M/D/1: Poisson arrivals, one server, constant service; the waiting time is the scheduling delay (Lindley)."""
 
     def measure(rate: float, seed: int) -> RunResult:

@@ -143,6 +143,13 @@ def test_closed_arrivals_and_duration(trace):
     assert len(make_workload(config)) == 10
 
 
+def test_the_mean_rate_is_known_unless_answers_or_a_trace_pace_the_requests():
+    assert WorkloadConfig().mean_rate == 1.0
+    assert WorkloadConfig(rate=3.0, arrivals="gamma").mean_rate == 3.0
+    assert WorkloadConfig(arrivals="trace", trace_file="x").mean_rate is None
+    assert WorkloadConfig(arrivals="closed").mean_rate is None
+
+
 def test_flags():
     parser = argparse.ArgumentParser()
     argv = ["--rate", "2.5", "--lengths", "zipf", "--token-budget", "512"]
@@ -168,7 +175,8 @@ def test_flags():
         ({"zipf_exponent": -0.5}, "zipf_exponent must be at least 0, got -0.5"),
         ({"workload_seed": -1}, "workload_seed must be at least 0, got -1"),
         ({"arrivals": "trace"}, "trace_file must name a file where lengths or arrivals are 'trace', got none"),
-        ({"arrivals": "closed", "duration_seconds": 5.0}, "duration_seconds must be left out .*, got 5"),
+        ({"arrivals": "closed", "duration_seconds": 5.0}, "duration_seconds must be left out for closed .*, got 5"),
+        ({"arrivals": "closed", "rate": 2.0}, "rate must be left out for closed .*, got 2"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):
@@ -196,7 +204,7 @@ def test_wrong_settings_are_named(settings, message):
         ),
         (
             "num_prefill_tokens,num_decode_tokens,arrived_at\n5,7,0\n",
-            "num_requests must not exceed the 1 requests of trace '.*', got 128",
+            "num_requests must not exceed the 1 of trace_file '.*', got 128",
         ),
     ],
 )
