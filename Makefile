@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo serve test lint bench proto clean
+.PHONY: setup demo serve test lint bench reproduce proto clean
 
 setup: .venv/.tested
 
@@ -36,6 +36,10 @@ lint: .venv/.tested
 bench: .venv/.installed
 	$(BIN)/python scripts/bench.py throughput
 	$(BIN)/python scripts/bench.py stall
+
+# The Sarathi-Serve paper's result table by simulation, into docs/results/paper.md; about ten minutes on one core.
+reproduce: .venv/.installed
+	$(BIN)/python scripts/reproduce.py
 
 proto: .venv/.tested
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \

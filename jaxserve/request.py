@@ -204,7 +204,8 @@ class Request:
     @property
     def decoding(self) -> bool:
         """True when one token of work is left and it follows an output token."""
-        return self.num_uncomputed_tokens == 1 and self.num_tokens > self.num_prompt_tokens
+        num_tokens = self.num_tokens
+        return num_tokens - self.num_computed_tokens == 1 and num_tokens > len(self.prompt_token_ids)
 
     @property
     def exhausted(self) -> bool:

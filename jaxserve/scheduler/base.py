@@ -5,14 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import NotRequired, TypedDict, Unpack
+from typing import NamedTuple, NotRequired, TypedDict, Unpack
 
 from jaxserve.engine.blocks import BlockManager
 from jaxserve.request import FinishReason, Request, RequestStatus
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens ``[start, start + num_tokens)`` of one request, computed in one step."""
 
     request: Request
@@ -32,14 +31,22 @@ class Batch:
     chunks: dict[str, Chunk] = field(default_factory=dict)
     """By request id."""
     preempted: list[Request] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(chunk.num_tokens for chunk in self.chunks.values())
+    num_tokens: int = 0
+    """Of all chunks."""
 
     @property
     def budget_left(self) -> int:
         return self.budget - self.num_tokens
+
+    def add(self, chunk: Chunk) -> None:
+        self.chunks[chunk.request.request_id] = chunk
+        self.num_tokens += chunk.num_tokens
+
+    def drop(self, request: Request) -> None:
+        """Take the request's chunk out, if it has one."""
+        chunk = self.chunks.pop(request.request_id, None)
+        if chunk is not None:
+            self.num_tokens -= chunk.num_tokens
 
 
 class Limits(TypedDict):
@@ -70,6 +77,9 @@ class Scheduler(ABC):
         self.max_model_len = limits["max_model_len"]
         self.blocks = limits["blocks"]
         self.window = limits.get("window")
+        self.pipeline_depth = 1
+        """Micro-batches in flight. With more than one, a request waits until its token has left the last stage, and a
+        micro-batch takes its share of the decodes, so that the next ones have as many."""
         self.waiting: OrderedDict[str, Request] = OrderedDict()
         self.running: list[Request] = []
         self._free_slots = list(range(self.max_num_seqs - 1, -1, -1))
@@ -112,7 +122,11 @@ class Scheduler(ABC):
         request.finish_reason = reason
 
     def _decodes(self) -> list[Request]:
-        return [r for r in self.running if r.decoding and not r.exhausted]
+        decodes = [r for r in self.running if r.decoding and not r.exhausted]
+        if self.pipeline_depth == 1:
+            return decodes
+        share = -(-len(self.running) // self.pipeline_depth)
+        return [r for r in decodes if not r.num_pending_tokens][:share]
 
     def _prefills(self) -> list[Request]:
         return [r for r in self.running if not r.decoding and not r.exhausted]
@@ -136,9 +150,8 @@ class Scheduler(ABC):
             if victim is request:
                 return
         self.blocks.grow(request.request_id, start + num_tokens)
-        batch.chunks[request.request_id] = Chunk(
-            request, start, num_tokens, request.slot, samples=start + num_tokens == request.num_tokens
-        )
+        samples = start + num_tokens == request.num_tokens
+        batch.add(Chunk(request, start, num_tokens, request.slot, samples))
 
     def _release_unseen(self) -> None:
         """Free the blocks out of every running request's window, before anyone is preempted for want of a block.
@@ -173,7 +186,7 @@ class Scheduler(ABC):
         self.running.append(request)
 
     def _preempt(self, batch: Batch, victim: Request) -> None:
-        batch.chunks.pop(victim.request_id, None)
+        batch.drop(victim)
         batch.preempted.append(victim)
         self.running.remove(victim)
         self._release(victim)

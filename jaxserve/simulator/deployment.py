@@ -1,0 +1,98 @@
+"""One replica to simulate: a model on devices, and how its engine is configured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from jaxserve.config import ConfigError
+from jaxserve.engine.blocks import BlockManager
+from jaxserve.evaluation.workload import WorkloadRequest
+from jaxserve.models.config import ModelConfig
+from jaxserve.scheduler import POLICIES, Pace, make_scheduler
+from jaxserve.simulator.cost import OVERLAPPED, CostModel, HostTime, RooflineCost
+from jaxserve.simulator.devices import GIB, Device
+from jaxserve.simulator.simulator import SimulatedRun, Simulator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """``tensor`` x ``pipeline`` devices that serve one model. Raises ConfigError."""
+
+    model: ModelConfig
+    device: Device
+    tensor: int = 1
+    pipeline: int = 1
+    scheduler: str = "sarathi"
+    pace: Pace | None = None
+    """For the adaptive scheduler, which needs it."""
+    token_budget: int = 512
+    max_num_seqs: int = 128
+    max_model_len: int = 16384
+    """Prompt and output together; the model's own limit is not asked."""
+    block_size: int = 64
+    memory_share: float = 0.9
+    """Of a device's memory, for weights and KV cache."""
+    host: HostTime = OVERLAPPED
+    measured: CostModel | None = None
+    """Step times in place of the roofline's, which then only says what fits into memory."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "token_budget", "max_num_seqs", "max_model_len", "block_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.scheduler not in POLICIES:
+            raise ConfigError(f"scheduler must be one of {', '.join(POLICIES)}, got {self.scheduler!r}")
+        if self.scheduler == "adaptive" and self.pace is None:
+            raise ConfigError("scheduler adaptive needs a pace: a TBT objective and measured step times")
+        if self.max_num_seqs > self.token_budget:
+            raise ConfigError(
+                f"max_num_seqs must not exceed token_budget, got {self.max_num_seqs} > {self.token_budget}"
+            )
+        if self.model.num_heads % self.tensor:
+            raise ConfigError(f"tensor must divide the model's {self.model.num_heads} heads, got {self.tensor}")
+        if self.pipeline > self.model.num_layers:
+            raise ConfigError(
+                f"pipeline must not exceed the model's {self.model.num_layers} layers, got {self.pipeline}"
+            )
+        if not 0 < self.memory_share <= 1:
+            raise ConfigError(f"memory_share must be in (0, 1], got {self.memory_share:g}")
+        if self.measured is not None and self.measured.num_stages != self.pipeline:
+            raise ConfigError(f"pipeline must be the measured {self.measured.num_stages}, got {self.pipeline}")
+        if self.num_blocks < 2:
+            raise ConfigError(
+                f"weights of {self.roofline.weight_bytes / GIB:.1f} GiB a device leave no room for a KV cache in "
+                f"{self.memory_share:g} of the {self.device.name}'s {self.device.memory_bytes / GIB:.0f} GiB: "
+                f"tensor x pipeline of {self.tensor} x {self.pipeline} is too small"
+            )
+
+    @property
+    def num_devices(self) -> int:
+        return self.tensor * self.pipeline
+
+    @cached_property
+    def roofline(self) -> RooflineCost:
+        return RooflineCost(self.model, self.device, tensor=self.tensor, pipeline=self.pipeline, host=self.host)
+
+    @property
+    def cost(self) -> CostModel:
+        return self.roofline if self.measured is None else self.measured
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks, the dummy one included; every stage holds its layers' part of each."""
+        room = self.memory_share * self.device.memory_bytes - self.roofline.weight_bytes
+        return int(room // (self.roofline.kv_bytes_per_token * self.block_size))
+
+    def simulate(self, workload: Sequence[WorkloadRequest]) -> SimulatedRun:
+        scheduler = make_scheduler(
+            self.scheduler,
+            pace=self.pace,
+            token_budget=self.token_budget,
+            max_num_seqs=self.max_num_seqs,
+            max_model_len=self.max_model_len,
+            blocks=BlockManager(self.num_blocks, self.block_size),
+            window=self.model.window,
+        )
+        return Simulator(scheduler, self.cost).run(workload)

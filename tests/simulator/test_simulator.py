@@ -1,0 +1,231 @@
+"""The simulator runs the real scheduler: what holds for the engine must hold here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxserve.config import ConfigError
+from jaxserve.engine.blocks import BlockManager
+from jaxserve.evaluation.workload import WorkloadRequest
+from jaxserve.request import RequestError
+from jaxserve.scheduler import POLICIES, Batch, Pace, Scheduler, make_scheduler
+from jaxserve.scheduler.step_time import StepTimeModel
+from jaxserve.simulator.cost import FittedCost, Span
+from jaxserve.simulator.deployment import Deployment
+from jaxserve.simulator.devices import A40_48G, A100_80G, find_device
+from jaxserve.simulator.pipeline import Pipeline
+from jaxserve.simulator.simulator import SimulatedRun, Simulator
+from tests.simulator.models import LLAMA2_70B, MISTRAL_7B
+
+
+class TokenCost:
+    """Each stage takes a millisecond a token."""
+
+    def __init__(self, num_stages: int) -> None:
+        self.num_stages = num_stages
+
+    def stage_seconds(self, spans: Iterable[Span]) -> list[float]:
+        return [1e-3 * sum(span.num_tokens for span in spans)] * self.num_stages
+
+
+def scheduler_for(policy: str, *, budget: int, num_blocks: int = 1000, max_num_seqs: int = 16) -> Scheduler:
+    return make_scheduler(
+        policy,
+        token_budget=budget,
+        max_num_seqs=max_num_seqs,
+        max_model_len=700,
+        blocks=BlockManager(num_blocks, block_size=8),
+    )
+
+
+def watch(scheduler: Scheduler) -> list[Batch]:
+    """Every batch that the scheduler makes."""
+    batches: list[Batch] = []
+    schedule = scheduler.schedule
+
+    def noting() -> Batch:
+        batches.append(schedule())
+        return batches[-1]
+
+    scheduler.schedule = noting  # type: ignore[method-assign]
+    return batches
+
+
+def poisson(num_requests: int, rate: float, prompt: int = 100, output: int = 20) -> list[WorkloadRequest]:
+    random = np.random.default_rng(0)
+    arrivals = np.cumsum(random.exponential(1 / rate, num_requests))
+    return [
+        WorkloadRequest(float(at), int(random.integers(1, 2 * prompt)), int(random.integers(1, 2 * output)))
+        for at in arrivals
+    ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    policy=st.sampled_from(sorted(set(POLICIES) - {"adaptive"})),
+    num_stages=st.integers(1, 4),
+    num_blocks=st.integers(89, 120),
+    rate=st.floats(0.1, 20),
+)
+def test_every_token_is_made_and_every_block_returned(
+    policy: str, num_stages: int, num_blocks: int, rate: float
+) -> None:
+    """Also with so few blocks that requests are preempted; one of full length alone fits into 88."""
+    workload = poisson(30, rate)
+    scheduler = scheduler_for(
+        policy, budget=64 if policy in ("sarathi", "chunked_only") else 700, num_blocks=num_blocks
+    )
+    batches = watch(scheduler)
+    run = Simulator(scheduler, TokenCost(num_stages)).run(workload)
+    for asked, metrics in zip(workload, run.requests, strict=True):
+        assert len(metrics.token_seconds) == asked.num_output_tokens
+        assert metrics.first_scheduled_seconds >= asked.arrival_seconds
+        assert metrics.token_seconds == sorted(metrics.token_seconds)
+        assert metrics.finished_seconds == metrics.token_seconds[-1]
+    assert run.num_output_tokens == sum(asked.num_output_tokens for asked in workload)
+    assert run.num_prompt_tokens == sum(asked.num_prompt_tokens for asked in workload)
+    assert max(batch.num_tokens for batch in batches) <= scheduler.token_budget
+    scheduler.blocks.check()
+    assert scheduler.blocks.num_used == 0
+
+
+def test_the_same_run_twice_is_the_same() -> None:
+    def run() -> SimulatedRun:
+        return Simulator(scheduler_for("sarathi", budget=64), TokenCost(2)).run(poisson(40, 2.0))
+
+    assert run() == run()
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_sarathi_stalls_no_decode(num_stages: int) -> None:
+    run = Simulator(scheduler_for("sarathi", budget=64), TokenCost(num_stages)).run(poisson(60, 3.0))
+    assert run.num_stalls == 0
+    assert run.tbt_seconds.max() <= 64e-3 * (2 * num_stages - 1) + 1e-9
+    baseline = Simulator(scheduler_for("prefill_first", budget=256), TokenCost(num_stages)).run(poisson(60, 3.0))
+    assert baseline.num_stalls > 0
+    assert baseline.tbt_seconds.max() > run.tbt_seconds.max()
+
+
+def test_one_request_by_hand() -> None:
+    """100 prompt tokens in chunks of 64 and 36, then two decodes; arrival at 5 s; two stages."""
+    run = Simulator(scheduler_for("sarathi", budget=64), TokenCost(2)).run([WorkloadRequest(5.0, 100, 3)])
+    (metrics,) = run.requests
+    assert metrics.first_scheduled_seconds == 5.0
+    assert metrics.token_seconds == pytest.approx([5.164, 5.166, 5.168])  # 64 + 64 + 36, the second chunk behind
+    assert run.seconds == pytest.approx(0.168)
+    assert run.num_batches == 4
+    assert run.busy_seconds == pytest.approx((0.102, 0.102))
+
+
+def test_equal_micro_batches_leave_no_bubble() -> None:
+    """Prompts that fill the budget exactly: after the pipeline has filled, no stage waits."""
+    workload = [WorkloadRequest(0.0, 640, 1)] * 20
+    run = Simulator(scheduler_for("sarathi", budget=64, num_blocks=4000), TokenCost(4)).run(workload)
+    assert run.bubble_seconds == pytest.approx((0, 0.064, 0.128, 0.192))  # each stage's wait for the first micro-batch
+    assert run.num_batches == 200
+
+
+def test_whole_prompts_leave_bubbles() -> None:
+    shares = {}
+    for policy, budget in (("sarathi", 64), ("prefill_first", 512)):
+        scheduler = scheduler_for(policy, budget=budget, num_blocks=4000, max_num_seqs=32)
+        shares[policy] = Simulator(scheduler, TokenCost(4)).run(poisson(100, 4.0, prompt=200, output=60)).bubble_share
+    assert shares["sarathi"] < 0.5 * shares["prefill_first"]
+
+
+def test_micro_batches_share_no_decode() -> None:
+    """A request's token must have left the last stage before its next one enters the first."""
+    scheduler = scheduler_for("sarathi", budget=64)
+    batches = watch(scheduler)
+    Simulator(scheduler, TokenCost(3)).run([WorkloadRequest(0.0, 8, 40)] * 12)
+    sizes = [len(batch.chunks) for batch in batches if batch.chunks]
+    for one, two, three in zip(batches, batches[1:], batches[2:], strict=False):
+        assert not one.chunks.keys() & two.chunks.keys()
+        assert not one.chunks.keys() & three.chunks.keys() or not two.chunks
+    assert np.median(sizes) == 4
+
+
+def test_waiting_for_requests_is_no_bubble() -> None:
+    pipeline = Pipeline(2)
+    assert pipeline.enter(0.0, [1.0, 1.0]) == 2.0
+    pipeline.idle_until(10.0)
+    assert pipeline.enter(10.0, [1.0, 2.0]) == 13.0
+    assert pipeline.enter(11.0, [3.0, 1.0]) == 15.0
+    assert pipeline.bubble_seconds == [0.0, 1.0 + 1.0 + 1.0]
+    assert pipeline.busy_seconds == [5.0, 4.0]
+
+
+def test_a_deployment_holds_the_cache_that_memory_leaves() -> None:
+    deployment = Deployment(model=MISTRAL_7B, device=A100_80G)
+    gib = 2**30
+    assert deployment.num_blocks == int((0.9 * 80 * gib - 14.48e9) // (131072 * 64))
+    assert deployment.cost.num_stages == 1
+    run = deployment.simulate(poisson(20, 2.0, prompt=1000, output=50))
+    assert run.num_stalls == 0
+    assert 0 < run.utilisation <= 1
+
+
+def test_adaptive_budgets_meet_the_objective_with_measured_steps() -> None:
+    """A fixed budget of 2048 breaks it; where the model is right, the adaptive one keeps to it."""
+    step_time = StepTimeModel({n: 1e-4 * n for n in range(128, 2049, 128)}, 1e-8, 1e-10)
+    workload = poisson(40, 1.0, prompt=2000, output=100)
+    longest = {}
+    for policy in ("sarathi", "adaptive"):
+        deployment = Deployment(
+            model=MISTRAL_7B,
+            device=A100_80G,
+            scheduler=policy,
+            token_budget=2048,
+            measured=FittedCost(step_time),
+            pace=Pace(0.05, step_time),
+        )
+        longest[policy] = deployment.simulate(workload).tbt_seconds.max()
+    assert longest["adaptive"] <= 0.05 < longest["sarathi"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tensor": 0}, "tensor must be at least 1, got 0"),
+        ({"tensor": 3}, "tensor must divide the model's 32 heads, got 3"),
+        ({"pipeline": 33}, "pipeline must not exceed the model's 32 layers, got 33"),
+        ({"scheduler": "lifo"}, "scheduler must be one of .*sarathi.*, got 'lifo'"),
+        ({"token_budget": 64}, "max_num_seqs must not exceed token_budget, got 128 > 64"),
+        ({"memory_share": 0.0}, r"memory_share must be in \(0, 1\], got 0"),
+        ({"scheduler": "adaptive"}, "scheduler adaptive needs a pace"),
+        ({"measured": TokenCost(2)}, "pipeline must be the measured 2, got 1"),
+        ({"model": LLAMA2_70B, "device": A40_48G, "tensor": 2}, r"weights of 64.2 GiB a device leave no room .* 2 x 1"),
+    ],
+)
+def test_deployments_that_cannot_work(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Deployment(**{"model": MISTRAL_7B, "device": A100_80G} | settings)
+
+
+def test_unknown_device() -> None:
+    with pytest.raises(ConfigError, match=r"device must be one of a100-80g, .*, got 'tpu'"):
+        find_device("tpu")
+
+
+def test_a_request_that_is_too_long() -> None:
+    with pytest.raises(RequestError, match="request 0 has 701 tokens, max_model_len is 700"):
+        Simulator(scheduler_for("sarathi", budget=64), TokenCost(1)).run([WorkloadRequest(0.0, 600, 101)])
+
+
+def test_a_request_that_never_fits() -> None:
+    with pytest.raises(RequestError, match="request 1 needs 90 KV tokens, the device's memory holds 72"):
+        Simulator(scheduler_for("sarathi", budget=64, num_blocks=10), TokenCost(1)).run(
+            [WorkloadRequest(0.0, 8, 8), WorkloadRequest(0.0, 80, 10)]
+        )
+
+
+def test_no_jax_is_imported() -> None:
+    code = "import sys, jaxserve.simulator.deployment; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
