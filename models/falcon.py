@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.kernels.attention import AttentionInputs, KVCache
+from jaxserve.models import llama
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder, make_mlp
 from jaxserve.models.family import Family
@@ -70,12 +71,7 @@ def read(raw: RawConfig) -> ModelConfig:
 
 
 def weights(config: ModelConfig) -> dict[str, Weight]:
-    found = {
-        "embedding": whole("transformer.word_embeddings.weight"),
-        **norm_weights(config, "norm", "transformer.ln_f"),
-    }
-    if not config.tie_word_embeddings:
-        found["lm_head"] = whole("lm_head.weight")
+    found = llama.outer_weights(config, embedding="transformer.word_embeddings", norm="transformer.ln_f")
     for i in range(config.num_layers):
         ours, theirs = f"layers.{i}", f"transformer.h.{i}"
         if config.num_parallel_norms == 2:

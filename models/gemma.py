@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -15,8 +16,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder, make_mlp
 from jaxserve.models.family import Family
 from jaxserve.models.hf_config import RawConfig
-from jaxserve.models.layers import Attention, Rotation, make_norm, norm_weights
-from jaxserve.models.weights import Weight
+from jaxserve.models.layers import Attention, Rotation, make_norm
 
 
 class Gemma2Layer(nnx.Module):
@@ -82,21 +82,13 @@ def read_gemma3(raw: RawConfig) -> ModelConfig:
     )
 
 
-def weights_gemma2(config: ModelConfig) -> dict[str, Weight]:
-    found = llama.outer_weights(config)
-    norms = {
-        "attention_norm": "input_layernorm",
-        "attention_post_norm": "post_attention_layernorm",
-        "mlp_norm": "pre_feedforward_layernorm",
-        "mlp_post_norm": "post_feedforward_layernorm",
-    }
-    for i in range(config.num_layers):
-        ours, theirs = f"layers.{i}", f"model.layers.{i}"
-        for mine, yours in norms.items():
-            found |= norm_weights(config, f"{ours}.{mine}", f"{theirs}.{yours}")
-        found |= llama.attention_weights(config, f"{ours}.attention", f"{theirs}.self_attn")
-        found |= llama.mlp_weights(config, f"{ours}.mlp", f"{theirs}.mlp")
-    return found
+_NORMS = {
+    "attention_norm": "input_layernorm",
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
+weights_gemma2 = partial(llama.weights, norms=_NORMS)
 
 
 def language_model_name(name: str) -> str | None:

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 
+from jaxserve.models import llama
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.family import Family
 from jaxserve.models.hf_config import RawConfig
@@ -46,13 +47,8 @@ def weights(config: ModelConfig) -> dict[str, Weight]:
     def out_projection(tensor: np.ndarray) -> np.ndarray:
         return split_heads(config, tensor.T)
 
-    found = {
-        "embedding": whole("transformer.wte.weight"),
-        "positions": whole("transformer.wpe.weight"),
-        **norm_weights(config, "norm", "transformer.ln_f"),
-    }
-    if not config.tie_word_embeddings:
-        found["lm_head"] = whole("lm_head.weight")
+    found = llama.outer_weights(config, embedding="transformer.wte", norm="transformer.ln_f")
+    found["positions"] = whole("transformer.wpe.weight")
     for i in range(config.num_layers):
         ours, theirs = f"layers.{i}", f"transformer.h.{i}"
         found |= norm_weights(config, f"{ours}.attention_norm", f"{theirs}.ln_1")

@@ -18,12 +18,7 @@ def read(raw: RawConfig) -> ModelConfig:
 
 
 def weights(config: ModelConfig) -> dict[str, Weight]:
-    found = {
-        "embedding": whole("model.tok_embeddings.weight"),
-        **norm_weights(config, "norm", "model.norm"),
-    }
-    if not config.tie_word_embeddings:
-        found["lm_head"] = whole("output.weight")
+    found = llama.outer_weights(config, embedding="model.tok_embeddings", head="output")
     for i in range(config.num_layers):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
         attention, mlp = f"{theirs}.attention", f"{theirs}.feed_forward"

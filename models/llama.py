@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -51,26 +52,22 @@ def read_windowed(raw: RawConfig) -> ModelConfig:
     return read(raw, windows=raw.windows(layers, ["sliding_attention"] * layers))
 
 
-def weights(config: ModelConfig) -> dict[str, Weight]:
-    found = outer_weights(config)
-    for i in range(config.num_layers):
-        ours, theirs = f"layers.{i}", f"model.layers.{i}"
-        found |= norm_weights(config, f"{ours}.attention_norm", f"{theirs}.input_layernorm")
-        found |= norm_weights(config, f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm")
-        found |= attention_weights(config, f"{ours}.attention", f"{theirs}.self_attn")
-        found |= mlp_weights(config, f"{ours}.mlp", f"{theirs}.mlp")
-    return found
+LayerWeights = Callable[[ModelConfig, int, str, str], dict[str, Weight]]
+"""The weights of a part of layer number ``int``, from our path of the part and the layer's prefix in the file."""
 
 
-def outer_weights(config: ModelConfig) -> dict[str, Weight]:
-    """Everything but the layers."""
-    found = {"embedding": whole("model.embed_tokens.weight"), **norm_weights(config, "norm", "model.norm")}
+def outer_weights(
+    config: ModelConfig, *, embedding: str = "model.embed_tokens", norm: str = "model.norm", head: str = "lm_head"
+) -> dict[str, Weight]:
+    """Everything but the layers, from the tensors of these names."""
+    found = {"embedding": whole(f"{embedding}.weight"), **norm_weights(config, "norm", norm)}
     if not config.tie_word_embeddings:
-        found["lm_head"] = whole("lm_head.weight")
+        found["lm_head"] = whole(f"{head}.weight")
     return found
 
 
-def attention_weights(config: ModelConfig, ours: str, theirs: str) -> dict[str, Weight]:
+def attention_weights(config: ModelConfig, layer: int, ours: str, theirs: str) -> dict[str, Weight]:
+    theirs += ".self_attn"
     found = {
         f"{ours}.qkv": separate_qkv(config, theirs),
         f"{ours}.out": whole(f"{theirs}.o_proj.weight", partial(split_heads, config)),
@@ -85,7 +82,8 @@ def attention_weights(config: ModelConfig, ours: str, theirs: str) -> dict[str, 
     return found
 
 
-def mlp_weights(config: ModelConfig, ours: str, theirs: str) -> dict[str, Weight]:
+def mlp_weights(config: ModelConfig, layer: int, ours: str, theirs: str) -> dict[str, Weight]:
+    theirs += ".mlp"
     found = {
         f"{ours}.gate_up": stacked(f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight"),
         f"{ours}.down": whole(f"{theirs}.down_proj.weight"),
@@ -93,6 +91,27 @@ def mlp_weights(config: ModelConfig, ours: str, theirs: str) -> dict[str, Weight
     if config.mlp_bias:
         found[f"{ours}.gate_up_bias"] = stacked(f"{theirs}.gate_proj.bias", f"{theirs}.up_proj.bias")
         found[f"{ours}.down_bias"] = whole(f"{theirs}.down_proj.bias")
+    return found
+
+
+NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+
+
+def weights(
+    config: ModelConfig,
+    *,
+    norms: Mapping[str, str] = NORMS,
+    attention: LayerWeights = attention_weights,
+    mlp: LayerWeights = mlp_weights,
+) -> dict[str, Weight]:
+    """Of all families with Llama's names; a family gives the parts in which it differs."""
+    found = outer_weights(config)
+    for i in range(config.num_layers):
+        ours, theirs = f"layers.{i}", f"model.layers.{i}"
+        for our_norm, their_norm in norms.items():
+            found |= norm_weights(config, f"{ours}.{our_norm}", f"{theirs}.{their_norm}")
+        found |= attention(config, i, f"{ours}.attention", theirs)
+        found |= mlp(config, i, f"{ours}.mlp", theirs)
     return found
 
 

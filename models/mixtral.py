@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from jaxserve.models import llama
 from jaxserve.models.config import Experts, ModelConfig
 from jaxserve.models.family import Family
 from jaxserve.models.hf_config import RawConfig
-from jaxserve.models.layers import norm_weights
 from jaxserve.models.moe import moe_weights
 from jaxserve.models.weights import Weight
 
@@ -23,21 +24,13 @@ def read(raw: RawConfig) -> ModelConfig:
     return llama.read(raw, windows=raw.windows(layers, ["sliding_attention"] * layers), experts=experts)
 
 
-def weights(config: ModelConfig) -> dict[str, Weight]:
+def _mlp_weights(config: ModelConfig, layer: int, ours: str, theirs: str) -> dict[str, Weight]:
     assert config.experts is not None
-    found = llama.outer_weights(config)
-    for i in range(config.num_layers):
-        ours, theirs = f"layers.{i}", f"model.layers.{i}"
-        moe = f"{theirs}.block_sparse_moe"
-        found |= norm_weights(config, f"{ours}.attention_norm", f"{theirs}.input_layernorm")
-        found |= norm_weights(config, f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm")
-        found |= llama.attention_weights(config, f"{ours}.attention", f"{theirs}.self_attn")
-        names = ("w1", "w3", "w2")
-        found |= moe_weights(f"{ours}.mlp", f"{moe}.gate.weight", f"{moe}.experts.{{}}", *names, config.experts.count)
-    return found
+    moe = f"{theirs}.block_sparse_moe"
+    return moe_weights(ours, f"{moe}.gate.weight", f"{moe}.experts.{{}}", "w1", "w3", "w2", config.experts.count)
 
 
 _DEFAULTS = llama.MISTRAL_DEFAULTS | {
     "sliding_window": None, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2,
 }  # fmt: skip
-MIXTRAL = Family(models="Mixtral", read=read, weights=weights, defaults=_DEFAULTS)
+MIXTRAL = Family(models="Mixtral", read=read, weights=partial(llama.weights, mlp=_mlp_weights), defaults=_DEFAULTS)

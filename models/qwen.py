@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from jaxserve.models import llama
 from jaxserve.models.config import Experts, ModelConfig
 from jaxserve.models.family import Family
 from jaxserve.models.hf_config import RawConfig
-from jaxserve.models.layers import norm_weights
 from jaxserve.models.moe import moe_weights
 from jaxserve.models.weights import Weight
 
@@ -42,23 +43,12 @@ def read_qwen3_moe(raw: RawConfig) -> ModelConfig:
     return llama.read(raw, qk_norm=True, windows=everywhere, experts=experts)
 
 
-def weights_qwen3_moe(config: ModelConfig) -> dict[str, Weight]:
+def _moe_or_mlp_weights(config: ModelConfig, layer: int, ours: str, theirs: str) -> dict[str, Weight]:
     assert config.experts is not None
-    found = llama.outer_weights(config)
-    for i in range(config.num_layers):
-        ours, theirs = f"layers.{i}", f"model.layers.{i}"
-        found |= norm_weights(config, f"{ours}.attention_norm", f"{theirs}.input_layernorm")
-        found |= norm_weights(config, f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm")
-        found |= llama.attention_weights(config, f"{ours}.attention", f"{theirs}.self_attn")
-        mlp = f"{theirs}.mlp"
-        if i in config.experts.layers:
-            names = ("gate_proj", "up_proj", "down_proj")
-            found |= moe_weights(
-                f"{ours}.mlp", f"{mlp}.gate.weight", f"{mlp}.experts.{{}}", *names, config.experts.count
-            )
-        else:
-            found |= llama.mlp_weights(config, f"{ours}.mlp", mlp)
-    return found
+    if layer not in config.experts.layers:
+        return llama.mlp_weights(config, layer, ours, theirs)
+    names = ("gate_proj", "up_proj", "down_proj")
+    return moe_weights(ours, f"{theirs}.mlp.gate.weight", f"{theirs}.mlp.experts.{{}}", *names, config.experts.count)
 
 
 _WINDOW = {"sliding_window": 4096, "max_window_layers": 28}
@@ -70,4 +60,9 @@ _QWEN3_MOE = _QWEN2 | {
 
 QWEN2 = Family(models="Qwen 2, 2.5", read=read_qwen2, weights=llama.weights, defaults=_QWEN2)
 QWEN3 = Family(models="Qwen 3", read=read_qwen3, weights=llama.weights, defaults=_QWEN2 | {"head_dim": 128})
-QWEN3_MOE = Family(models="Qwen 3 MoE", read=read_qwen3_moe, weights=weights_qwen3_moe, defaults=_QWEN3_MOE)
+QWEN3_MOE = Family(
+    models="Qwen 3 MoE",
+    read=read_qwen3_moe,
+    weights=partial(llama.weights, mlp=_moe_or_mlp_weights),
+    defaults=_QWEN3_MOE,
+)
