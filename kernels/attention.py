@@ -1,7 +1,7 @@
 """Paged attention over a hybrid batch: any mix of prefill chunks and decodes in one flat array of rows.
 
-This is the interface that models use. ``xla`` serves every platform; ``native`` is C++ for CPUs. GPU kernels will be
-chosen here.
+This is the interface that models use. The backends: ``xla`` serves every platform, ``native`` is C++ for CPUs,
+``triton`` serves GPUs, and ``mosaic`` is triton with a prefill kernel for Hopper.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.kernels import cpu, xla
+from jaxserve.kernels.backend import Backend
 from jaxserve.kernels.plan import AttentionPlan
+
+Rotation = tuple[jax.Array, jax.Array] | None
+"""cos and sin ``float32[T, rotated dims / 2]`` of the rows' positions; None for models without rotary embeddings."""
 
 
 class KVCache[Array](NamedTuple):
@@ -25,6 +29,9 @@ class KVCache[Array](NamedTuple):
 
     k: Array
     v: Array
+    scales: Array
+    """``float32[layers, 2]``: what a layer's stored keys and values stand for is so many times as large. For caches of
+    float8_e4m3fn; of others it is not read."""
 
 
 @jax.tree_util.register_dataclass
@@ -37,31 +44,27 @@ class AttentionInputs:
     block_tables: jax.Array
     """``int32[max_num_seqs, pages of max_model_len]``: the pages of each sequence, 0 where it has none."""
     plan: AttentionPlan[jax.Array]
+    """Cut as the backend's tiling says."""
     num_pages: int = field(metadata={"static": True})
     """Pages of one layer."""
-    backend: str = field(default="xla", metadata={"static": True})
-    """``xla`` or ``native``."""
+    backend: Backend = field(default=Backend("xla"), metadata={"static": True})
 
 
-def choose_backend(name: str, platform: str, dtype: jnp.dtype) -> str:
-    """The backend to use for ``name``, one of config.ATTENTION_BACKENDS; ValueError where a named one cannot serve."""
-    native = platform == "cpu" and dtype == jnp.float32
-    if name == "native" and not (native and cpu.available()):
-        raise ValueError(
-            f"attention_backend native needs a CPU, float32 and a C++ compiler, got {platform} and {dtype.name}"
-        )
-    if name == "auto":
-        return "native" if native and cpu.available() else "xla"
-    return name
+def rotate_and_write(
+    qkv: jax.Array, rotation: Rotation, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array
+) -> tuple[jax.Array, KVCache[jax.Array]]:
+    """Rotate the rows' queries and keys, and store keys and values in layer number ``layer``, a scalar.
 
+    qkv: ``[T, kv_heads, group + 2, head_dim]``, for each KV head its query heads, its key and its value. Returns the
+    queries ``[T, heads, head_dim]`` and the cache.
+    """
+    if inputs.backend.name in ("triton", "mosaic"):
+        from jaxserve.kernels import triton_attention  # it needs packages that only GPUs do
 
-def write_kv(
-    cache: KVCache[jax.Array], k: jax.Array, v: jax.Array, inputs: AttentionInputs, layer: jax.Array
-) -> KVCache[jax.Array]:
-    """Store the rows' keys and values ``[T, kv_heads, head_dim]`` in layer number ``layer``, a scalar."""
-    page_size = cache.k.shape[1]
-    slots = inputs.slots + layer * inputs.num_pages * page_size
-    return KVCache(xla.write_rows(cache.k, k, slots), xla.write_rows(cache.v, v, slots))
+        return triton_attention.rotate_and_write(qkv, rotation, cache, inputs, layer)
+    slots = inputs.slots + layer * inputs.num_pages * cache.k.shape[1]
+    q, k, v = xla.rotate_and_write(qkv, rotation, cache.k, cache.v, slots, cache.scales[layer])
+    return q, cache._replace(k=k, v=v)
 
 
 def paged_attention(
@@ -81,6 +84,14 @@ def paged_attention(
     exceed the plan's PlanLimits.window.
     softcap: scaled scores become ``softcap * tanh(scores / softcap)``, as in Gemma 2 (arXiv 2408.00118).
     """
+    masking = {"scale": scale, "window": window, "softcap": softcap}
+    if inputs.backend.name in ("triton", "mosaic"):
+        from jaxserve.kernels import triton_attention
+
+        return triton_attention.paged_attention(q, cache, inputs, layer, **masking)
     tables = inputs.block_tables + layer * inputs.num_pages
-    attend = cpu.paged_attention if inputs.backend == "native" else xla.paged_attention
-    return attend(q, cache.k, cache.v, tables, inputs.plan, scale=scale, window=window, softcap=softcap)
+    if inputs.backend.name == "native":
+        return cpu.paged_attention(q, cache.k, cache.v, tables, inputs.plan, **masking)
+    return xla.paged_attention(
+        q, cache.k, cache.v, tables, cache.scales[layer], inputs.plan, tiling=inputs.backend.tiling, **masking
+    )

@@ -1,10 +1,12 @@
 """The attention work list of one step, made on the host in numpy and shared by all layers.
 
 A hybrid batch is cut into work items ``int32[8]``: sequence, first query row, number of rows, position of row 0,
-first page, end page, KV length, row of the partial result (-1: none). Decode items are one KV tile of a sequence with
-a single query row, so a long context is split over many items (split-KV) and the work is the sum of the real lengths.
-Prefill items are a tile of query rows that walks all its pages. Where every layer has an attention window, items start
-at the first page that the widest one reaches; where only some have, their kernels skip what lies outside.
+first page, end page, KV length, first row of the partial result (-1: the item writes the output itself). Decode items
+have the single query row of a sequence, prefill items a tile of a chunk's rows. Either may see only a part of the pages
+(split-KV, as in Flash-Decoding): then the items of a tile leave partial results, which ``combine`` puts together. So
+the work is the sum of the real lengths, and no long context keeps one processor busy while others idle. Where every
+layer has an attention window, items start at the first page that the widest one reaches; where only some have, their
+kernels skip what lies outside.
 """
 
 from __future__ import annotations
@@ -14,21 +16,39 @@ from typing import NamedTuple
 
 import numpy as np
 
-DECODE_TILE_TOKENS = 128
-"""KV tokens of one decode item."""
-PREFILL_TILE_ROWS = 64
-"""Most query rows of one prefill item, in a batch that has as many."""
 ITEM_FIELDS = 8
+COMBINE_FIELDS = 4
 
 
-def decode_tile_pages(page_size: int) -> int:
-    """Pages of one decode item."""
-    return max(1, DECODE_TILE_TOKENS // page_size)
+class BusyItems(NamedTuple):
+    """About how many work items, of each kind and for each KV head, keep a device busy."""
+
+    decode: int
+    prefill: int
 
 
-def prefill_tile_rows(num_rows: int) -> int:
-    """Most query rows of one prefill item in a batch of ``num_rows``."""
-    return min(PREFILL_TILE_ROWS, num_rows)
+@dataclass(frozen=True)
+class Tiling:
+    """How a backend wants a batch cut.
+
+    Without ``busy`` every decode item is a part of at most ``decode_tokens`` tokens, with a partial result; prefill
+    items see all their pages, and rows of no sequence are in none. With it, tiles are cut into parts of about equal
+    length until there are about ``busy`` many, none much shorter than ``decode_tokens``; a tile in one part writes its
+    output itself; the longest items come first; and rows of no sequence are in prefill items that see nothing, so that
+    every row of the output is written.
+    """
+
+    decode_tokens: int
+    prefill_rows: int
+    """Most query rows of one prefill item, in a batch that has as many."""
+    busy: BusyItems | None = None
+
+    def decode_pages(self, page_size: int) -> int:
+        return max(1, self.decode_tokens // page_size)
+
+    def tile_rows(self, num_rows: int) -> int:
+        """Most query rows of one prefill item in a batch of ``num_rows``."""
+        return min(self.prefill_rows, num_rows)
 
 
 @dataclass(frozen=True)
@@ -41,45 +61,77 @@ class PlanLimits:
     max_model_len: int
     page_size: int
     num_pages: int
+    tiling: Tiling
     window: int | None = None
     """The widest attention window, in tokens, when every layer has one, else None."""
 
     @property
+    def tile_rows(self) -> int:
+        return self.tiling.tile_rows(self.num_rows)
+
+    @property
     def max_decode_items(self) -> int:
-        """Each running sequence ends in a partly filled tile; all other tiles are full, and pages are not shared."""
-        tile_pages = decode_tile_pages(self.page_size)
+        if self.tiling.busy is not None:
+            return self.tiling.busy.decode + self.max_num_seqs
+        # Each running sequence ends in a partly filled part; all others are full, and pages are not shared.
+        part_pages = self.tiling.decode_pages(self.page_size)
         pages_per_seq = -(-self.max_model_len // self.page_size)
         if self.window is not None:
             # A window touches most pages when it begins with the last token of one.
             pages_per_seq = min(pages_per_seq, 1 + -(-(self.window - 1) // self.page_size))
-        by_length = self.max_num_seqs * -(-pages_per_seq // tile_pages)
-        by_memory = self.num_pages // tile_pages + self.max_num_seqs
+        by_length = self.max_num_seqs * -(-pages_per_seq // part_pages)
+        by_memory = self.num_pages // part_pages + self.max_num_seqs
         return min(by_length, by_memory)
 
     @property
     def max_prefill_items(self) -> int:
-        return self.num_rows // prefill_tile_rows(self.num_rows) + min(self.max_num_seqs, self.num_rows)
+        # Each chunk ends in a partly filled tile.
+        tiles = self.num_rows // self.tile_rows + min(self.max_num_seqs, self.num_rows)
+        return tiles if self.tiling.busy is None else tiles + 1 + self.tiling.busy.prefill
+
+    @property
+    def max_partial_rows(self) -> int:
+        busy = self.tiling.busy
+        return self.max_decode_items if busy is None else _most_parts(busy.decode) + self._max_prefill_partial_rows
+
+    @property
+    def max_combines(self) -> int:
+        busy = self.tiling.busy
+        return self.max_num_seqs if busy is None else (_most_parts(busy.decode) + _most_parts(busy.prefill)) // 2
+
+    @property
+    def _max_prefill_partial_rows(self) -> int:
+        return 0 if self.tiling.busy is None else _most_parts(self.tiling.busy.prefill) * self.tile_rows
+
+
+def _most_parts(busy: int) -> int:
+    """Of tiles that are split at all: a share x of the work, in units of all / busy, makes round(x) <= 4 / 3 x parts."""
+    return busy * 4 // 3
 
 
 class AttentionPlan[Array](NamedTuple):
-    """``decode`` and ``prefill`` hold work items, real ones first; ``counts`` says how many are real."""
+    """Real items come first; ``counts`` says how many are real."""
 
     decode: Array
     """``int32[max_decode_items, 8]``"""
     prefill: Array
     """``int32[max_prefill_items, 8]``"""
-    decode_rows: Array
-    """``int32[max_num_seqs]``: the query row of each decoding sequence, ``num_rows`` for the others."""
+    combine: Array
+    """``int32[max_combines, 4]``: first query row, number of rows, first partial row, number of parts.
+
+    Partial row ``first + part * rows + i`` is the ``part``-th result of row ``i``. Unused entries start at row
+    ``num_rows``.
+    """
     counts: Array
-    """``int32[2]``: decode items, prefill items."""
+    """``int32[3]``: decode items, prefill items, combines."""
 
 
 def plan_shapes(limits: PlanLimits) -> dict[str, tuple[int, ...]]:
     return {
         "decode": (limits.max_decode_items, ITEM_FIELDS),
         "prefill": (limits.max_prefill_items, ITEM_FIELDS),
-        "decode_rows": (limits.max_num_seqs,),
-        "counts": (2,),
+        "combine": (limits.max_combines, COMBINE_FIELDS),
+        "counts": (3,),
     }
 
 
@@ -90,22 +142,38 @@ def make_plan(
     kv_lens: np.ndarray,
     out: AttentionPlan[np.ndarray],
 ) -> None:
-    """Write the work list of a batch into ``out``.
+    """Write the work list of a batch into ``out``, which is as ``empty_plan`` leaves it.
 
     sequences, query_lens, kv_lens: ``int[n]``; sequence ``sequences[i]`` (a row of the block table) has
     ``query_lens[i]`` consecutive rows of the batch, the last at position ``kv_lens[i] - 1``.
     """
+    tiling = limits.tiling
     first_rows = np.cumsum(query_lens) - query_lens
     decoding = query_lens == 1
-    for array in out[:2]:
-        array.fill(0)
-    out.decode_rows.fill(limits.num_rows)
-    out.decode_rows[sequences[decoding]] = first_rows[decoding]
-    out.counts[0] = _decode_items(limits, sequences[decoding], first_rows[decoding], kv_lens[decoding], out.decode)
-    chunks = ~decoding
-    out.counts[1] = _prefill_items(
-        limits, sequences[chunks], first_rows[chunks], query_lens[chunks], kv_lens[chunks], out.prefill
-    )
+    batch = np.stack((sequences, first_rows, query_lens, kv_lens), axis=1)
+    decodes, chunks = _tiles(limits, batch[decoding]), _tiles(limits, batch[~decoding])
+    if tiling.busy is None:
+        part_pages = tiling.decode_pages(limits.page_size)
+        decode, combine = _cut(decodes, -(-_pages(decodes) // part_pages), 0, keep_whole=False)
+        prefill, _ = _cut(chunks, np.ones(len(chunks), int), 0)
+    else:
+        used = int(query_lens.sum())
+        padding = np.array([[0, used, limits.num_rows - used, 0]])
+        chunks = np.concatenate((chunks, _tiles(limits, padding)))
+        decode, combine = _cut(decodes, _num_parts(limits, decodes, tiling.busy.decode), 0)
+        prefill, more = _cut(
+            chunks, _num_parts(limits, chunks, tiling.busy.prefill), int((combine[:, 1] * combine[:, 3]).sum())
+        )
+        combine = np.concatenate((combine, more))
+        decode, prefill = _longest_first(decode), _longest_first(prefill)
+    for target, found in ((out.decode, decode), (out.prefill, prefill), (out.combine, combine)):
+        target[: len(found)] = found
+    out.counts[:] = len(decode), len(prefill), len(combine)
+
+
+def empty_plan(limits: PlanLimits, out: AttentionPlan[np.ndarray]) -> None:
+    """Make ``out``, all zeros, the plan of a batch without sequences."""
+    out.combine[:, 0] = limits.num_rows
 
 
 def _expand(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -114,48 +182,48 @@ def _expand(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return owners, np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _first_page(limits: PlanLimits, positions: np.ndarray) -> np.ndarray:
-    """The page of the first key that queries at ``positions`` see in any layer."""
-    if limits.window is None:
-        return np.zeros_like(positions)
-    return np.maximum(positions - limits.window + 1, 0) // limits.page_size
+def _tiles(limits: PlanLimits, batch: np.ndarray) -> np.ndarray:
+    """Sequence, first row, number of rows, KV length ``[n, 4]`` -> the first seven fields of items that see all."""
+    owner, tile = _expand(-(-batch[:, 2] // limits.tile_rows))
+    sequence, row, num_rows, kv_len = batch[owner].T
+    offset = tile * limits.tile_rows
+    position = np.maximum(kv_len - num_rows, 0) + offset
+    num_rows = np.minimum(limits.tile_rows, num_rows - offset)
+    end_page = -(-np.minimum(position + num_rows, kv_len) // limits.page_size)
+    first_page = np.zeros_like(position)
+    if limits.window is not None:
+        first_page = np.minimum(np.maximum(position - limits.window + 1, 0) // limits.page_size, end_page)
+    return np.stack((sequence, row + offset, num_rows, position, first_page, end_page, kv_len), axis=1)
 
 
-def _decode_items(
-    limits: PlanLimits, sequences: np.ndarray, rows: np.ndarray, kv_lens: np.ndarray, items: np.ndarray
-) -> int:
-    begin, end = _first_page(limits, kv_lens - 1), -(-kv_lens // limits.page_size)
-    tile_pages = decode_tile_pages(limits.page_size)
-    owner, tile = _expand(-(-(end - begin) // tile_pages))
-    first_page = begin[owner] + tile * tile_pages
-    end_page = np.minimum(first_page + tile_pages, end[owner])
-    ones = np.ones_like(owner)
-    columns = (
-        sequences[owner], rows[owner], ones, kv_lens[owner] - 1, first_page, end_page, kv_lens[owner],
-        np.arange(len(owner)),
-    )  # fmt: skip
-    items[: len(owner)] = np.stack(columns, axis=1)
-    return len(owner)
+def _pages(tiles: np.ndarray) -> np.ndarray:
+    return tiles[:, 5] - tiles[:, 4]
 
 
-def _prefill_items(
-    limits: PlanLimits,
-    sequences: np.ndarray,
-    rows: np.ndarray,
-    query_lens: np.ndarray,
-    kv_lens: np.ndarray,
-    items: np.ndarray,
-) -> int:
-    tile_rows = prefill_tile_rows(limits.num_rows)
-    owner, tile = _expand(-(-query_lens // tile_rows))
-    offset = tile * tile_rows
-    num_rows = np.minimum(tile_rows, query_lens[owner] - offset)
-    position = kv_lens[owner] - query_lens[owner] + offset
-    end_page = -(-(position + num_rows) // limits.page_size)
-    no_partial = np.full_like(owner, -1)
-    columns = (
-        sequences[owner], rows[owner] + offset, num_rows, position, _first_page(limits, position), end_page,
-        kv_lens[owner], no_partial,
-    )  # fmt: skip
-    items[: len(owner)] = np.stack(columns, axis=1)
-    return len(owner)
+def _num_parts(limits: PlanLimits, tiles: np.ndarray, busy: int) -> np.ndarray:
+    """How many parts each tile is cut into, so that all are about as long; at most ``busy`` more than tiles."""
+    pages = _pages(tiles)
+    longest = max(limits.tiling.decode_pages(limits.page_size), pages.sum() / busy)
+    return np.maximum(np.rint(pages / longest), 1).astype(int)
+
+
+def _cut(
+    tiles: np.ndarray, num_parts: np.ndarray, first_partial: int, *, keep_whole: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Work items, and what to combine. ``keep_whole``: a tile in one part has no partial result."""
+    num_rows, split = tiles[:, 2], (num_parts > 1) | (not keep_whole)
+    partial_rows = num_rows * num_parts * split
+    partial = first_partial + np.cumsum(partial_rows) - partial_rows
+    owner, part = _expand(num_parts)
+    begin, pages, parts = tiles[owner, 4], _pages(tiles)[owner], num_parts[owner]
+    items = np.empty((len(owner), ITEM_FIELDS), int)
+    items[:, :7] = tiles[owner]
+    items[:, 4] = begin + pages * part // parts
+    items[:, 5] = begin + pages * (part + 1) // parts
+    items[:, 7] = np.where(split[owner], partial[owner] + part * num_rows[owner], -1)
+    return items, np.stack((tiles[split, 1], num_rows[split], partial[split], num_parts[split]), axis=1)
+
+
+def _longest_first(items: np.ndarray) -> np.ndarray:
+    """A processor that is free takes the next item, so long ones must not come last."""
+    return items[np.argsort(-_pages(items), kind="stable")]

@@ -1,0 +1,129 @@
+"""Which kernels compute attention on a device, and how they want a batch cut."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.kernels import cpu
+from jaxserve.kernels.plan import BusyItems, Tiling
+
+logger = logging.getLogger(__name__)
+
+CPU_TILING = Tiling(decode_tokens=128, prefill_rows=64)
+"""Of the backends that serve CPUs: xla, which serves all platforms, and native."""
+SPLIT_TOKENS = 256
+"""KV tokens below which splitting costs a GPU more than it gains."""
+DECODE_PROGRAMS_PER_CORE = 4
+PREFILL_PROGRAMS_PER_CORE = 1
+"""A prefill program's accumulators take all registers of a multiprocessor."""
+HOPPER = 90
+
+
+class Target(NamedTuple):
+    """A device as far as kernels differ between devices."""
+
+    platform: str
+    """``cpu`` or ``gpu``."""
+    compute_capability: int = 0
+    """Of a GPU, 90 for Hopper."""
+    num_cores: int = 1
+    """A GPU's multiprocessors."""
+
+    @classmethod
+    def of(cls, device: jax.Device) -> Target:
+        if device.platform != "gpu":
+            return cls(device.platform)
+        return cls("gpu", int(float(device.compute_capability) * 10), device.core_count)
+
+
+class AttentionShape(NamedTuple):
+    """What one device computes: heads are its own, under tensor parallelism a share of the model's."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    dtype: jnp.dtype
+    """Of queries and outputs."""
+    cache_dtype: jnp.dtype
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    """One of config.ATTENTION_BACKENDS but ``auto``."""
+    tiling: Tiling = CPU_TILING
+    target: Target = Target("cpu")
+
+
+def choose_backend(name: str, target: Target, shape: AttentionShape) -> Backend:
+    """The backend ``name``, one of config.ATTENTION_BACKENDS; ValueError where it cannot serve.
+
+    auto: native on CPUs in float32 with a C++ compiler, triton on GPUs with jax-triton, xla otherwise.
+    """
+    if name == "auto":
+        name = _automatic(target, shape)
+    if name != "xla" and (needed := _NEEDS[name](target, shape)):
+        raise ValueError(f"attention_backend {name} needs {needed}")
+    if name in ("xla", "native"):
+        return Backend(name, CPU_TILING, target)
+    return Backend(name, _gpu_tiling(target, shape), target)
+
+
+def _automatic(target: Target, shape: AttentionShape) -> str:
+    if target.platform == "cpu":
+        return "native" if shape.dtype == shape.cache_dtype == jnp.float32 and cpu.available() else "xla"
+    missing = _triton_needs(target, shape)
+    if missing:
+        logger.warning("attention runs in plain XLA, which is slow on GPUs: its kernels need %s", missing)
+    return "xla" if missing else "triton"
+
+
+def _native_needs(target: Target, shape: AttentionShape) -> str | None:
+    if target.platform == "cpu" and shape.dtype == shape.cache_dtype == jnp.float32 and cpu.available():
+        return None
+    return f"a CPU, float32 and a C++ compiler, got {target.platform} and {shape.dtype.name}"
+
+
+def _triton_needs(target: Target, shape: AttentionShape) -> str | None:
+    if target.platform != "gpu":
+        return f"a GPU, got {target.platform}"
+    if target.compute_capability < 80:
+        return f"a GPU of compute capability 8.0 or newer, got {target.compute_capability / 10}"
+    if shape.page_size < 16:
+        return f"a block_size of at least 16, got {shape.page_size}"
+    missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
+    return f"the package {missing[0]}, which jaxserve's extras cuda12 and cuda13 install" if missing else None
+
+
+def _mosaic_needs(target: Target, shape: AttentionShape) -> str | None:
+    if needed := _triton_needs(target, shape):  # decodes are Triton's
+        return needed
+    if target.compute_capability // 10 != HOPPER // 10:
+        return f"a Hopper GPU (compute capability 9.0), got {target.compute_capability / 10}"
+    if shape.page_size != 64 or shape.head_dim not in (64, 128):
+        return f"block_size 64 and head_dim 64 or 128, got {shape.page_size} and {shape.head_dim}"
+    if shape.cache_dtype != shape.dtype or shape.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"bfloat16 or float16 with a KV cache of the same, got {shape.dtype.name} and {shape.cache_dtype.name}"
+    return None
+
+
+_NEEDS = {"native": _native_needs, "triton": _triton_needs, "mosaic": _mosaic_needs}
+
+
+def _gpu_tiling(target: Target, shape: AttentionShape) -> Tiling:
+    """A tile's rows are its queries times the query heads that share a KV head: 128 for two warpgroups' matrix
+    products, 64 where heads are so long that 128 rows of accumulators would spill."""
+    group = shape.num_heads // shape.num_kv_heads
+    tile = 128 if shape.head_dim <= 128 else 64
+    busy = BusyItems(
+        decode=-(-target.num_cores * DECODE_PROGRAMS_PER_CORE // shape.num_kv_heads),
+        prefill=-(-target.num_cores * PREFILL_PROGRAMS_PER_CORE // shape.num_kv_heads),
+    )
+    return Tiling(SPLIT_TOKENS, max(1, tile // group), busy)
