@@ -21,7 +21,8 @@ import yaml
 
 SCHEDULERS = ("sarathi", "adaptive", "prefill_first", "orca", "decode_first", "chunked_only", "hybrid_only")
 WHOLE_PROMPT_SCHEDULERS = ("prefill_first", "orca", "decode_first", "hybrid_only")
-ATTENTION_BACKENDS = ("auto", "xla", "native")
+ATTENTION_BACKENDS = ("auto", "xla", "native", "triton", "mosaic")
+KV_CACHE_DTYPES = ("auto", "fp8_e4m3")
 GENERATION_CONFIGS = ("auto", "none")
 LOAD_FORMATS = ("auto", "dummy")
 AUTO_TOKEN_BUDGET = 2048
@@ -78,8 +79,12 @@ class EngineConfig:
     )
     attention_backend: str = option(
         "auto",
-        "attention kernel; auto: native on CPUs in float32 where a C++ compiler is, xla elsewhere",
+        "attention kernels; auto: native on CPUs in float32 where a C++ compiler is, triton on GPUs, else xla; mosaic: "
+        "triton with a prefill kernel for Hopper",
         ATTENTION_BACKENDS,
+    )
+    kv_cache_dtype: str = option(
+        "auto", "type of the KV cache; auto: that of the weights; fp8_e4m3 holds twice as many tokens", KV_CACHE_DTYPES
     )
     block_size: int | None = option(None, "tokens in one KV-cache block; 16 on CPUs, 64 on GPUs by default")
     num_blocks: int | None = option(None, "KV-cache blocks; by default what the memory holds")
@@ -114,6 +119,7 @@ class EngineConfig:
             ("scheduler", SCHEDULERS),
             ("dtype", DTYPES),
             ("attention_backend", ATTENTION_BACKENDS),
+            ("kv_cache_dtype", KV_CACHE_DTYPES),
             ("generation_config", GENERATION_CONFIGS),
         ):
             if getattr(self, name) not in allowed:

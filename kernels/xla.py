@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxserve.kernels.plan import AttentionPlan, decode_tile_pages, prefill_tile_rows
+from jaxserve.kernels.plan import AttentionPlan, Tiling
 
 DECODE_GROUP = 16
 """Decode items that one iteration handles together."""
@@ -18,7 +18,40 @@ PREFILL_TILE_TOKENS = 256
 MASKED = -1e30
 
 
-def write_rows(pages: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate the first dimensions of ``[T, ..., head_dim]``, in the two-halves layout of Hugging Face.
+
+    cos, sin: ``float32[T, rotated dims / 2]``.
+    """
+    half = cos.shape[-1]
+    cos, sin = (jnp.expand_dims(table, tuple(range(1, x.ndim - 1))) for table in (cos, sin))
+    x32 = x.astype(jnp.float32)
+    first, second, rest = x32[..., :half], x32[..., half : 2 * half], x32[..., 2 * half :]
+    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def rotate_and_write(
+    qkv: jax.Array,
+    rotation: tuple[jax.Array, jax.Array] | None,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    slots: jax.Array,
+    scales: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See kernels.attention.rotate_and_write; ``slots`` and ``scales`` are already the layer's."""
+    rows, kv_heads, width, dim = qkv.shape
+    q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+    if rotation is not None:
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+    if k_pages.dtype.itemsize == 1:
+        most = float(jnp.finfo(k_pages.dtype).max)
+        k, v = (jnp.clip(x / scale, -most, most) for x, scale in zip((k, v), scales, strict=True))
+    q = q.reshape(rows, kv_heads * (width - 2), dim)
+    return q, _write_rows(k_pages, k, slots), _write_rows(v_pages, v, slots)
+
+
+def _write_rows(pages: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
     """Scatter ``rows`` ``[T, kv_heads, head_dim]`` into ``pages`` ``[pages, page_size, kv_heads, head_dim]``."""
     flat = pages.reshape(-1, *pages.shape[2:])
     return flat.at[slots].set(rows.astype(pages.dtype)).reshape(pages.shape)
@@ -29,19 +62,24 @@ def paged_attention(
     k_pages: jax.Array,
     v_pages: jax.Array,
     tables: jax.Array,
+    scales: jax.Array,
     plan: AttentionPlan[jax.Array],
     *,
+    tiling: Tiling,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> jax.Array:
-    """See kernels.attention.paged_attention; ``tables`` already point into the layer's pages."""
+    """See kernels.attention.paged_attention; ``tables`` and ``scales`` are already the layer's."""
     rows, heads, dim = q.shape
     kv_heads = k_pages.shape[2]
-    q = (q * scale).reshape(rows, kv_heads, heads // kv_heads, dim)
-    decoded = _decode(q, k_pages, v_pages, tables, plan, window, softcap)
-    out = jnp.zeros_like(q).at[plan.decode_rows].set(decoded, mode="drop")
-    return _prefill(q, k_pages, v_pages, tables, plan, out, window, softcap).reshape(rows, heads, dim)
+    quantised = k_pages.dtype.itemsize == 1
+    q = (q * (scale * scales[0] if quantised else scale)).astype(q.dtype)
+    q = q.reshape(rows, kv_heads, heads // kv_heads, dim)
+    decoded = _decode(q, k_pages, v_pages, tables, plan, tiling, window, softcap)
+    out = jnp.zeros_like(q).at[plan.combine[:, 0]].set(decoded, mode="drop")
+    out = _prefill(q, k_pages, v_pages, tables, plan, tiling, out, window, softcap)
+    return (out * scales[1] if quantised else out).astype(q.dtype).reshape(rows, heads, dim)
 
 
 def _visible(keys: jax.Array, queries: jax.Array, window: int | None) -> jax.Array:
@@ -67,20 +105,20 @@ def _decode(
     k_pages: jax.Array,
     v_pages: jax.Array,
     tables: jax.Array,
-    plan: AttentionPlan,
+    plan: AttentionPlan[jax.Array],
+    tiling: Tiling,
     window: int | None,
     softcap: float | None,
 ) -> jax.Array:
     """Single-row queries: partial softmax for each KV tile, then one combine (split-KV, as in Flash-Decoding).
 
-    q ``[T, kv_heads, group, head_dim]`` -> ``[max_num_seqs, kv_heads, group, head_dim]``; sequences that do not decode
-    give values that nobody reads.
+    q ``[T, kv_heads, group, head_dim]`` -> ``[max_combines, kv_heads, group, head_dim]``, in the order of
+    ``plan.combine``; its unused entries give values that nobody reads.
     """
     page_size, kv_heads, dim = k_pages.shape[1:]
     group = q.shape[2]
-    tile_pages = decode_tile_pages(page_size)
+    tile_pages = tiling.decode_pages(page_size)
     tile = tile_pages * page_size
-    num_seqs = tables.shape[0]
     num_items = -(-plan.decode.shape[0] // DECODE_GROUP) * DECODE_GROUP
     items = jnp.pad(plan.decode, ((0, num_items - plan.decode.shape[0]), (0, 0)))
     tables = jnp.pad(tables, ((0, 0), (0, tile_pages)))
@@ -88,13 +126,13 @@ def _decode(
     def one_group(i: jax.Array, partials: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         start = i * DECODE_GROUP
         item = jax.lax.dynamic_slice_in_dim(items, start, DECODE_GROUP)
-        sequence, row, first_page, kv_len = item[:, 0], item[:, 1], item[:, 4], item[:, 6]
+        sequence, row, first_page, end_page, kv_len = (item[:, field] for field in (0, 1, 4, 5, 6))
         pages = tables[sequence[:, None], first_page[:, None] + jnp.arange(tile_pages)]
         shape = (DECODE_GROUP, tile, kv_heads, dim)
-        k, v = k_pages[pages].reshape(shape), v_pages[pages].reshape(shape)
+        k, v = (array[pages].reshape(shape).astype(q.dtype) for array in (k_pages, v_pages))
         scores = jnp.einsum("nkgd,ntkd->nkgt", q[row], k, preferred_element_type=jnp.float32)
         position = first_page[:, None] * page_size + jnp.arange(tile)
-        visible = _visible(position, kv_len[:, None] - 1, window)
+        visible = _visible(position, kv_len[:, None] - 1, window) & (position < end_page[:, None] * page_size)
         top, total, weights = _softmax_tile(scores, visible[:, None, None], softcap)
         value = jnp.einsum("nkgt,ntkd->nkgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return tuple(
@@ -107,16 +145,18 @@ def _decode(
     num_groups = (plan.counts[0] + DECODE_GROUP - 1) // DECODE_GROUP
     top, total, value = jax.lax.fori_loop(0, num_groups, one_group, empty)
 
-    # Combine by one small matrix product: which item belongs to which sequence.
-    real = jnp.arange(num_items) < plan.counts[0]
-    owner = (items[:, 0] == jnp.arange(num_seqs)[:, None]) & real
-    seq_top = jnp.where(owner[..., None, None], top, MASKED).max(axis=1)
-    rescale = jnp.exp(jnp.minimum(top - seq_top[items[:, 0]], 0.0))
-    owner = owner.astype(jnp.float32)
-    combined = owner @ (value * rescale[..., None]).reshape(num_items, -1)
-    totals = owner @ (total * rescale).reshape(num_items, -1)
-    combined = combined.reshape(num_seqs, kv_heads, group, dim)
-    return (combined / jnp.maximum(totals, 1e-30).reshape(num_seqs, kv_heads, group, 1)).astype(q.dtype)
+    # Combine by one small matrix product: which item is a part of which result.
+    first, parts = plan.combine[:, 2, None], plan.combine[:, 3, None]
+    number = jnp.arange(num_items)
+    owned = (number >= first) & (number < first + parts)
+    result_top = jnp.where(owned[..., None, None], top, MASKED).max(axis=1)
+    owner = jnp.argmax(owned, axis=0)
+    rescale = jnp.exp(jnp.minimum(top - result_top[owner], 0.0))
+    shares = owned.astype(jnp.float32)
+    combined = shares @ (value * rescale[..., None]).reshape(num_items, -1)
+    totals = shares @ (total * rescale).reshape(num_items, -1)
+    combined = combined.reshape(-1, kv_heads, group, dim)
+    return (combined / jnp.maximum(totals, 1e-30).reshape(-1, kv_heads, group, 1)).astype(q.dtype)
 
 
 def _prefill(
@@ -125,6 +165,7 @@ def _prefill(
     v_pages: jax.Array,
     tables: jax.Array,
     plan: AttentionPlan[jax.Array],
+    tiling: Tiling,
     out: jax.Array,
     window: int | None,
     softcap: float | None,
@@ -132,7 +173,7 @@ def _prefill(
     """Tiles of query rows, each with an online softmax over its pages (as in FlashAttention); fills ``out``."""
     num_rows, kv_heads, group, dim = q.shape
     page_size = k_pages.shape[1]
-    tile_rows = prefill_tile_rows(num_rows)
+    tile_rows = tiling.tile_rows(num_rows)
     tile_pages = max(1, PREFILL_TILE_TOKENS // page_size)
     tile = tile_pages * page_size
     # Room for the last tile's slice: dynamic_slice would otherwise shift it back.
@@ -151,7 +192,7 @@ def _prefill(
             top, total, value = state
             page = first_page + j * tile_pages
             pages = jax.lax.dynamic_slice(tables, (sequence, page), (1, tile_pages))[0]
-            k, v = k_pages[pages].reshape(tile, kv_heads, dim), v_pages[pages].reshape(tile, kv_heads, dim)
+            k, v = (array[pages].reshape(tile, kv_heads, dim).astype(q.dtype) for array in (k_pages, v_pages))
             scores = jnp.einsum("kgrd,tkd->kgrt", q_tile, k, preferred_element_type=jnp.float32)
             visible = _visible(page * page_size + jnp.arange(tile), q_position, window)
             tile_top, tile_total, weights = _softmax_tile(scores, visible, softcap)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxserve.kernels.attention import AttentionInputs, KVCache
+from jaxserve.kernels.attention import AttentionInputs, KVCache, Rotation
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import MLP, Attention, GatedMLP, Rotation, linear, make_norm, parameter
+from jaxserve.models.layers import MLP, Attention, GatedMLP, linear, make_norm, parameter
 from jaxserve.models.moe import MoE
 from jaxserve.models.rope import rope_frequencies, rope_tables
 

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxserve.kernels.attention import AttentionInputs, KVCache
+from jaxserve.kernels.attention import AttentionInputs, KVCache, Rotation
 from jaxserve.models import llama
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder, make_mlp
 from jaxserve.models.family import Family
 from jaxserve.models.hf_config import RawConfig
-from jaxserve.models.layers import Attention, Rotation, fused_qkv, make_norm, norm_weights, split_heads
+from jaxserve.models.layers import Attention, fused_qkv, make_norm, norm_weights, split_heads
 from jaxserve.models.weights import Weight, whole
 
 

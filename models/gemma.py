@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxserve.kernels.attention import AttentionInputs, KVCache
+from jaxserve.kernels.attention import AttentionInputs, KVCache, Rotation
 from jaxserve.models import llama
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder, make_mlp
 from jaxserve.models.family import Family
 from jaxserve.models.hf_config import RawConfig
-from jaxserve.models.layers import Attention, Rotation, make_norm
+from jaxserve.models.layers import Attention, make_norm
 
 
 class Gemma2Layer(nnx.Module):

@@ -10,14 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxserve.kernels.attention import AttentionInputs, KVCache, paged_attention, write_kv
+from jaxserve.kernels.attention import AttentionInputs, KVCache, Rotation, paged_attention, rotate_and_write
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.rope import rotate
 from jaxserve.models.weights import Part, Weight, whole
 
 Axes = tuple[str | None, ...]
-Rotation = tuple[jax.Array, jax.Array] | None
-"""cos and sin of the rows' positions (rope_tables); None for models without rotary embeddings."""
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -119,13 +116,10 @@ class Attention(nnx.Module):
         qkv = qkv.reshape(rows, c.num_kv_heads, c.group_size + 2, c.head_dim)
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...]
-        q = qkv[:, :, : c.group_size].reshape(rows, c.num_heads, c.head_dim)
-        k = qkv[:, :, c.group_size]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        cache = write_kv(cache, k, qkv[:, :, c.group_size + 1], inputs, layer)
+            q, k, v = jnp.split(qkv, (c.group_size, c.group_size + 1), axis=2)
+            qkv = jnp.concatenate((self.q_norm(q), self.k_norm(k), v), axis=2)
+        q, cache = rotate_and_write(qkv, rope, cache, inputs, layer)
         attended = paged_attention(
             q, cache, inputs, layer,
             scale=c.attention_scale or c.head_dim**-0.5, window=self.window, softcap=c.attention_softcap,

@@ -120,15 +120,6 @@ def longest_sequence(config: ModelConfig) -> int:
 
 
 def rope_tables(frequencies: np.ndarray, scale: float, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin ``float32[T, 1, dim / 2]`` for ``positions`` ``[T]``."""
-    angles = positions[:, None, None].astype(jnp.float32) * frequencies
+    """cos and sin ``float32[T, dim / 2]`` for ``positions`` ``[T]``."""
+    angles = positions[:, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate the first dimensions of ``[T, heads, head_dim]``, in the two-halves layout of Hugging Face."""
-    half = cos.shape[-1]
-    x32 = x.astype(jnp.float32)
-    first, second, rest = x32[..., :half], x32[..., half : 2 * half], x32[..., 2 * half :]
-    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

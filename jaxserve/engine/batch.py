@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxserve.engine.blocks import BlockManager
-from jaxserve.kernels.plan import AttentionPlan, PlanLimits, make_plan, plan_shapes
+from jaxserve.kernels.plan import AttentionPlan, PlanLimits, empty_plan, make_plan, plan_shapes
 from jaxserve.scheduler import Chunk
 
 FLOAT_FIELDS = ("temperature", "top_p", "min_p")
@@ -79,7 +79,7 @@ def empty_step(layout: StepLayout) -> PackedStep:
     fields = layout.split(ints)
     fields["feedback"].fill(-1)
     fields["sample_rows"].fill(-1)
-    fields["decode_rows"].fill(layout.limits.num_rows)
+    empty_plan(layout.limits, plan_of(fields))
     return PackedStep(ints, np.zeros(layout.float_shape, np.float32))
 
 

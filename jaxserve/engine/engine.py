@@ -20,7 +20,8 @@ from jaxserve.engine.blocks import BlockManager
 from jaxserve.engine.compile import CompileCounter, use_persistent_cache
 from jaxserve.engine.output import OutputStream, host_logprobs, logprob_entry
 from jaxserve.engine.profiling import Profiler, largest_budget, read_profile
-from jaxserve.engine.runner import ModelRunner, StepOutputs
+from jaxserve.engine.programs import StepOutputs
+from jaxserve.engine.runner import ModelRunner
 from jaxserve.engine.sampler import TokenLogprobs
 from jaxserve.metrics import EngineMetrics, StepRecord
 from jaxserve.models.loading import generation

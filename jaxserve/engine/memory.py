@@ -1,0 +1,43 @@
+"""How many KV blocks a device's memory holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxserve.config import ConfigError, ResolvedConfig
+from jaxserve.models.config import ModelConfig
+
+CPU_KV_CACHE_BYTES = 2**30
+"""What the KV cache takes on a CPU when num_blocks is not given."""
+
+
+def choose_num_blocks(
+    config: ResolvedConfig,
+    model: ModelConfig,
+    mesh: Mesh,
+    cache_dtype: jnp.dtype,
+    parameters: Iterable[jax.ShapeDtypeStruct],
+) -> int:
+    """What the memory holds besides the parameters, at most what all sequences can use. Raises ConfigError."""
+    values_per_block = 2 * model.num_layers * config.block_size * model.num_kv_heads * model.head_dim
+    per_block_bytes = values_per_block * cache_dtype.itemsize
+    blocks_per_seq = -(-config.max_model_len // config.block_size)
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        memory_bytes = max(CPU_KV_CACHE_BYTES, (1 + blocks_per_seq) * per_block_bytes)
+    else:
+        weight_bytes = sum(math.prod(p.sharding.shard_shape(p.shape)) * p.dtype.itemsize for p in parameters)
+        limit_bytes = int(device.memory_stats()["bytes_limit"] * config.gpu_memory_utilization)
+        memory_bytes = (limit_bytes - weight_bytes) * mesh.shape["tensor"]
+    num_blocks = min(memory_bytes // per_block_bytes, 1 + config.max_num_seqs * blocks_per_seq)
+    if num_blocks < 1 + blocks_per_seq:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} needs {(1 + blocks_per_seq) * per_block_bytes} bytes of KV cache, "
+            f"the device has {memory_bytes} left"
+        )
+    return num_blocks
