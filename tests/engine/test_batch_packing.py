@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from jaxserve.engine.batch import StepLayout, empty_step, pack, prompt_targets, wants_prompt_logprobs
 from jaxserve.engine.blocks import BlockManager
+from jaxserve.kernels.backend import CPU_TILING
 from jaxserve.kernels.plan import PlanLimits
 from jaxserve.request import Request, RequestMetrics, SamplingParams
 from jaxserve.scheduler import Chunk
@@ -69,7 +70,7 @@ def make_blocks(batch: list[Chunk], order: np.random.Generator) -> BlockManager:
 
 def layout_for(batch: list[Chunk], padding: int, window: int | None = None) -> StepLayout:
     rows = max(1, sum(chunk.num_tokens for chunk in batch) + padding)
-    return StepLayout(PlanLimits(rows, MAX_NUM_SEQS, MAX_MODEL_LEN, BLOCK_SIZE, NUM_BLOCKS, window))
+    return StepLayout(PlanLimits(rows, MAX_NUM_SEQS, MAX_MODEL_LEN, BLOCK_SIZE, NUM_BLOCKS, CPU_TILING, window))
 
 
 def reference(layout: StepLayout, batch: list[Chunk], blocks: BlockManager) -> dict[str, np.ndarray]:
@@ -78,7 +79,7 @@ def reference(layout: StepLayout, batch: list[Chunk], blocks: BlockManager) -> d
     out = {name: np.zeros(layout.shapes[name], int) for name in ("token_ids", "positions", "kv_slots")}
     out |= {name: np.zeros(MAX_NUM_SEQS, int) for name in ("sample_positions", "top_k", "seeds")}
     out |= {"feedback": np.full(rows, -1), "sample_rows": np.full(MAX_NUM_SEQS, -1), "want_logprobs": np.zeros(1, int)}
-    out |= {"block_tables": np.zeros(layout.shapes["block_tables"], int), "decode_rows": np.full(MAX_NUM_SEQS, rows)}
+    out |= {"block_tables": np.zeros(layout.shapes["block_tables"], int)}
     row = 0
     for chunk in batch:
         request, slot = chunk.request, chunk.slot
@@ -86,8 +87,6 @@ def reference(layout: StepLayout, batch: list[Chunk], blocks: BlockManager) -> d
         table = blocks.table(request.request_id)
         for index, block in enumerate(table):
             out["block_tables"][slot, index] = block
-        if chunk.num_tokens == 1:
-            out["decode_rows"][slot] = row
         for position in range(chunk.start, chunk.start + chunk.num_tokens):
             if position < len(known):
                 out["token_ids"][row] = known[position]
@@ -151,7 +150,7 @@ def test_prompt_targets(batch: list[Chunk], padding: int) -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 300))
 def test_fields_fill_the_packed_array_without_overlap(num_rows: int) -> None:
-    layout = StepLayout(PlanLimits(num_rows, MAX_NUM_SEQS, MAX_MODEL_LEN, BLOCK_SIZE, NUM_BLOCKS))
+    layout = StepLayout(PlanLimits(num_rows, MAX_NUM_SEQS, MAX_MODEL_LEN, BLOCK_SIZE, NUM_BLOCKS, CPU_TILING))
     packed = np.zeros(layout.num_ints, np.int32)
     for field in layout.split(packed).values():
         field += 1

@@ -12,9 +12,13 @@ import jax.numpy as jnp
 import pytest
 
 from jaxserve.kernels import cpu
-from jaxserve.kernels.attention import choose_backend
+from jaxserve.kernels.backend import AttentionShape, Target, choose_backend
 
-FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
+CPU = Target("cpu")
+
+
+def shape(dtype: str) -> AttentionShape:
+    return AttentionShape(4, 2, 64, 16, jnp.dtype(dtype), jnp.dtype(dtype))
 
 
 @pytest.fixture
@@ -29,11 +33,11 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.Mo
 def test_without_a_compiler_attention_runs_in_xla(fresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     fresh.setattr(shutil, "which", lambda name: None)
     with caplog.at_level(logging.WARNING):
-        assert choose_backend("auto", "cpu", FLOAT32) == "xla"
+        assert choose_backend("auto", CPU, shape("float32")).name == "xla"
     (record,) = caplog.records
     assert "no C++ compiler found" in record.message
     with pytest.raises(ValueError, match="attention_backend native needs a CPU, float32 and a C\\+\\+ compiler"):
-        choose_backend("native", "cpu", FLOAT32)
+        choose_backend("native", CPU, shape("float32"))
 
 
 def test_a_failed_build_is_told_and_survived(
@@ -46,14 +50,6 @@ def test_a_failed_build_is_told_and_survived(
         assert not cpu.available()
     assert len(caplog.records) == 1
     assert "attention runs in plain XLA" in caplog.text
-
-
-def test_only_float32_on_cpus_is_native() -> None:
-    assert choose_backend("auto", "cpu", BFLOAT16) == "xla"
-    assert choose_backend("auto", "gpu", FLOAT32) == "xla"
-    assert choose_backend("xla", "cpu", FLOAT32) == "xla"
-    with pytest.raises(ValueError, match="got gpu and bfloat16"):
-        choose_backend("native", "gpu", BFLOAT16)
 
 
 def test_the_library_is_built_once_for_each_compiler(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:

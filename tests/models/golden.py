@@ -14,6 +14,7 @@ from flax import nnx
 from jaxserve.engine.batch import StepLayout, pack, plan_of
 from jaxserve.engine.blocks import BlockManager
 from jaxserve.kernels.attention import AttentionInputs, KVCache
+from jaxserve.kernels.backend import CPU_TILING
 from jaxserve.kernels.plan import PlanLimits
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.loading.checkpoint import open_checkpoint
@@ -91,7 +92,8 @@ def paged_logits(model: Decoder, token_ids: list[int], chunk_sizes: Sequence[int
     config = model.config
     shape = (config.num_layers * NUM_PAGES, PAGE_SIZE, config.num_kv_heads, config.head_dim)
     # Placed like the weights: otherwise the first step would be compiled for itself.
-    cache = KVCache(*(jax.device_put(jnp.zeros(shape), jax.devices()[0]) for _ in range(2)))
+    pages, scales = jnp.zeros((2, *shape)), jnp.ones((config.num_layers, 2))
+    cache = KVCache(*(jax.device_put(array, jax.devices()[0]) for array in (*pages, scales)))
     blocks = BlockManager(NUM_PAGES, PAGE_SIZE)
     blocks.grow("other", 17)  # so that pages are not simply 1, 2, 3
     request = Request("r", token_ids, SamplingParams(), 1, RequestMetrics(0.0), slot=1)
@@ -100,7 +102,8 @@ def paged_logits(model: Decoder, token_ids: list[int], chunk_sizes: Sequence[int
         if config.window is not None:
             blocks.release_before("r", start - config.window + 1)
         blocks.grow("r", start + size)
-        layout = StepLayout(PlanLimits(NUM_ROWS, 3, len(token_ids), PAGE_SIZE, NUM_PAGES, config.window))
+        limits = PlanLimits(NUM_ROWS, 3, len(token_ids), PAGE_SIZE, NUM_PAGES, CPU_TILING, config.window)
+        layout = StepLayout(limits)
         step = pack(layout, [Chunk(request, start, size, slot=1, samples=False)], blocks)
         logits, cache = _run(layout, model, cache, step.ints)
         rows.append(np.asarray(logits)[:size])

@@ -1,0 +1,157 @@
+"""Random ragged batches: paged attention by any backend against a dense float64 reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+
+from jaxserve.kernels.attention import AttentionInputs, KVCache, paged_attention, rotate_and_write
+from jaxserve.kernels.backend import Backend
+from jaxserve.kernels.plan import AttentionPlan, PlanLimits, empty_plan, make_plan, plan_shapes
+
+LAYERS, LAYER = 2, 1
+MAX_LEN = 700
+POISON = 400.0
+"""Finite in every type that a cache may have."""
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What is special about a layer's attention, and whether the plan knows of its window."""
+
+    window: int | None = None
+    softcap: float | None = None
+    plan_window: int | None = None
+    """The model's widest window; None also when other layers have none."""
+
+
+def dense_attention(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, window: int | None, softcap: float | None
+) -> np.ndarray:
+    """The last ``len(q)`` positions of one sequence attend causally: ``[n, H, D]``, ``[L, KV, D]``, in float64."""
+    rows, heads, dim = q.shape
+    length, kv_heads, _ = keys.shape
+    out = np.zeros((rows, heads, dim))
+    for row in range(rows):
+        position = length - rows + row
+        visible = np.arange(length) <= position
+        if window is not None:
+            visible &= np.arange(length) > position - window
+        for head in range(heads):
+            kv = head // (heads // kv_heads)
+            scores = keys[visible, kv].astype(np.float64) @ q[row, head].astype(np.float64) * scale
+            if softcap is not None:
+                scores = softcap * np.tanh(scores / softcap)
+            weights = np.exp(scores - scores.max())
+            out[row, head] = weights @ values[visible, kv].astype(np.float64) / weights.sum()
+    return out
+
+
+def new_plan(limits: PlanLimits) -> AttentionPlan[np.ndarray]:
+    plan = AttentionPlan(**{name: np.zeros(shape, np.int32) for name, shape in plan_shapes(limits).items()})
+    empty_plan(limits, plan)
+    return plan
+
+
+def stored(values: np.ndarray, dtype: jnp.dtype, cache_dtype: jnp.dtype, scale: float) -> np.ndarray:
+    """What a cache makes of ``values``."""
+    values = np.asarray(jnp.asarray(values, dtype), np.float32)
+    if cache_dtype.itemsize > 1:
+        return values
+    return np.asarray(jnp.asarray(jnp.asarray(values / scale, dtype), cache_dtype), np.float32) * scale
+
+
+def run_batch(
+    rng: np.random.Generator,
+    sequences: list[tuple[int, int]],
+    *,
+    kv_heads: int,
+    group: int,
+    dim: int,
+    page_size: int,
+    num_rows: int,
+    dtype: jnp.dtype = jnp.dtype("float32"),
+    cache_dtype: jnp.dtype | None = None,
+    scales: tuple[float, float] = (1.0, 1.0),
+    backend: Backend = Backend("xla"),
+    masking: Masking = Masking(),
+) -> float:
+    """Largest error over a batch of (context, query length) sequences whose earlier tokens are already cached.
+
+    ``scales``: of keys and values in a cache of another type than ``dtype``.
+    """
+    cache_dtype = cache_dtype or dtype
+    heads, slots = kv_heads * group, len(sequences) + 2
+    pages_per_seq = -(-MAX_LEN // page_size)
+    num_pages = 1 + sum(-(-(c + n) // page_size) for c, n in sequences) + 3
+    limits = PlanLimits(num_rows, slots, MAX_LEN, page_size, num_pages, backend.tiling, masking.plan_window)
+    free = list(rng.permutation(np.arange(1, num_pages)))
+    slot_of = rng.permutation(slots)[: len(sequences)]
+    tables = np.zeros((slots, pages_per_seq), np.int32)
+    qkv = rng.normal(size=(num_rows, kv_heads, group + 2, dim)).astype(np.float32)
+    q, k, v = qkv[:, :, :group].reshape(num_rows, heads, dim), qkv[:, :, group], qkv[:, :, group + 1]
+    kv_slots = np.zeros(num_rows, np.int32)
+    # Poisoned: what nobody wrote must not be read.
+    cache = np.full((2, LAYERS * num_pages, page_size, kv_heads, dim), POISON, np.float32)
+    row, expected = 0, np.zeros((num_rows, heads, dim))
+    for slot, (context, length) in zip(slot_of, sequences, strict=True):
+        total = context + length
+        pages = [free.pop() for _ in range(-(-total // page_size))]
+        tables[slot, : len(pages)] = pages
+        places = np.array(pages)[np.arange(total) // page_size] * page_size + np.arange(total) % page_size
+        history = rng.normal(size=(2, context, kv_heads, dim)).astype(np.float32)
+        flat = cache.reshape(2, -1, kv_heads, dim)
+        rows = slice(row, row + length)
+        kv_slots[rows] = places[context:]
+        held = []
+        for old, new, target, scale in zip(history, (k, v), flat, scales, strict=True):
+            target[places[:context] + LAYER * num_pages * page_size] = old / scale
+            held.append(stored(np.concatenate([old, new[rows]]), dtype, cache_dtype, scale))
+        rounded = np.asarray(jnp.asarray(q[rows], dtype), np.float32)
+        expected[rows] = dense_attention(rounded, *held, dim**-0.5, masking.window, masking.softcap)
+        if masking.plan_window is not None:
+            freed = max(context - masking.plan_window + 1, 0) // page_size
+            tables[slot, :freed] = 0
+            cache[:, LAYER * num_pages + np.array(pages[:freed], int)] = POISON
+        row += length
+    plan = new_plan(limits)
+    context, lengths = np.array(sequences).T
+    make_plan(limits, slot_of, lengths, context + lengths, plan)
+    inputs = AttentionInputs(
+        jnp.asarray(kv_slots), jnp.asarray(tables), AttentionPlan(*map(jnp.asarray, plan)), num_pages, backend
+    )
+    layer = jnp.int32(LAYER)
+    pages = KVCache(*jnp.asarray(jnp.asarray(cache, dtype), cache_dtype), jnp.tile(jnp.asarray(scales), (LAYERS, 1)))
+    rotated, pages = rotate_and_write(jnp.asarray(qkv, dtype), None, pages, inputs, layer)
+    out = paged_attention(
+        rotated, pages, inputs, layer, scale=dim**-0.5, window=masking.window, softcap=masking.softcap
+    )  # fmt: skip
+    assert out.dtype == dtype
+    got = np.asarray(out, np.float32)
+    assert np.isfinite(got[:row]).all()
+    assert not got[row:].any()
+    return float(np.abs(got[:row] - expected[:row]).max())
+
+
+@st.composite
+def batches(draw: st.DrawFn, most: int = 6) -> list[tuple[int, int]]:
+    """(context, query length) of up to ``most`` sequences."""
+    count = draw(st.integers(1, most))
+    decode = st.tuples(st.integers(0, 500), st.just(1))
+    chunk = st.tuples(st.integers(0, 400), st.integers(2, 90))
+    return draw(st.lists(st.one_of(decode, chunk), min_size=count, max_size=count))
+
+
+def rows_for(sequences: list[tuple[int, int]]) -> int:
+    """A power of two that holds the batch."""
+    return max(16, 1 << (sum(n for _, n in sequences) - 1).bit_length())
+
+
+@st.composite
+def maskings(draw: st.DrawFn) -> Masking:
+    window = draw(st.one_of(st.none(), st.integers(1, 20), st.integers(1, 600)))
+    widest = None if window is None else draw(st.one_of(st.none(), st.just(window), st.integers(window, 600)))
+    return Masking(window, draw(st.sampled_from([None, 1.0, 30.0])), widest)

@@ -1,0 +1,77 @@
+"""Which kernels serve which device, and what is said where they cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+import jax.numpy as jnp
+import pytest
+
+from jaxserve.kernels import cpu
+from jaxserve.kernels.backend import AttentionShape, Target, choose_backend
+
+CPU, H100, A100, V100 = Target("cpu"), Target("gpu", 90, 132), Target("gpu", 80, 108), Target("gpu", 70, 80)
+BFLOAT16 = jnp.dtype("bfloat16")
+MISTRAL = AttentionShape(32, 8, 128, 64, BFLOAT16, BFLOAT16)
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names added to it are packages that are not installed."""
+    missing: set[str] = set()
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else found(name) or object())
+    return missing
+
+
+def test_the_platform_chooses(without: set[str]) -> None:
+    float32 = MISTRAL._replace(dtype=jnp.dtype("float32"), cache_dtype=jnp.dtype("float32"))
+    assert choose_backend("auto", CPU, float32).name == ("native" if cpu.available() else "xla")
+    assert choose_backend("auto", CPU, MISTRAL).name == "xla"
+    assert choose_backend("auto", CPU, float32._replace(cache_dtype=jnp.dtype(jnp.float8_e4m3fn))).name == "xla"
+    assert choose_backend("auto", H100, MISTRAL).name == "triton"
+    assert choose_backend("auto", A100, MISTRAL).name == "triton"
+    assert choose_backend("xla", H100, MISTRAL).name == "xla"
+    assert choose_backend("mosaic", H100, MISTRAL).name == "mosaic"
+
+
+def test_gpus_without_their_packages_are_served_slowly_and_told(
+    without: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    without.add("jax_triton")
+    with caplog.at_level(logging.WARNING):
+        assert choose_backend("auto", H100, MISTRAL).name == "xla"
+    assert "slow on GPUs: its kernels need the package jax_triton" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "shape", "message"),
+    [
+        ("native", H100, MISTRAL, "native needs a CPU, float32 and a C\\+\\+ compiler, got gpu and bfloat16"),
+        ("triton", CPU, MISTRAL, "triton needs a GPU, got cpu"),
+        ("triton", V100, MISTRAL, "triton needs a GPU of compute capability 8.0 or newer, got 7.0"),
+        ("triton", H100, MISTRAL._replace(page_size=8), "triton needs a block_size of at least 16, got 8"),
+        ("mosaic", A100, MISTRAL, "mosaic needs a Hopper GPU \\(compute capability 9.0\\), got 8.0"),
+        ("mosaic", H100, MISTRAL._replace(page_size=32), "block_size 64 and head_dim 64 or 128, got 32 and 128"),
+        ("mosaic", H100, MISTRAL._replace(head_dim=80), "block_size 64 and head_dim 64 or 128, got 64 and 80"),
+        (
+            "mosaic", H100, MISTRAL._replace(cache_dtype=jnp.dtype(jnp.float8_e4m3fn)),
+            "bfloat16 or float16 with a KV cache of the same, got bfloat16 and float8_e4m3fn",
+        ),
+    ],
+)  # fmt: skip
+def test_where_a_backend_cannot_serve(
+    name: str, target: Target, shape: AttentionShape, message: str, without: set[str]
+) -> None:
+    with pytest.raises(ValueError, match=f"attention_backend {message}|{message}"):
+        choose_backend(name, target, shape)
+
+
+def test_tiles_fill_the_matrix_units(without: set[str]) -> None:
+    for heads, dim, rows in ((32, 128, 128), (71, 64, 71), (12, 256, 60), (8, 80, 128)):
+        shape = MISTRAL._replace(num_heads=heads, num_kv_heads=1 if heads == 71 else heads // 4, head_dim=dim)
+        if heads == 12:
+            shape = shape._replace(num_kv_heads=2)
+        group = shape.num_heads // shape.num_kv_heads
+        assert choose_backend("triton", H100, shape).tiling.prefill_rows * group == rows
