@@ -86,6 +86,7 @@ class EngineConfig:
     kv_cache_dtype: str = option(
         "auto", "type of the KV cache; auto: that of the weights; fp8_e4m3 holds twice as many tokens", KV_CACHE_DTYPES
     )
+    tensor_parallel: int = option(1, "devices that share every layer: heads, MLPs and the vocabulary are divided")
     block_size: int | None = option(None, "tokens in one KV-cache block; 16 on CPUs, 64 on GPUs by default")
     num_blocks: int | None = option(None, "KV-cache blocks; by default what the memory holds")
     gpu_memory_utilization: float = option(0.9, "share of the GPU's memory for weights and KV cache")
@@ -99,7 +100,7 @@ class EngineConfig:
     trace: str | None = option(None, "write a Perfetto/Chrome trace of the steps to this file")
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "token_budget", "max_num_seqs", "block_size", "num_blocks"):
+        for name in ("max_model_len", "token_budget", "max_num_seqs", "tensor_parallel", "block_size", "num_blocks"):
             value = getattr(self, name)
             if value is None or (name == "token_budget" and value == "auto"):
                 continue

@@ -6,11 +6,13 @@ This is the interface that models use. The backends: ``xla`` serves every platfo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxserve.kernels import cpu, xla
 from jaxserve.kernels.backend import Backend
@@ -48,6 +50,21 @@ class AttentionInputs:
     num_pages: int = field(metadata={"static": True})
     """Pages of one layer."""
     backend: Backend = field(default=Backend("xla"), metadata={"static": True})
+    mesh: Mesh | None = field(default=None, metadata={"static": True})
+    """Its axis ``tensor`` divides the heads; None: there is one device."""
+
+
+REPLICATED = PartitionSpec()
+HEADS = PartitionSpec(None, "tensor")
+CACHE = KVCache(k=PartitionSpec(None, None, "tensor"), v=PartitionSpec(None, None, "tensor"), scales=REPLICATED)
+"""How arrays lie on a mesh: KV heads are divided, and query heads with them."""
+
+
+def _per_shard[**P, R](function: Callable[P, R], mesh: Mesh | None, in_specs: object, out_specs: object) -> Callable[P, R]:
+    """Kernels see one device's heads; the partitioner cannot look into them."""
+    if mesh is None or mesh.shape["tensor"] == 1:
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def rotate_and_write(
@@ -58,6 +75,14 @@ def rotate_and_write(
     qkv: ``[T, kv_heads, group + 2, head_dim]``, for each KV head its query heads, its key and its value. Returns the
     queries ``[T, heads, head_dim]`` and the cache.
     """
+    specs = HEADS, REPLICATED, CACHE, REPLICATED, REPLICATED
+    write = _per_shard(_rotate_and_write, inputs.mesh, specs, (HEADS, CACHE))
+    return write(qkv, rotation, cache, inputs, layer)
+
+
+def _rotate_and_write(
+    qkv: jax.Array, rotation: Rotation, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array
+) -> tuple[jax.Array, KVCache[jax.Array]]:
     if inputs.backend.name in ("triton", "mosaic"):
         from jaxserve.kernels import triton_attention  # it needs packages that only GPUs do
 
@@ -84,7 +109,13 @@ def paged_attention(
     exceed the plan's PlanLimits.window.
     softcap: scaled scores become ``softcap * tanh(scores / softcap)``, as in Gemma 2 (arXiv 2408.00118).
     """
-    masking = {"scale": scale, "window": window, "softcap": softcap}
+    attend = partial(_paged_attention, scale=scale, window=window, softcap=softcap)
+    return _per_shard(attend, inputs.mesh, (HEADS, CACHE, REPLICATED, REPLICATED), HEADS)(q, cache, inputs, layer)
+
+
+def _paged_attention(
+    q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array, **masking: Any
+) -> jax.Array:
     if inputs.backend.name in ("triton", "mosaic"):
         from jaxserve.kernels import triton_attention
 

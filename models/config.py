@@ -87,6 +87,8 @@ class ModelConfig:
     num_parallel_norms: int = 1
     """Where attention and MLP run side by side: one norm for both, or one each."""
     tie_word_embeddings: bool = False
+    kv_copies: int = 1
+    """How often each KV head is held, one copy after the other, so that every device of a mesh has one."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -95,9 +97,9 @@ class ModelConfig:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ModelError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.num_heads % self.num_kv_heads:
+        if self.num_heads % self.num_held_kv_heads:
             raise ModelError(
-                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
+                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_held_kv_heads}"
             )
         if self.rope is not None and self.rope.dim > self.head_dim:
             raise ModelError(f"rotary dimensions must not exceed head_dim {self.head_dim}, got {self.rope.dim}")
@@ -108,9 +110,14 @@ class ModelConfig:
                 raise ModelError(f"sliding_window must be at least 1, got {window}")
 
     @property
+    def num_held_kv_heads(self) -> int:
+        """KV heads with all their copies: what parameters and KV cache are made for."""
+        return self.num_kv_heads * self.kv_copies
+
+    @property
     def group_size(self) -> int:
-        """Query heads that share one KV head."""
-        return self.num_heads // self.num_kv_heads
+        """Query heads that share one copy of a KV head."""
+        return self.num_heads // self.num_held_kv_heads
 
     @property
     def window(self) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from flax import nnx
 
 from jaxserve.kernels.attention import AttentionInputs, KVCache, Rotation, paged_attention, rotate_and_write
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.weights import Part, Weight, whole
+from jaxserve.models.weights import Part, Weight, unchanged, whole
 
 Axes = tuple[str | None, ...]
 
@@ -92,7 +93,7 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, window: int | None, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.config = config
         self.window = window
-        kv, group, dim, hidden = config.num_kv_heads, config.group_size, config.head_dim, config.hidden_size
+        kv, group, dim, hidden = config.num_held_kv_heads, config.group_size, config.head_dim, config.hidden_size
         self.qkv = parameter((kv, group + 2, dim, hidden), ("kv_heads", None, None, "embed"), dtype, rngs)
         self.out = parameter((hidden, kv, group, dim), ("embed", "kv_heads", None, None), dtype, rngs)
         self.qkv_bias = (
@@ -113,7 +114,7 @@ class Attention(nnx.Module):
         """``[T, hidden]`` -> ``[T, hidden]`` and the cache with this step's keys and values of ``layer``."""
         c, rows = self.config, x.shape[0]
         qkv = linear(x, self.qkv[...].reshape(-1, c.hidden_size))
-        qkv = qkv.reshape(rows, c.num_kv_heads, c.group_size + 2, c.head_dim)
+        qkv = qkv.reshape(rows, c.num_held_kv_heads, c.group_size + 2, c.head_dim)
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...]
         if self.q_norm is not None and self.k_norm is not None:
@@ -141,8 +142,8 @@ class GatedMLP(nnx.Module):
         self.down_bias = parameter((hidden,), ("embed",), dtype, rngs) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        _, inner, hidden = self.gate_up.shape
-        gate_up = linear(x, self.gate_up[...].reshape(2 * inner, hidden)).reshape(-1, 2, inner)
+        # Not as one matrix of 2 * inner rows: each device holds a share of both halves.
+        gate_up = jnp.einsum("th,gih->tgi", x, self.gate_up[...])
         if self.gate_up_bias is not None:
             gate_up = gate_up + self.gate_up_bias[...]
         y = linear(ACTIVATIONS[self.activation](gate_up[:, 0]) * gate_up[:, 1], self.down[...])
@@ -168,37 +169,73 @@ class MLP(nnx.Module):
 
 def separate_qkv(config: ModelConfig, prefix: str, kind: str = "weight") -> Weight:
     """Attention.qkv, or its bias, from ``{prefix}.q_proj``, ``k_proj`` and ``v_proj``."""
-    kv, group, dim = config.num_kv_heads, config.group_size, config.head_dim
-    sizes = {"q": (0, group), "k": (group, 1), "v": (group + 1, 1)}
-    return tuple(
-        Part(f"{prefix}.{name}_proj.{kind}", partial(_by_kv_head, kv, count, dim), (0, first))
-        for name, (first, count) in sizes.items()
-    )
+    names = (f"{prefix}.{part}_proj.{kind}" for part in "qkv")
+    return _qkv(config, *((name, unchanged) for name in names))
 
 
 def consecutive_qkv(config: ModelConfig, name: str, outputs_last: bool = False) -> Weight:
     """Attention.qkv, or its bias, from one tensor of all query rows, then all key rows, then all value rows."""
-    kv, group, dim = config.num_kv_heads, config.group_size, config.head_dim
+    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
-    def rows(first: int, count: int, tensor: np.ndarray) -> np.ndarray:
+    def rows(begin: int, end: int, tensor: np.ndarray) -> np.ndarray:
         tensor = tensor.T if outputs_last else tensor
-        if len(tensor) != (group + 2) * kv * dim:
-            raise ValueError(f"{len(tensor)} rows, expected {(group + 2) * kv * dim}")
-        return _by_kv_head(kv, count, dim, tensor[first * kv * dim : (first + count) * kv * dim])
+        if len(tensor) != q_rows + 2 * kv_rows:
+            raise ValueError(f"{len(tensor)} rows, expected {q_rows + 2 * kv_rows}")
+        return tensor[begin:end]
 
-    sizes = ((0, group), (group, 1), (group + 1, 1))
-    return tuple(Part(name, partial(rows, first, count), (0, first)) for first, count in sizes)
+    ends = q_rows, q_rows + kv_rows, q_rows + 2 * kv_rows
+    return _qkv(config, *((name, partial(rows, begin, end)) for begin, end in pairwise((0, *ends))))
 
 
 def fused_qkv(config: ModelConfig, name: str) -> Weight:
     """Attention.qkv, or its bias, from one tensor that is ordered by KV head already: query rows, key, value."""
-    return whole(name, partial(_by_kv_head, config.num_kv_heads, config.group_size + 2, config.head_dim))
+    group = config.num_heads // config.num_kv_heads
+    split = partial(_by_head, config.num_kv_heads * (group + 2), config.head_dim)
+    if config.kv_copies == 1:
+        return whole(name, lambda tensor: _grouped(config.num_kv_heads, split(tensor)))
+
+    def heads(first: int, count: int, tensor: np.ndarray) -> np.ndarray:
+        return split(tensor)[None, first : first + count]
+
+    parts = []
+    for held in range(config.num_held_kv_heads):
+        head, copy = divmod(held, config.kv_copies)
+        begin, share = head * (group + 2), config.group_size
+        parts.append(Part(name, partial(heads, begin + copy * share, share), (held, 0)))
+        parts.append(Part(name, partial(heads, begin + group, 2), (held, share)))
+    return tuple(parts)
+
+
+def _qkv(config: ModelConfig, *tensors: tuple[str, Callable[[np.ndarray], np.ndarray]]) -> Weight:
+    """From tensors of query, key and value rows, each by its name and the view of it that holds the rows."""
+    (q_name, q_rows), *others = tensors
+    held, group, dim = config.num_held_kv_heads, config.group_size, config.head_dim
+
+    def queries(tensor: np.ndarray) -> np.ndarray:
+        return _grouped(held, _by_head(config.num_heads, dim, q_rows(tensor)))
+
+    def heads(rows: Callable[[np.ndarray], np.ndarray], picked: slice, tensor: np.ndarray) -> np.ndarray:
+        return _by_head(config.num_kv_heads, dim, rows(tensor))[picked, None]
+
+    parts = [Part(q_name, queries)]
+    for column, (name, rows) in enumerate(others, start=group):
+        if config.kv_copies == 1:
+            parts.append(Part(name, partial(heads, rows, slice(None)), (0, column)))
+        else:
+            for place in range(held):
+                head = place // config.kv_copies
+                parts.append(Part(name, partial(heads, rows, slice(head, head + 1)), (place, column)))
+    return tuple(parts)
 
 
 def split_heads(config: ModelConfig, out: np.ndarray) -> np.ndarray:
     """Hugging Face's o_proj ``[hidden, heads * head_dim]`` as Attention.out."""
-    return out.reshape(-1, config.num_kv_heads, config.group_size, config.head_dim)
+    return out.reshape(-1, config.num_held_kv_heads, config.group_size, config.head_dim)
 
 
-def _by_kv_head(kv_heads: int, count: int, head_dim: int, tensor: np.ndarray) -> np.ndarray:
-    return tensor.reshape(kv_heads, count, head_dim, *tensor.shape[1:])
+def _by_head(num_heads: int, head_dim: int, rows: np.ndarray) -> np.ndarray:
+    return rows.reshape(num_heads, head_dim, *rows.shape[1:])
+
+
+def _grouped(num_groups: int, heads: np.ndarray) -> np.ndarray:
+    return heads.reshape(num_groups, -1, *heads.shape[1:])

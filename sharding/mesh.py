@@ -6,10 +6,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxserve.config import ConfigError
+
 
 def make_mesh(tensor: int = 1) -> Mesh:
-    """A mesh with the axis ``tensor`` over the first ``tensor`` devices; ValueError when there are fewer."""
+    """A mesh with the axis ``tensor`` over the first ``tensor`` devices; ConfigError when there are fewer."""
     devices = jax.devices()
     if tensor > len(devices):
-        raise ValueError(f"tensor axis of {tensor} needs as many devices, found {len(devices)}")
+        raise ConfigError(f"tensor_parallel must not exceed the {len(devices)} devices, got {tensor}")
     return Mesh(np.array(devices[:tensor]), ("tensor",))

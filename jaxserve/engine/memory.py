@@ -24,7 +24,7 @@ def choose_num_blocks(
     parameters: Iterable[jax.ShapeDtypeStruct],
 ) -> int:
     """What the memory holds besides the parameters, at most what all sequences can use. Raises ConfigError."""
-    values_per_block = 2 * model.num_layers * config.block_size * model.num_kv_heads * model.head_dim
+    values_per_block = 2 * model.num_layers * config.block_size * model.num_held_kv_heads * model.head_dim
     per_block_bytes = values_per_block * cache_dtype.itemsize
     blocks_per_seq = -(-config.max_model_len // config.block_size)
     device = mesh.devices.flat[0]

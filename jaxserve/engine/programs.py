@@ -14,14 +14,14 @@ from jaxserve.config import ConfigError, ResolvedConfig
 from jaxserve.engine.batch import StepLayout, plan_of
 from jaxserve.engine.memory import choose_num_blocks
 from jaxserve.engine.sampler import SamplingInputs, TokenLogprobs, optional_logprobs, sample, token_logprobs
-from jaxserve.kernels.attention import AttentionInputs, KVCache
+from jaxserve.kernels.attention import CACHE, AttentionInputs, KVCache
 from jaxserve.kernels.backend import AttentionShape, Target, choose_backend
 from jaxserve.kernels.plan import PlanLimits
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.registry import family_of
 from jaxserve.scheduler.buckets import token_buckets
-from jaxserve.sharding.rules import abstract_model, abstract_parameters
+from jaxserve.sharding.rules import abstract_model, abstract_parameters, hold_kv_heads
 
 
 class StepOutputs(NamedTuple):
@@ -45,9 +45,10 @@ class StepPrograms:
         self, config: ResolvedConfig, model_config: ModelConfig, mesh: Mesh, *, target: Target | None = None
     ) -> None:
         self.config = config
-        self.model_config = model_config
+        self.model_config = model_config = hold_kv_heads(model_config, mesh)
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self._mesh = mesh
+        self._cache_shardings = jax.tree.map(partial(NamedSharding, mesh), CACHE)
         dtype = jnp.dtype(config.dtype)
         model_class = family_of(model_config.architecture).model
         self._graph, state = abstract_model(model_class, model_config, max_len=config.max_model_len, dtype=dtype)
@@ -55,7 +56,7 @@ class StepPrograms:
         self.abstract_parameters = abstract_parameters(state, mesh)
         """By path, in the order in which the programs take them."""
         cache_dtype = jnp.dtype(jnp.float8_e4m3fn) if config.kv_cache_dtype == "fp8_e4m3" else dtype
-        num_kv_heads = model_config.num_kv_heads // mesh.shape["tensor"]
+        num_kv_heads = model_config.num_held_kv_heads // mesh.shape["tensor"]
         shape = AttentionShape(
             num_kv_heads * model_config.group_size, num_kv_heads, model_config.head_dim, config.block_size, dtype,
             cache_dtype,
@@ -73,17 +74,21 @@ class StepPrograms:
 
     def abstract_cache(self) -> KVCache[jax.ShapeDtypeStruct]:
         model, config = self.model_config, self.config
-        shape = (model.num_layers * self.num_blocks, config.block_size, model.num_kv_heads, model.head_dim)
-        sharding = NamedSharding(self._mesh, PartitionSpec(None, None, "tensor", None))
-        pages = jax.ShapeDtypeStruct(shape, self._cache_dtype, sharding=sharding)
-        scales = jax.ShapeDtypeStruct((model.num_layers, 2), jnp.float32, sharding=self.replicated)
-        return KVCache(pages, pages, scales)
+        shape = (model.num_layers * self.num_blocks, config.block_size, model.num_held_kv_heads, model.head_dim)
+        k, v, scales = self._cache_shardings
+        return KVCache(
+            jax.ShapeDtypeStruct(shape, self._cache_dtype, sharding=k),
+            jax.ShapeDtypeStruct(shape, self._cache_dtype, sharding=v),
+            jax.ShapeDtypeStruct((model.num_layers, 2), jnp.float32, sharding=scales),
+        )
 
     def lower_step(self, rows: int) -> jax.stages.Lowered:
         """Of parameters, cache, last tokens ``int32[S]`` (both donated) and a packed step; see StepLayout."""
         layout = self.layouts[rows]
         abstract = partial(jax.ShapeDtypeStruct, sharding=self.replicated)
-        return jax.jit(partial(self._step, layout), donate_argnums=(1, 2)).lower(
+        # What the next step takes as it is must come out where that expects it.
+        placed = (self._cache_shardings, self.replicated, self.replicated)
+        return jax.jit(partial(self._step, layout), donate_argnums=(1, 2), out_shardings=placed).lower(
             list(self.abstract_parameters.values()),
             self.abstract_cache(),
             abstract((self.config.max_num_seqs,), jnp.int32),
@@ -125,7 +130,7 @@ class StepPrograms:
         feedback = fields["feedback"]
         token_ids = jnp.where(feedback >= 0, last_tokens[feedback], fields["token_ids"])
         inputs = AttentionInputs(
-            fields["kv_slots"], fields["block_tables"], plan_of(fields), self.num_blocks, self.backend
+            fields["kv_slots"], fields["block_tables"], plan_of(fields), self.num_blocks, self.backend, self._mesh
         )
         hidden, cache = model(token_ids, fields["positions"], cache, inputs)
 

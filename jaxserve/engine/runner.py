@@ -26,10 +26,11 @@ class ModelRunner:
 
     def __init__(self, config: ResolvedConfig, checkpoint: Checkpoint, mesh: Mesh, *, show_progress: bool) -> None:
         self.config = config
-        self.model_config = checkpoint.config
         programs = StepPrograms(config, checkpoint.config, mesh)
-        abstract, weights = programs.abstract_parameters, family_of(checkpoint.config.architecture).weights
-        checkpoint.check(abstract, weights(checkpoint.config))
+        self.model_config = programs.model_config
+        abstract = programs.abstract_parameters
+        weights = family_of(self.model_config.architecture).weights(self.model_config)
+        checkpoint.check(abstract, weights)
         self.buckets = programs.buckets
         self.num_blocks = programs.num_blocks
         self._layouts = programs.layouts
@@ -39,7 +40,7 @@ class ModelRunner:
         }
         with ThreadPoolExecutor(max_workers=1) as pool:
             # Programs need the shapes of the weights only, so both come at once.
-            loading = pool.submit(checkpoint.load, abstract, weights(checkpoint.config))
+            loading = pool.submit(checkpoint.load, abstract, weights)
             self._programs = compile_all(lower, show_progress=show_progress)
             parameters = loading.result()
         self._parameters = [parameters[name] for name in abstract]
