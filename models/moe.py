@@ -15,8 +15,8 @@ from jaxserve.models.weights import Part, Weight, whole
 class MoE(nnx.Module):
     """Every row goes to its ``per_token`` likeliest experts (arXiv 2401.04088); none is dropped.
 
-    The rows are sorted by expert, so that each expert's are contiguous and two grouped products serve all of them:
-    shapes depend on the number of rows alone. Weights lie inputs-first, unlike the dense ones: XLA's ragged_dot would
+    The rows are sorted by expert, so that each expert's are contiguous and grouped products serve all of them:
+    shapes depend on the number of rows alone. ``gate_up`` is ``[2, experts, hidden, inner]``. Weights lie inputs-first, unlike the dense ones: XLA's ragged_dot would
     transpose them in every step.
     """
 
@@ -26,12 +26,11 @@ class MoE(nnx.Module):
         self.activation = config.activation
         count, inner, hidden = self.experts.count, self.experts.intermediate_size, config.hidden_size
         self.router = parameter((count, hidden), (None, "embed"), dtype, rngs)
-        self.gate_up = parameter((count, hidden, 2, inner), ("experts", "embed", None, "mlp"), dtype, rngs)
+        self.gate_up = parameter((2, count, hidden, inner), (None, "experts", "embed", "mlp"), dtype, rngs)
         self.down = parameter((count, inner, hidden), ("experts", "mlp", "embed"), dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         count, per_token = self.experts.count, self.experts.per_token
-        rows, hidden = x.shape
         shares = jax.nn.softmax(linear(x, self.router[...], out_dtype=jnp.dtype("float32")))
         weights, chosen = jax.lax.top_k(shares, per_token)
         if self.experts.normalise:
@@ -40,12 +39,10 @@ class MoE(nnx.Module):
         expert_of = chosen.reshape(-1)
         by_expert = jnp.argsort(expert_of)
         group_sizes = jnp.bincount(expert_of, length=count).astype(jnp.int32)
-        gate_up = jax.lax.ragged_dot(
-            x[by_expert // per_token], self.gate_up[...].reshape(count, hidden, -1), group_sizes
-        )
-        gate, up = jnp.split(gate_up, 2, axis=-1)
+        sorted_rows = x[by_expert // per_token]
+        gate, up = (jax.lax.ragged_dot(sorted_rows, half, group_sizes) for half in self.gate_up[...])
         y = jax.lax.ragged_dot(ACTIVATIONS[self.activation](gate) * up, self.down[...], group_sizes)
-        y = jnp.zeros_like(y).at[by_expert].set(y).reshape(rows, per_token, hidden)
+        y = jnp.zeros_like(y).at[by_expert].set(y).reshape(len(x), per_token, -1)
         return jnp.einsum("rkh,rk->rh", y, weights.astype(y.dtype))
 
 
@@ -56,12 +53,12 @@ def moe_weights(ours: str, router: str, expert: str, gate: str, up: str, down: s
         return tensor.T[None]
 
     def inputs_first_half(tensor: np.ndarray) -> np.ndarray:
-        return tensor.T[None, :, None]
+        return tensor.T[None, None]
 
     return {
         f"{ours}.router": whole(router),
         f"{ours}.gate_up": tuple(
-            Part(f"{expert.format(i)}.{name}.weight", inputs_first_half, (i, 0, half))
+            Part(f"{expert.format(i)}.{name}.weight", inputs_first_half, (half, i))
             for i in range(count)
             for half, name in enumerate((gate, up))
         ),

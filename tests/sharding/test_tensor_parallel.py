@@ -39,12 +39,14 @@ def serve(engine: Engine, prompts: Sequence[list[int]], max_tokens: int) -> list
 
 
 CASES = [
-    ("yi_gqa", 2), ("llama_mha", 4), ("llama_gqa", 8), ("mistral_window", 2), ("qwen2_bias", 4), ("qwen3_qknorm", 2),
-    ("mixtral_top2", 2), ("gemma2_alternating", 2), ("falcon_40b", 2), ("phi3_fused", 4), ("gpt2_plain", 2),
+    ("yi_gqa", 8), ("llama_mha_untied", 4), ("llama_gqa_wide_heads", 4), ("llama_mqa_bias", 4), ("mistral_window", 2),
+    ("qwen2_bias", 4), ("qwen3_qknorm", 4), ("mixtral_top2", 2), ("qwen3_moe", 2), ("gemma2_softcap", 2),
+    ("gemma_mqa", 4), ("falcon_40b", 4), ("falcon_7b", 4), ("phi3_fused", 4), ("internlm2_gqa", 4), ("gpt2_learned", 2),
 ]  # fmt: skip
+"""Each with more devices than KV heads where its query heads allow it."""
 
 
-@pytest.mark.parametrize(("name", "tensor"), CASES, ids="{0[0]}-tp{0[1]}".format)
+@pytest.mark.parametrize(("name", "tensor"), CASES)
 def test_families_give_the_tokens_of_transformers(name: str, tensor: int) -> None:
     """Two requests in a cache that does not hold both, so that one is preempted on the way."""
     golden = Golden(name)
