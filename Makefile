@@ -15,7 +15,7 @@ setup: .venv/.tested
 	@touch $@
 
 .venv/.tested: .venv/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,aot]'
 	@touch $@
 
 demo: .venv/.installed

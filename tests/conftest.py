@@ -1,10 +1,16 @@
-"""Runs before jax is imported anywhere: eight virtual CPU devices, to test meshes without accelerators."""
+"""Runs before jax and triton are imported anywhere.
+
+Eight virtual CPU devices, to test meshes without accelerators; GPU kernels run in their interpreters. What is compiled
+for GPUs is compiled in processes of its own.
+"""
 
 from __future__ import annotations
 
 import os
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
