@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         resolved = config.resolve(
             model_max_len=longest_sequence(checkpoint.config), on_gpu=jax.default_backend() == "gpu"
         )
-        profiler = Profiler(ModelRunner(resolved, checkpoint, make_mesh(), show_progress=True))
+        profiler = Profiler(ModelRunner(resolved, checkpoint, make_mesh(config.tensor_parallel), show_progress=True))
         profile, samples = profiler.profile(stop_seconds=slo_tbt_seconds)
         print_samples(profile, samples)
         print(f"{profile.model}, {profile.dtype} on {profile.device}, {profile.date}; held-out error "
