@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -39,8 +40,8 @@ class PolicyPrediction:
 
     @property
     def error(self) -> float:
-        """Of the capacity, relative."""
-        return self.simulated / self.measured - 1
+        """Of the capacity, relative; infinite where the engine met the objective at no rate."""
+        return self.simulated / self.measured - 1 if self.measured else math.inf
 
 
 def predict(report: Mapping[str, Any], profile: Profile) -> list[PolicyPrediction]:
@@ -69,7 +70,9 @@ def _predict_policy(
     trials = []
     for trial in series["capacity"]["trials"]:
         simulated = measure(trial["rate"], trial["seed"]).summary()
-        measured_tbt, measured_delay = (Percentiles(tuple(trial["summary"][name]["seconds"])) for name in ("tbt", "delay"))
+        measured_tbt, measured_delay = (
+            Percentiles(tuple(trial["summary"][name]["seconds"])) for name in ("tbt", "delay")
+        )
         trials.append(
             TrialPrediction(
                 trial["rate"], measured_tbt.at(99), simulated.tbt.at(99), measured_delay.at(50), simulated.delay.at(50)
