@@ -208,7 +208,7 @@ class Engine:
             "step times of %s: held-out error %.1f %% (median), %.1f %% (P90); token budget %d",
             profile.date, 100 * profile.error.median, 100 * profile.error.p90, self.config.token_budget,
         )  # fmt: skip
-        return Pace(slo_tbt_seconds, profile.step_time)
+        return Pace.of(slo_tbt_seconds, profile.step_time, profile.error)
 
     def _launch(self, chunks: list[Chunk], start: float) -> _LaunchedStep:
         scheduled = self._clock()
