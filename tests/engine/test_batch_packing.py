@@ -163,4 +163,4 @@ def test_an_empty_step_does_nothing() -> None:
     assert fields["sample_rows"].tolist() == [-1] * MAX_NUM_SEQS
     assert fields["feedback"].tolist() == [-1] * 4
     assert fields["kv_slots"].tolist() == [0] * 4
-    assert fields["counts"].tolist() == [0, 0]
+    assert fields["counts"].tolist() == [0, 0, 0]
