@@ -164,7 +164,7 @@ def variants(case: Case, backend: Backend, shape: AttentionShape) -> Iterator[Va
     elif backend.name == "triton":  # mosaic's decodes are the same
         for tokens in (backend.tiling.decode_tokens // 2, 2 * backend.tiling.decode_tokens):
             yield Variant(f"split {tokens}", shape, _with(decode_tokens=tokens))
-        for items in (busy.decode // 2, 2 * busy.decode):
+        for items in (busy.decode // 2, busy.decode * 3 // 4, 2 * busy.decode):
             yield Variant(f"busy {items}", shape, _with(busy=BusyItems(items, busy.prefill)))
 
 

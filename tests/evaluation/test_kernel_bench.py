@@ -91,7 +91,8 @@ def test_variants_change_one_thing() -> None:
     backend = Backend("triton", Tiling(256, 32, BusyItems(66, 17)))
     found = {v.name: v for v in kernel_bench.variants(CASES["decode-64x4k"], backend, SHAPE)}
     assert list(found) == [
-        "", "page 16", "page 32", "page 128", "fp8 KV", "split 128", "split 512", "busy 33", "busy 132",
+        "", "page 16", "page 32", "page 128", "fp8 KV", "split 128", "split 512", "busy 33", "busy 49",
+        "busy 132",
     ]  # fmt: skip
     assert found["busy 33"].retile(backend.tiling) == Tiling(256, 32, BusyItems(33, 17))
     assert found["split 512"].retile(backend.tiling) == Tiling(512, 32, BusyItems(66, 17))
