@@ -265,7 +265,8 @@ def rotate_and_write(
         first = dim < HALF
         frequency = tl.where(first, dim, dim - HALF)
         partner = tl.where(first, dim + HALF, dim - HALF)
-        turned = mask & (dim < 2 * HALF)[None, :] & (part <= GROUP)
+        num_turned = tl.where(part <= GROUP, 2 * HALF, 0)  # values are not rotated
+        turned = mask & (dim < num_turned)[None, :]
         y = tl.load(qkv_ptr + places + partner[None, :], mask=turned, other=0.0).to(tl.float32)
         angles = (row * HALF)[:, None] + frequency[None, :]
         cos = tl.load(cos_ptr + angles, mask=turned, other=1.0)
