@@ -43,8 +43,9 @@ COMBINE_PROGRAMS = 4
 """Programs that share the rows of one split tile."""
 ROTATE_ROWS = 16
 """Rows of one program: enough to fill four warps with 16-byte loads, few enough to spread a small batch."""
-FUSE_MULTIPLY_ADD = {"enable_fp_fusion": True}
-"""Triton 3.10 turns it off by default."""
+COMPILER_OPTIONS = {"enable_fp_fusion": True, "ptx_version": 86}
+"""Triton 3.10 no longer fuses by default. PTX 8.6 is what the assembler of any CUDA 12.7 or newer reads, which may be
+older than Triton's own."""
 
 
 def rotate_and_write(
@@ -60,7 +61,7 @@ def rotate_and_write(
         grid=(kv_heads * width, -(-rows // ROTATE_ROWS)),
         num_warps=4,
         compute_capability=inputs.backend.target.compute_capability,
-        backend_options=FUSE_MULTIPLY_ADD,
+        backend_options=COMPILER_OPTIONS,
         NUM_ROWS=rows,
         KV_HEADS=kv_heads,
         GROUP=width - 2,
@@ -85,7 +86,7 @@ def paged_attention(
     softcap: float | None,
 ) -> jax.Array:
     """See kernels.attention.paged_attention; for plans whose tiling has ``busy``, which write every row."""
-    masking = {"scale": scale, "window": window, "softcap": softcap}
+    masking: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     if inputs.backend.name == "mosaic":
         from jaxserve.kernels import mosaic_attention  # it needs packages that only Hopper GPUs do
 
@@ -135,7 +136,7 @@ def _attend(
         num_warps=8 if block_rows > WARPGROUP_ROWS else 4,
         num_stages=DECODE_STAGES if kind == DECODE else PREFILL_STAGES,
         compute_capability=inputs.backend.target.compute_capability,
-        backend_options=FUSE_MULTIPLY_ADD,
+        backend_options=COMPILER_OPTIONS,
         KIND=kind,
         SCALE=scale,
         WINDOW=window,
@@ -166,7 +167,7 @@ def _combine(out: jax.Array, values: jax.Array, stats: jax.Array, inputs: Attent
         grid=(heads, COMBINE_PROGRAMS, len(entries)),
         num_warps=4,
         compute_capability=inputs.backend.target.compute_capability,
-        backend_options=FUSE_MULTIPLY_ADD,
+        backend_options=COMPILER_OPTIONS,
         HEADS=heads,
         HEAD_DIM=dim,
         PROGRAMS=COMBINE_PROGRAMS,

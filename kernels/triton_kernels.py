@@ -10,7 +10,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 EMPTY = tl.constexpr(-1e30)
-"""The maximum of no scores. Finite, so that scores that nobody sees, which are -inf, weigh exp2(-inf) = 0 against it."""
+"""The maximum of no scores. Finite, so that scores that nobody sees, -inf, weigh exp2(-inf) = 0 against it."""
 FLOAT8_MAX = tl.constexpr(448.0)
 """Of float8_e4m3fn, which has no infinity: what is larger becomes NaN."""
 
@@ -48,8 +48,8 @@ def attend(
 
     q, out: ``[T, heads, head_dim]``. k, v: ``[layers * pages, page_size, kv_heads, head_dim]``. tables: ``[sequences,
     TABLE_WIDTH]``. items: ``[n, 8]``, of which the first ``counts[KIND]`` are real. layer: one number. scales:
-    ``[layers, 2]``, read if QUANTISED. values ``[partial rows, heads, head_dim]`` and stats ``[partial rows, heads, 2]``
-    take unnormalised results, with the maximum of the scores and the sum of the weights.
+    ``[layers, 2]``, read if QUANTISED. values ``[partial rows, heads, head_dim]`` and stats ``[partial rows, heads,
+    2]`` take unnormalised results, with the maximum of the scores and the sum of the weights.
     UNMASKED: tiles that all rows see are walked without masking, in a loop of their own.
     """
     kv_head = tl.program_id(0)
@@ -273,7 +273,9 @@ def rotate_and_write(
         sin = tl.load(sin_ptr + angles, mask=turned, other=0.0)
         x = (x.to(tl.float32) * cos + y * tl.where(first[None, :], -sin, sin)).to(x.dtype)
     if part < GROUP:
-        tl.store(q_ptr + (row * (KV_HEADS * GROUP) + kv_head * GROUP + part)[:, None] * HEAD_DIM + dim[None, :], x, mask)
+        tl.store(
+            q_ptr + (row * (KV_HEADS * GROUP) + kv_head * GROUP + part)[:, None] * HEAD_DIM + dim[None, :], x, mask
+        )
     else:
         layer = tl.load(layer_ptr).to(tl.int64)
         slots = layer * LAYER_SLOTS + tl.load(slots_ptr + row, mask=row < NUM_ROWS, other=0)

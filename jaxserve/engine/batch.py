@@ -45,7 +45,7 @@ class StepLayout:
 
     @cached_property
     def num_ints(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        return sum(_aligned(math.prod(shape)) for shape in self.shapes.values())
 
     @property
     def float_shape(self) -> tuple[int, int]:
@@ -57,8 +57,13 @@ class StepLayout:
         for name, shape in self.shapes.items():
             size = math.prod(shape)
             fields[name] = packed[offset : offset + size].reshape(shape)
-            offset += size
+            offset += _aligned(size)
         return fields
+
+
+def _aligned(num_ints: int) -> int:
+    """XLA copies what kernels of other compilers read, unless it begins at a multiple of 128 bytes."""
+    return -(-num_ints // 32) * 32
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,8 @@ class Engine:
             ", ".join(f"{name} {getattr(effective, name)}" for name in generation.FIELDS),
             ", ".join(self.sampling_defaults) or "none",
         )
-        self.runner = ModelRunner(self.config, checkpoint, make_mesh(config.tensor_parallel), show_progress=show_progress)
+        mesh = make_mesh(config.tensor_parallel)
+        self.runner = ModelRunner(self.config, checkpoint, mesh, show_progress=show_progress)
         pace = self._settle_pace(stored, auto=config.token_budget == "auto") if config.needs_step_times else None
         self.blocks = BlockManager(self.runner.num_blocks, self.config.block_size)
         self.scheduler = make_scheduler(

@@ -23,6 +23,12 @@ from jaxserve.models.registry import family_of
 from jaxserve.scheduler.buckets import token_buckets
 from jaxserve.sharding.rules import abstract_model, abstract_parameters, hold_kv_heads
 
+GRAPH_OPTIONS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+}
+"""XLA's default and WHILE: without it the sampler's loop stays out of the step's CUDA graph and its branches with it,
+and at each branch the host waits for the device."""
+
 
 class StepOutputs(NamedTuple):
     """Results of a launched step, still on the device."""
@@ -88,7 +94,13 @@ class StepPrograms:
         abstract = partial(jax.ShapeDtypeStruct, sharding=self.replicated)
         # What the next step takes as it is must come out where that expects it.
         placed = (self._cache_shardings, self.replicated, self.replicated)
-        return jax.jit(partial(self._step, layout), donate_argnums=(1, 2), out_shardings=placed).lower(
+        step = jax.jit(
+            partial(self._step, layout),
+            donate_argnums=(1, 2),
+            out_shardings=placed,
+            compiler_options=GRAPH_OPTIONS if self.backend.target.platform == "gpu" else None,
+        )
+        return step.lower(
             list(self.abstract_parameters.values()),
             self.abstract_cache(),
             abstract((self.config.max_num_seqs,), jnp.int32),

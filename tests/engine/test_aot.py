@@ -59,11 +59,6 @@ def test_temporary_memory_is_what_activations_take(report: dict[str, Any]) -> No
         assert program["temp_bytes"] <= most_temp_bytes(program["rows"], report["settings"]), program["rows"]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the loops of the sampler's top-k and top-p keep its branches out of the graph: "
-    "XLA puts loops into graphs only with WHILE among xla_gpu_enable_command_buffer",
-)
 def test_a_step_is_one_cuda_graph(report: dict[str, Any]) -> None:
     """Otherwise the host also waits for the device at each branch, in the middle of a step."""
     launches = {program["rows"]: program["launches"] for program in report["programs"]}

@@ -209,4 +209,3 @@ def test_rotating_and_writing(rotated: int, dtype: str, cache_dtype: str) -> Non
         np.testing.assert_array_equal(got[others], before[others])
     if cache_dtype == "float8_e4m3fn":
         assert np.abs(np.asarray(theirs[1].k, np.float32)).max() == 448, "keys too large for their scale are clipped"
-

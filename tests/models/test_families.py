@@ -38,8 +38,8 @@ def test_logits_match_transformers(name: str) -> None:
 def test_engine_serves_every_architecture(architecture: str, tiny_tokenizer: Path) -> None:
     golden = next(g for g in map(Golden, names()) if g.architecture == architecture)
     with LLM(
-        model=str(golden.checkpoint), tokenizer=str(tiny_tokenizer), show_progress=False, token_budget=16, max_num_seqs=2,
-        block_size=8, num_blocks=24, max_model_len=golden.length,
+        model=str(golden.checkpoint), tokenizer=str(tiny_tokenizer), show_progress=False, token_budget=16,
+        max_num_seqs=2, block_size=8, num_blocks=24, max_model_len=golden.length,
     ) as llm:  # fmt: skip
         greedy = SamplingParams(temperature=0, max_tokens=len(golden.greedy), ignore_eos=True)
         first, second = llm.generate([golden.prompt, golden.prompt[:20]], greedy)
