@@ -115,7 +115,7 @@ class _Ring(NamedTuple):
 
     @classmethod
     def types(cls, dim: int, dtype: jnp.dtype) -> _Ring:
-        transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+        transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
         return cls(
             plgpu.SMEM((STAGES, PAGE_SIZE, dim), dtype, transforms=transforms),
             plgpu.Barrier(num_barriers=STAGES),
@@ -205,8 +205,7 @@ class _Kernel:
             def _() -> None:
                 plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
                 self._load(item, refs, keys, values, tile)
-                # Read anew: kept in registers all the while, they would spill.
-                self._store(self._item(refs.items, number), refs, tile)
+                self._store(item, refs, tile)
 
             @pl.when(warpgroup < COMPUTE_WARPGROUPS)
             def _() -> None:
@@ -389,12 +388,12 @@ class _Kernel:
         cannot compile the same for a single warp."""
         head = lax.axis_index("head")
 
-        @pl.loop(0, num_rows)
-        def _(i: jax.Array) -> None:
-            @pl.loop(0, self.group)
-            def _(g: jax.Array) -> None:
-                for kind in range(2):
-                    target[first_row + i, head * self.group + g, kind] = stats[kind, g * self.tile_rows + i]
+        # In one loop: with two, one inside the other, its few registers spill.
+        @pl.loop(0, num_rows * self.group)
+        def _(number: jax.Array) -> None:
+            i, g = lax.div(number, jnp.int32(self.group)), lax.rem(number, jnp.int32(self.group))
+            for kind in range(2):
+                target[first_row + i, head * self.group + g, kind] = stats[kind, g * self.tile_rows + i]
 
 
 def _slot(j: jax.Array) -> jax.Array:

@@ -42,6 +42,7 @@ class Variant:
     softcap: float | None = None
 
 
+INT32 = jnp.dtype("int32")
 MISTRAL = Variant()
 VARIANTS = {
     "bfloat16 32/8 x 128": MISTRAL,
@@ -76,7 +77,7 @@ def compile_variant(variant: Variant) -> Resources:
     backend = choose_backend("mosaic", DEVICES["h100"].target, shape)
     limits = PlanLimits(ROWS, SEQUENCES, MAX_LEN, PAGE_SIZE, NUM_PAGES, backend.tiling, variant.window)
 
-    def array(*size: int, dtype: jnp.dtype = jnp.dtype("int32")) -> jax.ShapeDtypeStruct:
+    def array(*size: int, dtype: jnp.dtype = INT32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
 
     pages = array(LAYERS * NUM_PAGES, PAGE_SIZE, variant.kv_heads, variant.head_dim, dtype=dtype)
@@ -90,7 +91,9 @@ def compile_variant(variant: Variant) -> Resources:
     prefill = partial(paged_prefill, scale=variant.head_dim**-0.5, window=variant.window, softcap=variant.softcap)
     cache = KVCache(pages, pages, array(LAYERS, 2, dtype=jnp.dtype("float32")))
     with dumped() as texts:
-        jax.jit(prefill).lower(array(ROWS, variant.heads, variant.head_dim, dtype=dtype), cache, inputs, array()).compile()
+        jax.jit(prefill).lower(
+            array(ROWS, variant.heads, variant.head_dim, dtype=dtype), cache, inputs, array()
+        ).compile()
         ptx, log, sizes = (next(texts.glob(f"*.{kind}")).read_text() for kind in ("ptx", "ptxas", "resources.txt"))
     (registers,) = re.findall(r"Used (\d+) registers", log)
     (properties,) = re.findall(r"bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
