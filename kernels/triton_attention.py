@@ -32,8 +32,10 @@ SMALLEST_BLOCK = 16
 """Rows and columns of the smallest product that Triton makes."""
 KV_TILE_TOKENS = 64
 """Keys of one step: with 128 the scores of a prefill tile do not fit into registers beside its accumulators."""
+WARPGROUP_ROWS = 64
+"""Rows of a Hopper matrix product, which four warps make together."""
 WARPGROUP_ACCUMULATORS = 64 * 128
-"""Numbers that the registers of four warps accumulate: with more, twice as many warps share them."""
+"""Numbers that the registers of four warps have room for."""
 DECODE_STAGES = 5
 """Finding a page before loading it takes two of them: five are needed to load one tile ahead."""
 PREFILL_STAGES = 3
@@ -133,7 +135,7 @@ def _attend(
         input_output_aliases={len(operands) + i: i for i in range(len(partial or ()))},
         grid=(kv_heads, len(items)),
         name="decode" if kind == DECODE else "prefill",
-        num_warps=8 if block_rows * _block(dim) > WARPGROUP_ACCUMULATORS else 4,
+        num_warps=_num_warps(block_rows, _block(dim)),
         num_stages=DECODE_STAGES if kind == DECODE else PREFILL_STAGES,
         compute_capability=inputs.backend.target.compute_capability,
         backend_options=COMPILER_OPTIONS,
@@ -174,6 +176,10 @@ def _combine(out: jax.Array, values: jax.Array, stats: jax.Array, inputs: Attent
         PARTS=COMBINE_PARTS,
         BLOCK_DIM=_block(dim),
     )  # fmt: skip
+
+
+def _num_warps(block_rows: int, block_dim: int) -> int:
+    return 8 if block_rows > WARPGROUP_ROWS or block_rows * block_dim > WARPGROUP_ACCUMULATORS else 4
 
 
 def _block(size: int) -> int:
