@@ -147,23 +147,22 @@ def make_plan(
     sequences, query_lens, kv_lens: ``int[n]``; sequence ``sequences[i]`` (a row of the block table) has
     ``query_lens[i]`` consecutive rows of the batch, the last at position ``kv_lens[i] - 1``.
     """
-    tiling = limits.tiling
+    tiling, busy = limits.tiling, limits.tiling.busy
     first_rows = np.cumsum(query_lens) - query_lens
     decoding = query_lens == 1
-    batch = np.stack((sequences, first_rows, query_lens, kv_lens), axis=1)
-    decodes, chunks = _tiles(limits, batch[decoding]), _tiles(limits, batch[~decoding])
-    if tiling.busy is None:
+    batch = np.array((sequences, first_rows, query_lens, kv_lens))
+    decodes, chunks = _see_all(limits, batch[:, decoding], kv_lens[decoding] - 1), batch[:, ~decoding]
+    if busy is None:
         part_pages = tiling.decode_pages(limits.page_size)
         decode, combine = _cut(decodes, -(-_pages(decodes) // part_pages), 0, keep_whole=False)
-        prefill, _ = _cut(chunks, np.ones(len(chunks), int), 0)
+        prefill, _ = _cut(_tiles(limits, chunks), None, 0)
     else:
         used = int(query_lens.sum())
-        padding = np.array([[0, used, limits.num_rows - used, 0]])
-        chunks = np.concatenate((chunks, _tiles(limits, padding)))
-        decode, combine = _cut(decodes, _num_parts(limits, decodes, tiling.busy.decode), 0)
-        prefill, more = _cut(
-            chunks, _num_parts(limits, chunks, tiling.busy.prefill), int((combine[:, 1] * combine[:, 3]).sum())
-        )
+        padding = np.array([[0], [used], [limits.num_rows - used], [0]])
+        tiles = _tiles(limits, np.concatenate((chunks, padding), axis=1))
+        decode, combine = _cut(decodes, _num_parts(limits, decodes, busy.decode), 0)
+        partial_rows = int((combine[:, 1] * combine[:, 3]).sum())
+        prefill, more = _cut(tiles, _num_parts(limits, tiles, busy.prefill), partial_rows)
         combine = np.concatenate((combine, more))
         decode, prefill = _longest_first(decode), _longest_first(prefill)
     for target, found in ((out.decode, decode), (out.prefill, prefill), (out.combine, combine)):
@@ -182,46 +181,63 @@ def _expand(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return owners, np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _tiles(limits: PlanLimits, batch: np.ndarray) -> np.ndarray:
-    """Sequence, first row, number of rows, KV length ``[n, 4]`` -> the first seven fields of items that see all."""
-    owner, tile = _expand(-(-batch[:, 2] // limits.tile_rows))
-    sequence, row, num_rows, kv_len = batch[owner].T
-    offset = tile * limits.tile_rows
+def _tiles(limits: PlanLimits, chunks: np.ndarray) -> np.ndarray:
+    """Chunks ``[4, n]``, of sequence, first row, number of rows, KV length -> tiles of their rows."""
+    tile_rows = limits.tile_rows
+    owner, tile = _expand(-(-chunks[2] // tile_rows))
+    sequence, row, num_rows, kv_len = chunks[:, owner]
+    offset = tile * tile_rows
     position = np.maximum(kv_len - num_rows, 0) + offset
-    num_rows = np.minimum(limits.tile_rows, num_rows - offset)
+    num_rows = np.minimum(tile_rows, num_rows - offset)
+    return _see_all(limits, np.array((sequence, row + offset, num_rows, kv_len)), position)
+
+
+def _see_all(limits: PlanLimits, rows: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """Rows ``[4, n]``, of sequence, first row, number of rows, KV length, the first at ``position`` -> items ``[n, 8]``
+    that see all they may and write the output."""
+    sequence, row, num_rows, kv_len = rows
     end_page = -(-np.minimum(position + num_rows, kv_len) // limits.page_size)
-    first_page = np.zeros_like(position)
+    items = np.empty((len(position), ITEM_FIELDS), int)
+    items[:, 0], items[:, 1], items[:, 2], items[:, 3] = sequence, row, num_rows, position
+    items[:, 4], items[:, 5], items[:, 6], items[:, 7] = 0, end_page, kv_len, -1
     if limits.window is not None:
-        first_page = np.minimum(np.maximum(position - limits.window + 1, 0) // limits.page_size, end_page)
-    return np.stack((sequence, row + offset, num_rows, position, first_page, end_page, kv_len), axis=1)
+        first_page = np.maximum(position - limits.window + 1, 0) // limits.page_size
+        items[:, 4] = np.minimum(first_page, end_page)
+    return items
 
 
-def _pages(tiles: np.ndarray) -> np.ndarray:
-    return tiles[:, 5] - tiles[:, 4]
+def _pages(items: np.ndarray) -> np.ndarray:
+    return items[:, 5] - items[:, 4]
 
 
-def _num_parts(limits: PlanLimits, tiles: np.ndarray, busy: int) -> np.ndarray:
-    """How many parts each tile is cut into, so that all are about as long; at most ``busy`` more than tiles."""
+def _num_parts(limits: PlanLimits, tiles: np.ndarray, busy: int) -> np.ndarray | None:
+    """How many parts each tile is cut into, so that all are about as long; at most ``busy`` more than tiles.
+
+    None where none is cut.
+    """
     pages = _pages(tiles)
     longest = max(limits.tiling.decode_pages(limits.page_size), pages.sum() / busy)
+    if pages.max(initial=0) <= 1.5 * longest:
+        return None
     return np.maximum(np.rint(pages / longest), 1).astype(int)
 
 
 def _cut(
-    tiles: np.ndarray, num_parts: np.ndarray, first_partial: int, *, keep_whole: bool = True
+    tiles: np.ndarray, num_parts: np.ndarray | None, first_partial: int, *, keep_whole: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """Work items, and what to combine. ``keep_whole``: a tile in one part has no partial result."""
+    if num_parts is None:
+        return tiles, np.empty((0, COMBINE_FIELDS), int)
     num_rows, split = tiles[:, 2], (num_parts > 1) | (not keep_whole)
     partial_rows = num_rows * num_parts * split
     partial = first_partial + np.cumsum(partial_rows) - partial_rows
     owner, part = _expand(num_parts)
-    begin, pages, parts = tiles[owner, 4], _pages(tiles)[owner], num_parts[owner]
-    items = np.empty((len(owner), ITEM_FIELDS), int)
-    items[:, :7] = tiles[owner]
+    items, pages, parts = tiles[owner], _pages(tiles)[owner], num_parts[owner]
+    begin = items[:, 4].copy()
     items[:, 4] = begin + pages * part // parts
     items[:, 5] = begin + pages * (part + 1) // parts
     items[:, 7] = np.where(split[owner], partial[owner] + part * num_rows[owner], -1)
-    return items, np.stack((tiles[split, 1], num_rows[split], partial[split], num_parts[split]), axis=1)
+    return items, np.array((tiles[split, 1], num_rows[split], partial[split], num_parts[split])).T
 
 
 def _longest_first(items: np.ndarray) -> np.ndarray:
