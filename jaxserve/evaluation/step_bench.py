@@ -127,7 +127,8 @@ class StepBench:
     def __init__(self, engine: Engine, effort: Effort = THOROUGH) -> None:
         self.runner = engine.runner
         self._effort = effort
-        self._programs = StepPrograms(self.runner.config, self.runner.model_config, make_mesh())
+        config = self.runner.config
+        self._programs = StepPrograms(config, self.runner.model_config, make_mesh(config.tensor_parallel))
         self._launches: dict[int, Launches] = {}
 
     def measure(self, case: StepCase) -> StepRow:
