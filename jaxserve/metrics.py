@@ -74,7 +74,9 @@ class EngineMetrics:
         self.step_padding = counter("step_padding_tokens", "Padding rows computed by steps")
         self.budget_use = histogram("token_budget_use", "Share of the token budget a step used", _SHARE_BUCKETS)
         self.bubble = histogram(
-            "pipeline_bubble_share", "Share of the stages' rows that had no token in a tick of the pipeline", _SHARE_BUCKETS
+            "pipeline_bubble_share",
+            "Share of the stages' rows that had no token in a tick of the pipeline",
+            _SHARE_BUCKETS,
         )
 
     def observe_queues(self, scheduler: Scheduler, blocks: BlockManager, num_compiles: int) -> None:

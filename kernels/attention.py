@@ -60,7 +60,9 @@ CACHE = KVCache(k=PartitionSpec(None, None, "tensor"), v=PartitionSpec(None, Non
 """How arrays lie on a mesh: KV heads are divided, and query heads with them."""
 
 
-def _per_shard[**P, R](function: Callable[P, R], mesh: Mesh | None, in_specs: object, out_specs: object) -> Callable[P, R]:
+def _per_shard[**P, R](
+    function: Callable[P, R], mesh: Mesh | None, in_specs: object, out_specs: object
+) -> Callable[P, R]:
     """Kernels see one device's heads; the partitioner cannot look into them."""
     if mesh is None or mesh.shape["tensor"] == 1:
         return function

@@ -19,7 +19,8 @@ CPU_TILING = Tiling(decode_tokens=128, prefill_rows=64)
 """Of the backends that serve CPUs: xla, which serves all platforms, and native."""
 SPLIT_TOKENS = 256
 """KV tokens below which splitting costs a GPU more than it gains."""
-DECODE_PROGRAMS_PER_CORE = 4
+DECODE_PROGRAMS_PER_CORE = 3
+"""As many as fit into shared memory: of a multiprocessor's 227 KiB each takes 70."""
 PREFILL_PROGRAMS_PER_CORE = 1
 """A prefill program's accumulators take all registers of a multiprocessor."""
 HOPPER = 90
@@ -42,6 +43,9 @@ class Target(NamedTuple):
         return cls("gpu", int(float(device.compute_capability) * 10), device.core_count)
 
 
+CPU = Target("cpu")
+
+
 class AttentionShape(NamedTuple):
     """What one device computes: heads are its own, under tensor parallelism a share of the model's."""
 
@@ -59,7 +63,7 @@ class Backend:
     name: str
     """One of config.ATTENTION_BACKENDS but ``auto``."""
     tiling: Tiling = CPU_TILING
-    target: Target = Target("cpu")
+    target: Target = CPU
 
 
 def choose_backend(name: str, target: Target, shape: AttentionShape) -> Backend:

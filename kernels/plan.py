@@ -105,7 +105,7 @@ class PlanLimits:
 
 
 def _most_parts(busy: int) -> int:
-    """Of tiles that are split at all: a share x of the work, in units of all / busy, makes round(x) <= 4 / 3 x parts."""
+    """Of tiles that are split at all: a share x of the work, in units of all / busy, makes round(x) <= 4/3 x parts."""
     return busy * 4 // 3
 
 

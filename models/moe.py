@@ -15,9 +15,9 @@ from jaxserve.models.weights import Part, Weight, whole
 class MoE(nnx.Module):
     """Every row goes to its ``per_token`` likeliest experts (arXiv 2401.04088); none is dropped.
 
-    The rows are sorted by expert, so that each expert's are contiguous and grouped products serve all of them:
-    shapes depend on the number of rows alone. ``gate_up`` is ``[2, experts, hidden, inner]``. Weights lie inputs-first, unlike the dense ones: XLA's ragged_dot would
-    transpose them in every step.
+    The rows are sorted by expert, so that each expert's are contiguous and grouped products serve all of them: shapes
+    depend on the number of rows alone. ``gate_up`` is ``[2, experts, hidden, inner]``, ``down`` ``[experts, inner,
+    hidden]``: inputs first, unlike the dense ones, which XLA's ragged_dot would transpose in every step.
     """
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:

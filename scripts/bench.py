@@ -5,6 +5,8 @@ bench.py stall        TBT of running decodes while a long prompt arrives: stall-
 bench.py load         time and host memory to load a synthetic checkpoint of 4 GiB
 bench.py serve        TTFT, TBT, scheduling delay and goodput of a workload: through a gRPC server or in this process
 bench.py capacity     the highest request rate at which each policy meets a TBT objective
+bench.py kernels      attention kernels alone on a GPU: errors, times, shares of the ceilings
+bench.py step         whole steps of the engine beside their roofline, and what the device waits for between them
 
 bench.py serve --help, say, lists the flags of one.
 """
@@ -24,7 +26,9 @@ import grpc
 
 from jaxserve.config import SCHEDULERS, ConfigError, EngineConfig, parse_config
 from jaxserve.engine.engine import Engine
+from jaxserve.evaluation import kernel_bench, step_bench
 from jaxserve.evaluation.capacity import SearchConfig, Trial
+from jaxserve.evaluation.device_bench import QUICK, THOROUGH, measure_ceilings
 from jaxserve.evaluation.latency import Objective
 from jaxserve.evaluation.loading import measure_load, write_synthetic
 from jaxserve.evaluation.report import Series, capacity_rows, check_can_report, summary_row, text_table, write_report
@@ -36,6 +40,7 @@ from jaxserve.models.config import ModelError
 from jaxserve.server.process import ServerProcessError, running_server
 
 SERVER = Path(__file__).with_name("serve.py")
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 
 def throughput(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -165,6 +170,76 @@ def capacity(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         finish_report(args.report, "Capacity by policy", results, objective, settings | {"objective": vars(limits)})
 
 
+def kernels(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    parser.add_argument("--cases", nargs="+", choices=kernel_bench.CASES, default=list(kernel_bench.CASES))
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        choices=kernel_bench.BACKENDS,
+        default=list(kernel_bench.BACKENDS),
+        help="attention kernels",
+    )
+    parser.add_argument("--quick", action="store_true", help="no variants, and shorter measurements")
+    parser.add_argument("--tiny", action="store_true", help="small cases, to try the benchmark itself on any machine")
+    add_output_dir(parser)
+    args = parser.parse_args(argv)
+    folder = output_dir(args)
+    bench = kernel_bench.KernelBench(args.backends, quick=args.quick, tiny=args.tiny)
+    rows: list[kernel_bench.Row] = []
+    for row in bench.rows(args.cases):
+        rows.append(row)
+        time = row.failure or f"{1e6 * row.seconds.median:9.1f} us"
+        print(f"{row.case.name:20} {row.backend:7} {row.variant.name:17} {time}", flush=True)
+        paths = kernel_bench.write_kernels(folder, rows, bench.ceilings)  # every time: the machine may be taken away
+    print(f"\n{text_table([kernel_bench.describe(row, rows, bench.ceilings) for row in rows])}")
+    print("written: {}, {}".format(*paths))
+
+
+def step(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    parser.add_argument("--quick", action="store_true", help="shorter measurements")
+    parser.add_argument("--requests", type=int, default=256, help="number of requests of the engine under load")
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="tokens of each prompt")
+    parser.add_argument("--output-tokens", type=int, default=64, help="forced output tokens of each")
+    add_output_dir(parser)
+    parser.set_defaults(token_budget=2048, max_num_seqs=128, max_model_len=8192)
+    config, args = parse_config(parser, argv, EngineConfig)
+    folder, effort = output_dir(args), QUICK if args.quick else THOROUGH
+    ceilings = measure_ceilings(effort)  # before the engine takes the memory
+    engine = Engine(config)
+    bench = step_bench.StepBench(engine, effort)
+    rows: list[step_bench.StepRow] = []
+    left_out = {}
+    for case in step_bench.step_cases():
+        reason = step_bench.why_not(case, engine.runner)
+        if reason is None:
+            rows.append(bench.measure(case))
+            print(f"{case.name:34} {1e3 * rows[-1].seconds.median:9.3f} ms", flush=True)
+        else:
+            left_out[case.name] = reason
+            print(f"{case.name:34} not measured: {reason}", flush=True)
+    prompts = random_prompts(args.requests, args.prompt_tokens, engine.model_config.vocab_size)
+    measure_throughput(engine, prompts[: config.max_num_seqs], 2)  # warm, discarded
+    gap = step_bench.host_gap(measure_throughput(engine, prompts, args.output_tokens))
+    settings = vars(engine.config)
+    engine.close()
+    if rows:
+        print(f"\n{text_table([step_bench.describe(row, ceilings) for row in rows])}")
+    print(f"\nunder load: {1e3 * gap['gap_seconds_per_step']:.3f} ms between steps in which the device waits, "
+          f"{1e3 * gap['device_seconds_per_step']:.3f} ms in which it works")  # fmt: skip
+    paths = step_bench.write_steps(folder, rows, ceilings, left_out=left_out, gap=gap, settings=settings)
+    print("written: {}, {}".format(*paths))
+
+
+def add_output_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output-dir", type=Path, default=RESULTS, help=f"folder of the results (default: {RESULTS})")
+
+
+def output_dir(args: argparse.Namespace) -> Path:
+    if not args.output_dir.is_dir():
+        raise ConfigError(f"output_dir must be a folder that exists, got {str(args.output_dir)!r}")
+    return args.output_dir
+
+
 def finish_report(
     path: str, title: str, results: list[Series], objective: Objective | None, settings: dict[str, dict[str, object]]
 ) -> None:
@@ -172,7 +247,15 @@ def finish_report(
     print(f"report: {path}, numbers: {json_path}")
 
 
-COMMANDS = {"throughput": throughput, "stall": stall, "load": load, "serve": serve, "capacity": capacity}
+COMMANDS = {
+    "throughput": throughput,
+    "stall": stall,
+    "load": load,
+    "serve": serve,
+    "capacity": capacity,
+    "kernels": kernels,
+    "step": step,
+}
 
 
 def main() -> int:

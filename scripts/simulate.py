@@ -4,6 +4,7 @@ simulate.py --model mistral-7b --device a100-80g --rate 2             one run
 simulate.py --model yi-34b --tp 2 --p99-tbt 0.2                       its capacity under that objective
 simulate.py --model yi-34b --tp 2 --p99-tbt 0.2 --sweep budgets       which token budget; also: policies, shapes
 simulate.py ... --sweep shapes --serve 20 --plot shapes.png           TP or PP; replicas for 20 requests/s; a picture
+simulate.py --profile steps.json --against capacity.json              how far the simulator is from what was measured
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from jaxserve.config import ConfigError, parse_config
@@ -21,11 +23,14 @@ from jaxserve.models.presets import PRESETS
 from jaxserve.models.registry import read_config
 from jaxserve.request import RequestError
 from jaxserve.scheduler import POLICIES, Pace
-from jaxserve.scheduler.step_time import Profile, StepTimeModel
+from jaxserve.scheduler.buckets import token_buckets
+from jaxserve.scheduler.step_time import Profile
 from jaxserve.simulator.cost import OVERLAPPED, FittedCost, authors_host_time
 from jaxserve.simulator.deployment import Deployment
 from jaxserve.simulator.devices import DEVICES, find_device
+from jaxserve.simulator.pace import fit_pace
 from jaxserve.simulator.sweep import COLUMNS, SWEEPS, Candidate, plot, rate_candidate, simulate, variants, whole_prompts
+from jaxserve.simulator.validate import predict
 
 
 def model_config(name: str) -> ModelConfig:
@@ -41,11 +46,40 @@ def model_config(name: str) -> ModelConfig:
         ) from None
 
 
-def measured_steps(path: str) -> StepTimeModel:
+def read_profile(path: str) -> Profile:
     try:
-        return Profile.from_json(Path(path).read_text(encoding="utf-8")).step_time
+        return Profile.from_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"profile: cannot read {path!r}: {error}") from None
+
+
+def choose_pace(deployment: Deployment, slo_tbt_seconds: float, profile: Profile | None) -> Pace:
+    """By measured steps, or by those of the simulated device."""
+    if profile is not None:
+        return Pace.of(slo_tbt_seconds, profile.step_time, profile.error)
+    return fit_pace(
+        slo_tbt_seconds,
+        deployment.cost,
+        token_buckets(deployment.token_budget),
+        max_num_seqs=deployment.max_num_seqs,
+        contexts=[deployment.max_model_len // part for part in (16, 8, 4, 2, 1)],
+        window=deployment.model.window,
+    )
+
+
+def show_predictions(report_path: str, profile: Profile) -> None:
+    """Beside what bench.py capacity --report measured on a real engine."""
+    try:
+        predictions = predict(json.loads(Path(report_path).read_text(encoding="utf-8")), profile)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"against: {report_path!r} is no report of bench.py capacity: {error!r}") from None
+    print("P99 TBT and median delay at each measured rate, then the capacities: measured, simulated, error")
+    for found in predictions:
+        for trial in found.trials:
+            print(f"  {found.policy:14} {trial.rate:6.3g}/s  {1000 * trial.measured_p99_tbt_seconds:8.1f} ms "
+                  f"{1000 * trial.simulated_p99_tbt_seconds:8.1f} ms  {trial.measured_delay_seconds:6.2f} s "
+                  f"{trial.simulated_delay_seconds:6.2f} s")  # fmt: skip
+        print(f"{found.policy:16} {found.measured:6.3g}/s  {found.simulated:8.3g}/s  {found.error:+.1%}")
 
 
 def show(candidates: list[Candidate], serve: float | None) -> None:
@@ -71,6 +105,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=16384)
     parser.add_argument("--authors-host", action="store_true", help="the paper's engine, whose host delays each step")
     parser.add_argument("--profile", help="step times measured by profile_steps.py instead of the roofline's")
+    parser.add_argument("--against", metavar="REPORT.json", help="of bench.py capacity: predict it from the profile")
     parser.add_argument("--p99-tbt", type=float, help="objective in seconds: search the capacity")
     parser.add_argument("--median-delay", type=float, default=2.0, help="objective: scheduling delay in seconds")
     parser.add_argument("--low", type=float, default=0.05, help="lowest rate of the search, requests/s")
@@ -81,8 +116,13 @@ def main() -> None:
     parser.add_argument("--plot", help="write a picture of the capacities and TBTs to this file")
     workload, args = parse_config(parser, None, WorkloadConfig)
     try:
+        profile = read_profile(args.profile) if args.profile else None
+        if args.against:
+            if profile is None:
+                parser.error("against needs the step times of the measured engine: give --profile")
+            show_predictions(args.against, profile)
+            return
         model = model_config(args.model)
-        steps = measured_steps(args.profile) if args.profile else None
         deployment = Deployment(
             model=model,
             device=find_device(args.device),
@@ -92,9 +132,10 @@ def main() -> None:
             max_num_seqs=args.max_num_seqs,
             max_model_len=args.max_model_len,
             host=authors_host_time(args.tp) if args.authors_host else OVERLAPPED,
-            measured=FittedCost(steps, model.window) if steps else None,
-            pace=Pace(args.p99_tbt, steps) if steps and args.p99_tbt else None,
+            measured=FittedCost(profile.step_time, model.window) if profile else None,
         )
+        if args.p99_tbt is not None:
+            deployment = replace(deployment, pace=choose_pace(deployment, args.p99_tbt, profile))
         deployment = whole_prompts(deployment, args.scheduler)
         if args.p99_tbt is None:
             if args.sweep or args.serve or args.plot:

@@ -13,12 +13,23 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import tokenizers
 
 if TYPE_CHECKING:
     from jaxserve import LLM
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer of the 96 tokens that the tiny checkpoints of tests/golden have."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = {f"<{i}>": i for i in range(96)}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<0>")).save(str(folder / "tokenizer.json"))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ class StepLayout:
 
     @cached_property
     def num_ints(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        return sum(_aligned(math.prod(shape)) for shape in self.shapes.values())
 
     @property
     def float_shape(self) -> tuple[int, int]:
@@ -57,13 +57,17 @@ class StepLayout:
         for name, shape in self.shapes.items():
             size = math.prod(shape)
             fields[name] = packed[offset : offset + size].reshape(shape)
-            offset += size
+            offset += _aligned(size)
         return fields
+
+
+def _aligned(num_ints: int) -> int:
+    """XLA copies what kernels of other compilers read, unless it begins at a multiple of 128 bytes."""
+    return -(-num_ints // 32) * 32
 
 
 @dataclass(frozen=True)
 class PackedStep:
-    layout: StepLayout
     ints: np.ndarray
     """``int32[layout.num_ints]``"""
     floats: np.ndarray
@@ -71,19 +75,18 @@ class PackedStep:
     sequences: np.ndarray
     """``int[3, n]``: slot, query length and KV length of each chunk, which the attention plan is made of."""
 
-    def padded_to(self, layout: StepLayout) -> PackedStep:
-        """The same step for the program of another bucket, which has at least as many rows as the step has tokens."""
-        if layout is self.layout:
+    def moved(self, layout: StepLayout, to: StepLayout) -> PackedStep:
+        """The same step, packed as ``layout`` says, for another program, with as many rows as it has tokens at least."""
+        if to is layout:
             return self
-        ints = _blank(layout)
-        fields = layout.split(ints)
-        plan = plan_of(fields)
-        for name, values in self.layout.split(self.ints).items():
+        ints = _blank(to)
+        fields = to.split(ints)
+        for name, values in layout.split(self.ints).items():
             if name not in AttentionPlan._fields:
                 num_common = min(len(values), len(fields[name]))
                 fields[name][:num_common] = values[:num_common]
-        make_plan(layout.limits, *self.sequences, plan)
-        return PackedStep(layout, ints, self.floats, self.sequences)
+        make_plan(to.limits, *self.sequences, plan_of(fields))
+        return PackedStep(ints, self.floats, self.sequences)
 
 
 def plan_of[Array](fields: dict[str, Array]) -> AttentionPlan[Array]:
@@ -103,7 +106,7 @@ def empty_step(layout: StepLayout) -> PackedStep:
     """A step of padding only: its rows go to the dummy page and nothing is sampled."""
     ints, sequences = _blank(layout), np.zeros((3, 0), int)
     make_plan(layout.limits, *sequences, plan_of(layout.split(ints)))
-    return PackedStep(layout, ints, np.zeros(layout.float_shape, np.float32), sequences)
+    return PackedStep(ints, np.zeros(layout.float_shape, np.float32), sequences)
 
 
 def pack(layout: StepLayout, chunks: Iterable[Chunk], blocks: BlockManager) -> PackedStep:
@@ -124,7 +127,7 @@ def pack(layout: StepLayout, chunks: Iterable[Chunk], blocks: BlockManager) -> P
         kv_lens.append(chunk.start + chunk.num_tokens)
     sequences = np.array((slots, query_lens, kv_lens), int)
     make_plan(layout.limits, *sequences, plan_of(fields))
-    return PackedStep(layout, ints, floats, sequences)
+    return PackedStep(ints, floats, sequences)
 
 
 def _pack_rows(fields: dict[str, np.ndarray], rows: slice, chunk: Chunk, blocks: BlockManager) -> None:

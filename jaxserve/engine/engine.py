@@ -225,14 +225,14 @@ class Engine:
             "step times of %s: held-out error %.1f %% (median), %.1f %% (P90); token budget %d",
             profile.date, 100 * profile.error.median, 100 * profile.error.p90, self.config.token_budget,
         )  # fmt: skip
-        return Pace(slo_tbt_seconds, profile.step_time)
+        return Pace.of(slo_tbt_seconds, profile.step_time, profile.error)
 
     def _launch(self, chunks: list[Chunk], start: float) -> _LaunchedStep:
         """Launch a batch; returns the step that enters the last stage with it: without a pipeline, the batch itself."""
         scheduled = self._clock()
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
         layout = self.runner.layout(num_tokens)
-        outputs = self.runner.launch(pack(layout, chunks, self.blocks))
+        outputs = self.runner.launch(layout, pack(layout, chunks, self.blocks))
         for chunk in chunks:
             if chunk.request.metrics.first_scheduled_seconds is None:
                 chunk.request.metrics.first_scheduled_seconds = scheduled

@@ -107,7 +107,7 @@ class Profiler:
         times = []
         for _ in range(1 + NUM_REPEATS):
             start = time.perf_counter()
-            np.asarray(self._runner.launch(step).tokens)
+            np.asarray(self._runner.launch(layout, step).tokens)
             times.append(time.perf_counter() - start)
         return statistics.median(times[1:])
 

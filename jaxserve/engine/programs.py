@@ -25,6 +25,12 @@ from jaxserve.models.weights import Weight
 from jaxserve.scheduler.buckets import token_buckets
 from jaxserve.sharding.rules import abstract_model, abstract_parameters, hold_kv_heads
 
+GRAPH_OPTIONS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+}
+"""XLA's default and WHILE: without it the sampler's loop stays out of the step's CUDA graph and its branches with it,
+and at each branch the host waits for the device."""
+
 STAGES = PartitionSpec("pipe")
 """Of what each stage of a pipeline has its own of, along its first axis."""
 
@@ -71,7 +77,8 @@ class StepPrograms:
         self.model_config = model_config = hold_kv_heads(model_config, mesh)
         self.mesh = mesh
         self.replicated = NamedSharding(mesh, PartitionSpec())
-        self.staged = NamedSharding(mesh, STAGES)
+        # A mesh to compile for may have no pipeline.
+        self.staged = NamedSharding(mesh, STAGES) if "pipe" in mesh.shape else self.replicated
         dtype = jnp.dtype(config.dtype)
         model_class = family_of(model_config.architecture).model
         self.abstract_parameters = self._take_apart(
@@ -98,7 +105,7 @@ class StepPrograms:
     @property
     def num_stages(self) -> int:
         """Of the pipeline: how many steps are at work at once, each in a stage of its own."""
-        return self.mesh.shape["pipe"]
+        return self.mesh.shape.get("pipe", 1)
 
     @property
     def num_cache_layers(self) -> int:
@@ -108,17 +115,19 @@ class StepPrograms:
         """How the parameters are assembled from a checkpoint."""
         return family_of(self.model_config.architecture).weights(self.model_config)
 
-    def abstract_state(self) -> DeviceState[jax.ShapeDtypeStruct]:
+    def abstract_cache(self) -> KVCache[jax.ShapeDtypeStruct]:
         model, config = self.model_config, self.config
         shape = (self.num_cache_layers * self.num_blocks, config.block_size, model.num_held_kv_heads, model.head_dim)
         k, v, scales = (NamedSharding(self.mesh, spec) for spec in self.cache_specs)
-        cache = KVCache(
+        return KVCache(
             jax.ShapeDtypeStruct(shape, self._cache_dtype, sharding=k),
             jax.ShapeDtypeStruct(shape, self._cache_dtype, sharding=v),
             jax.ShapeDtypeStruct((self.num_cache_layers, 2), jnp.float32, sharding=scales),
         )
-        last_tokens = jax.ShapeDtypeStruct((config.max_num_seqs,), jnp.int32, sharding=self.replicated)
-        return DeviceState(cache, last_tokens, self._abstract_activations())
+
+    def abstract_state(self) -> DeviceState[jax.ShapeDtypeStruct]:
+        last_tokens = jax.ShapeDtypeStruct((self.config.max_num_seqs,), jnp.int32, sharding=self.replicated)
+        return DeviceState(self.abstract_cache(), last_tokens, self._abstract_activations())
 
     def lower_step(self, rows: int) -> jax.stages.Lowered:
         """Of parameters, the state (donated), and packed steps, for each stage its own; see StepLayout.
@@ -129,7 +138,13 @@ class StepPrograms:
         # What the next step takes as it is must come out where that expects it.
         outputs = StepOutputs(self.replicated, self.replicated, self._abstract_hidden(rows).sharding)  # type: ignore[arg-type]
         placed = (jax.tree.map(lambda array: array.sharding, state), outputs)
-        return jax.jit(partial(self._step, layout), donate_argnums=(1,), out_shardings=placed).lower(
+        step = jax.jit(
+            partial(self._step, layout),
+            donate_argnums=(1,),
+            out_shardings=placed,
+            compiler_options=GRAPH_OPTIONS if self.backend.target.platform == "gpu" else None,
+        )
+        return step.lower(
             list(self.abstract_parameters.values()),
             state,
             jax.ShapeDtypeStruct((self.num_stages, layout.num_ints), jnp.int32, sharding=self.staged),
@@ -139,9 +154,7 @@ class StepPrograms:
     def lower_score(self, rows: int) -> jax.stages.Lowered:
         """Of parameters, a step's hidden states and target tokens ``int32[rows]``."""
         targets = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=self.replicated)
-        return jax.jit(self._score).lower(
-            list(self.abstract_parameters.values()), self._abstract_hidden(rows), targets
-        )
+        return jax.jit(self._score).lower(list(self.abstract_parameters.values()), self._abstract_hidden(rows), targets)
 
     def _take_apart(self, graph: nnx.GraphDef, state: nnx.State) -> dict[str, jax.ShapeDtypeStruct]:
         """The model's parameters as the programs take them."""

@@ -57,18 +57,18 @@ class ModelRunner:
         self._state = _new_state(programs.abstract_state())
         self._warm_up()
         smallest = self._layouts[self.buckets[0]]
-        self._in_stages = deque([empty_step(smallest)] * self.num_stages, maxlen=self.num_stages)
+        self._in_stages = deque([(smallest, empty_step(smallest))] * self.num_stages, maxlen=self.num_stages)
         """The steps of the last launch, by stage."""
 
     def layout(self, num_tokens: int) -> StepLayout:
         """The layout of the smallest program that holds ``num_tokens`` rows."""
         return self._layouts[bucket_of(num_tokens, self.buckets)]
 
-    def launch(self, step: PackedStep) -> StepOutputs:
+    def launch(self, layout: StepLayout, step: PackedStep) -> StepOutputs:
         """Start a step and return at once, with the outputs of the one that leaves the last stage; its tokens are being
         copied to the host. Without a pipeline that is the step itself.
         """
-        self._in_stages.appendleft(step)
+        self._in_stages.appendleft((layout, step))
         return self._run(self._in_stages)
 
     def score(self, hidden: jax.Array, targets: np.ndarray) -> TokenLogprobs[jax.Array]:
@@ -82,11 +82,12 @@ class ModelRunner:
             array.block_until_ready().delete()
         self._programs.clear()
 
-    def _run(self, steps: Sequence[PackedStep]) -> StepOutputs:
+    def _run(self, steps: Sequence[tuple[StepLayout, PackedStep]]) -> StepOutputs:
         """``steps``: one for each stage; the program of the largest bucket among them runs."""
-        layout = max((step.layout for step in steps), key=lambda layout: layout.limits.num_rows)
-        ints = np.stack([step.padded_to(layout).ints for step in steps])
-        arrays = jax.device_put((ints, steps[-1].floats), (self._staged, self._replicated))
+        layout = max((layout for layout, _ in steps), key=lambda layout: layout.limits.num_rows)
+        ints = np.stack([step.moved(own, layout).ints for own, step in steps])
+        _, leaving = steps[-1]
+        arrays = jax.device_put((ints, leaving.floats), (self._staged, self._replicated))
         program = self._programs["step", layout.limits.num_rows]
         self._state, outputs = program(self._parameters, self._state, *arrays)
         outputs.tokens.copy_to_host_async()
@@ -95,7 +96,7 @@ class ModelRunner:
     def _warm_up(self) -> None:
         """Run every program once on padding, so that first-run costs are paid before the first request."""
         for rows, layout in self._layouts.items():
-            outputs = self._run([empty_step(layout)] * self.num_stages)
+            outputs = self._run([(layout, empty_step(layout))] * self.num_stages)
             jax.block_until_ready(self.score(outputs.hidden, np.zeros(rows, np.int32)))
 
 

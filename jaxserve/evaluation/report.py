@@ -21,7 +21,18 @@ from jaxserve.config import ConfigError
 from jaxserve.evaluation.capacity import CapacityResult
 from jaxserve.evaluation.latency import Objective, RunResult
 
-PACKAGES = ("jaxserve", "jax", "jaxlib", "flax", "numpy", "grpcio")
+PACKAGES = (
+    "jaxserve",
+    "jax",
+    "jaxlib",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+    "jax-triton",
+    "triton",
+    "flax",
+    "numpy",
+    "grpcio",
+)
 COLUMNS = (
     "policy", "rate /s", "requests", "failed", "TTFT p50 s", "TTFT p99 s", "TBT p50 ms", "TBT p99 ms", "TBT max ms",
     "delay p50 s", "delay p99 s", "stalls", "preempted", "output tokens/s", "requests/s", "goodput /s",

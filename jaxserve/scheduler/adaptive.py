@@ -9,15 +9,21 @@ from jaxserve.request import Request
 from jaxserve.scheduler.base import Batch, Limits
 from jaxserve.scheduler.buckets import token_buckets
 from jaxserve.scheduler.sarathi import SarathiScheduler
-from jaxserve.scheduler.step_time import BatchShape, StepTimeModel
+from jaxserve.scheduler.step_time import BatchShape, RelativeError, StepTimeModel
 
 
 @dataclass(frozen=True)
 class Pace:
     """How fast steps must be, and how fast they are."""
 
-    slo_tbt_seconds: float
+    step_seconds: float
+    """Most that a step with decodes may be predicted to take."""
     step_time: StepTimeModel
+
+    @classmethod
+    def of(cls, slo_tbt_seconds: float, step_time: StepTimeModel, error: RelativeError) -> Pace:
+        """An objective for the P99 of the TBT, with room for predictions that are as wrong as one in ten is."""
+        return cls(slo_tbt_seconds / (1 + error.p90), step_time)
 
 
 class AdaptiveScheduler(SarathiScheduler):
@@ -50,7 +56,7 @@ class AdaptiveScheduler(SarathiScheduler):
         while fits < most:
             num_tokens = (fits + most + 1) // 2
             larger = shape.with_chunk(start, num_tokens, self._buckets, self.window)
-            if self._pace.step_time.predict(larger) <= self._pace.slo_tbt_seconds:
+            if self._pace.step_time.predict(larger) <= self._pace.step_seconds:
                 fits = num_tokens
             else:
                 most = num_tokens - 1

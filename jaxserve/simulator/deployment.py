@@ -45,7 +45,7 @@ class Deployment:
         if self.scheduler not in POLICIES:
             raise ConfigError(f"scheduler must be one of {', '.join(POLICIES)}, got {self.scheduler!r}")
         if self.scheduler == "adaptive" and self.pace is None:
-            raise ConfigError("scheduler adaptive needs a pace: a TBT objective and measured step times")
+            raise ConfigError("scheduler adaptive needs a pace: a TBT objective and step times")
         if self.max_num_seqs > self.token_budget:
             raise ConfigError(
                 f"max_num_seqs must not exceed token_budget, got {self.max_num_seqs} > {self.token_budget}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -154,7 +156,8 @@ def test_fields_fill_the_packed_array_without_overlap(num_rows: int) -> None:
     packed = np.zeros(layout.num_ints, np.int32)
     for field in layout.split(packed).values():
         field += 1
-    assert (packed == 1).all()
+    assert packed.max() == 1
+    assert packed.sum() == sum(math.prod(shape) for shape in layout.shapes.values())
 
 
 def test_an_empty_step_does_nothing() -> None:
@@ -163,4 +166,4 @@ def test_an_empty_step_does_nothing() -> None:
     assert fields["sample_rows"].tolist() == [-1] * MAX_NUM_SEQS
     assert fields["feedback"].tolist() == [-1] * 4
     assert fields["kv_slots"].tolist() == [0] * 4
-    assert fields["counts"].tolist() == [0, 0]
+    assert fields["counts"].tolist() == [0, 0, 0]

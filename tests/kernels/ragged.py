@@ -13,6 +13,7 @@ from jaxserve.kernels.backend import Backend
 from jaxserve.kernels.plan import AttentionPlan, PlanLimits, empty_plan, make_plan, plan_shapes
 
 LAYERS, LAYER = 2, 1
+FLOAT32, XLA = jnp.dtype("float32"), Backend("xla")
 MAX_LEN = 700
 POISON = 400.0
 """Finite in every type that a cache may have."""
@@ -73,10 +74,10 @@ def run_batch(
     dim: int,
     page_size: int,
     num_rows: int,
-    dtype: jnp.dtype = jnp.dtype("float32"),
+    dtype: jnp.dtype = FLOAT32,
     cache_dtype: jnp.dtype | None = None,
     scales: tuple[float, float] = (1.0, 1.0),
-    backend: Backend = Backend("xla"),
+    backend: Backend = XLA,
     masking: Masking = Masking(),
 ) -> float:
     """Largest error over a batch of (context, query length) sequences whose earlier tokens are already cached.

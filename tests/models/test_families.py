@@ -9,7 +9,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 from flax import nnx
 
 from jaxserve import LLM, SamplingParams
@@ -35,21 +34,12 @@ def test_logits_match_transformers(name: str) -> None:
         assert same_greedy, chunking
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer of the goldens' 96 tokens."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    words = {f"<{i}>": i for i in range(96)}
-    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<0>")).save(str(folder / "tokenizer.json"))
-    return folder
-
-
 @pytest.mark.parametrize("architecture", sorted(FAMILIES.keys() - {"Gemma3ForConditionalGeneration"}))
-def test_engine_serves_every_architecture(architecture: str, tokenizer: Path) -> None:
+def test_engine_serves_every_architecture(architecture: str, tiny_tokenizer: Path) -> None:
     golden = next(g for g in map(Golden, names()) if g.architecture == architecture)
     with LLM(
-        model=str(golden.checkpoint), tokenizer=str(tokenizer), show_progress=False, token_budget=16, max_num_seqs=2,
-        block_size=8, num_blocks=24, max_model_len=golden.length,
+        model=str(golden.checkpoint), tokenizer=str(tiny_tokenizer), show_progress=False, token_budget=16,
+        max_num_seqs=2, block_size=8, num_blocks=24, max_model_len=golden.length,
     ) as llm:  # fmt: skip
         greedy = SamplingParams(temperature=0, max_tokens=len(golden.greedy), ignore_eos=True)
         first, second = llm.generate([golden.prompt, golden.prompt[:20]], greedy)
@@ -60,11 +50,11 @@ def test_engine_serves_every_architecture(architecture: str, tokenizer: Path) ->
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_outputs_do_not_depend_on_the_policy(scheduler: str, tokenizer: Path) -> None:
+def test_outputs_do_not_depend_on_the_policy(scheduler: str, tiny_tokenizer: Path) -> None:
     """With memory for little more than one request, so that most policies preempt, and a window that frees blocks."""
     golden = Golden("mistral_window")
     with LLM(
-        model=str(golden.checkpoint), tokenizer=str(tokenizer), show_progress=False, token_budget=golden.length,
+        model=str(golden.checkpoint), tokenizer=str(tiny_tokenizer), show_progress=False, token_budget=golden.length,
         max_num_seqs=4, block_size=8, num_blocks=2 + -(-golden.length // 8), max_model_len=golden.length,
         scheduler=scheduler, slo_tbt_seconds=100.0,
     ) as llm:  # fmt: skip

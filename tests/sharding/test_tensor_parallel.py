@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import pytest
@@ -47,12 +48,12 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "tensor"), CASES)
-def test_families_give_the_tokens_of_transformers(name: str, tensor: int) -> None:
+def test_families_give_the_tokens_of_transformers(name: str, tensor: int, tiny_tokenizer: Path) -> None:
     """Two requests in a cache that does not hold both, so that one is preempted on the way."""
     golden = Golden(name)
     config = EngineConfig(
-        model=str(golden.checkpoint), tensor_parallel=tensor, token_budget=16, max_num_seqs=2,
-        max_model_len=golden.length + 1, block_size=8, num_blocks=2 + -(-(golden.length + 1) // 8),
+        model=str(golden.checkpoint), tokenizer=str(tiny_tokenizer), tensor_parallel=tensor, token_budget=16,
+        max_num_seqs=2, max_model_len=golden.length + 1, block_size=8, num_blocks=2 + -(-(golden.length + 1) // 8),
     )  # fmt: skip
     engine = Engine(config, show_progress=False)
     assert serve(engine, [golden.prompt] * 2, len(golden.greedy)) == [golden.greedy] * 2
@@ -74,7 +75,9 @@ def test_two_all_reduces_a_layer_and_nothing_gathered(tensor: int) -> None:
         text = programs(model, tensor).lower_step(16).compile().as_text()
         counts.append(len(re.findall(r"= \S+ all-reduce(?:-start)?\(", text)))
         per_layer = [line for line in text.splitlines() if "run_layer" in line]
-        assert not [line for line in per_layer if re.search(r" (all-gather|all-to-all|collective-permute)(-start)?\(", line)]
+        assert not [
+            line for line in per_layer if re.search(r" (all-gather|all-to-all|collective-permute)(-start)?\(", line)
+        ]
     assert counts[1] - counts[0] == 3 * 2
 
 

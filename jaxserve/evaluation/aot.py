@@ -1,0 +1,135 @@
+"""Compiles an engine's step programs for a GPU that is not there, and reports what came out.
+
+XLA's CUDA plugin compiles for a described device: everything but the choice of GEMM algorithms, which it measures on a
+real one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from jaxserve.config import ConfigError, ResolvedConfig
+from jaxserve.engine.programs import StepPrograms
+from jaxserve.evaluation.compiled import Launches, compile_and_explain, custom_calls, num_copies
+from jaxserve.kernels.backend import Target
+from jaxserve.models.config import ModelConfig
+
+DESCRIPTION = """
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: {num_cores}
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {bytes_per_second}
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: {memory_bytes}
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability {{ major: 9 }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  runtime_version: "13.0.0"
+  driver_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 12 }}
+runtime_version {{ major: 13 minor: 0 }}
+device_description_str: "{name}"
+"""
+"""XLA's GpuTargetConfigProto of a Hopper. Without a driver version it makes no CUDA graphs."""
+
+
+class AbsentDevice(NamedTuple):
+    name: str
+    num_cores: int
+    bytes_per_second: int
+    memory_bytes: int
+
+    @property
+    def target(self) -> Target:
+        return Target("gpu", 90, self.num_cores)
+
+
+DEVICES = {
+    "h100": AbsentDevice("NVIDIA H100 80GB HBM3", 132, 3352320000000, 84929347584),
+    "h200": AbsentDevice("NVIDIA H200", 132, 4800000000000, 150754820096),
+}
+
+
+def absent_mesh(device: AbsentDevice) -> Mesh:
+    """A mesh of one such device, to compile for. Raises ConfigError without XLA's CUDA plugin."""
+    if importlib.util.find_spec("jax_cuda13_plugin") is None and importlib.util.find_spec("jax_cuda12_plugin") is None:
+        raise ConfigError("compiling for a GPU needs XLA's plugin, which the extra 'aot' of jaxserve brings")
+    description = DESCRIPTION.format(**device._asdict())
+    topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology="1x1x1")
+    return topologies.make_mesh(topology, (1,), ("tensor",))
+
+
+@dataclass(frozen=True)
+class ProgramReport:
+    """One compiled step. Temporary memory is what a step needs besides its arguments and results."""
+
+    rows: int
+    lower_seconds: float
+    compile_seconds: float
+    argument_bytes: int
+    donated_bytes: int
+    """KV cache, its scales and the last tokens: what a step should change in place."""
+    alias_bytes: int
+    """What it does change in place."""
+    temp_bytes: int
+    num_cache_copies: int
+    launches: Launches
+    custom_calls: Mapping[str, int]
+    """By target: kernels, and library calls."""
+
+    def calls(self, kind: str) -> int:
+        """Custom calls whose target has ``kind`` in its name."""
+        return sum(count for target, count in self.custom_calls.items() if kind in target)
+
+
+def compile_step(programs: StepPrograms, rows: int) -> ProgramReport:
+    start = time.perf_counter()
+    lowered = programs.lower_step(rows)
+    lowered_seconds = time.perf_counter()
+    compiled, launches = compile_and_explain(lowered)
+    compiled_seconds = time.perf_counter()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None
+    cache = programs.abstract_cache()
+    tokens = jax.ShapeDtypeStruct((programs.config.max_num_seqs,), jnp.int32)
+    return ProgramReport(
+        rows=rows,
+        lower_seconds=lowered_seconds - start,
+        compile_seconds=compiled_seconds - lowered_seconds,
+        argument_bytes=memory.argument_size_in_bytes,
+        donated_bytes=sum(array.size * array.dtype.itemsize for array in (*cache, tokens)),
+        alias_bytes=memory.alias_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        num_cache_copies=num_copies(text, cache.k.shape),
+        launches=launches,
+        custom_calls=dict(custom_calls(text)),
+    )
+
+
+def cache_blocks(config: ResolvedConfig, model: ModelConfig, memory_bytes: int) -> int:
+    """KV blocks that fill ``memory_bytes``, of the type of the weights."""
+    values = 2 * model.num_layers * config.block_size * model.num_kv_heads * model.head_dim
+    return memory_bytes // (values * jnp.dtype(config.dtype).itemsize)

@@ -1,0 +1,115 @@
+"""Compile the engine's step programs for a GPU on a machine without one, and say what came out.
+
+aot_report.py --device h100 --model mistral-7b --token-budget 2048 --output report.json
+
+For every token bucket: whether the KV cache is changed in place, temporary memory, CUDA graphs; and the registers that
+the kernels take. Needs the packages of the extra 'aot'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+# Read when jax is imported. With JAX_PLATFORMS=cpu, say, jax would not look for the CUDA plugin, which without a GPU
+# needs to be told that none of CUDA's libraries is expected.
+os.environ.pop("JAX_PLATFORMS", None)
+os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+
+from jaxserve.config import ConfigError, EngineConfig, parse_config
+
+MIB = 2**20
+DEFAULTS = {
+    "model": "mistral-7b", "load_format": "dummy", "dtype": "bfloat16", "attention_backend": "triton",
+    "token_budget": 2048, "max_num_seqs": 128, "max_model_len": 8192,
+}  # fmt: skip
+CACHE_SHARE = 0.5
+"""Of the device's memory, where --num-blocks is not given."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(**DEFAULTS)
+    parser.add_argument("--device", choices=("h100", "h200"), default="h100", help="what to compile for")
+    parser.add_argument("--rows", nargs="+", type=int, help="only these token buckets")
+    parser.add_argument("--output", type=Path, help="file for all of it as JSON")
+    config, args = parse_config(parser, argv, EngineConfig)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return report(config, args, Path(folder))
+        except ValueError as error:  # ConfigError, ModelError
+            print(f"aot_report: error: {error}", file=sys.stderr)
+            return 2
+
+
+def report(config: EngineConfig, args: argparse.Namespace, folder: Path) -> int:
+    from jaxserve.engine.programs import StepPrograms
+    from jaxserve.evaluation.aot import DEVICES, absent_mesh, cache_blocks, compile_step
+    from jaxserve.evaluation.compiled import kernel_resources, triton_assembler
+    from jaxserve.evaluation.report import text_table
+    from jaxserve.models.loading.checkpoint import open_checkpoint
+    from jaxserve.models.rope import longest_sequence
+
+    assembler = triton_assembler()
+    if assembler is not None:
+        # XLA takes the first on the path, which may be older than what Triton writes for its own.
+        (folder / "ptxas").symlink_to(assembler)
+        os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"
+    os.environ["JAX_TRITON_DUMP_DIR"] = str(folder)  # read when jax_triton is imported, by the first kernel
+    device = DEVICES[args.device]
+    model = open_checkpoint(config.model, config.load_format).config
+    resolved = config.resolve(model_max_len=longest_sequence(model), on_gpu=True)
+    if resolved.num_blocks is None:
+        memory_bytes = int(CACHE_SHARE * device.memory_bytes)
+        resolved = dataclasses.replace(resolved, num_blocks=cache_blocks(resolved, model, memory_bytes))
+    programs = StepPrograms(resolved, model, absent_mesh(device), target=device.target)
+    unknown = set(args.rows or ()) - set(programs.buckets)
+    if unknown:
+        known = ", ".join(map(str, programs.buckets))
+        raise ConfigError(f"rows must be token buckets ({known}), got {min(unknown)}")
+    print(f"{config.model} on {device.name}: {programs.backend.name} attention, {programs.num_blocks} KV blocks of "
+          f"{resolved.block_size}, {resolved.max_num_seqs} sequences of {resolved.max_model_len} tokens")  # fmt: skip
+    reports = []
+    for rows in args.rows or programs.buckets:
+        reports.append(compile_step(programs, rows))
+        print(f"  {rows} rows compiled in {reports[-1].compile_seconds:.1f} s", flush=True)
+    architecture = f"sm_{device.target.compute_capability}a"
+    resources = [] if assembler is None else sorted(set(kernel_resources(folder, assembler, architecture)))
+    print(text_table([
+        {
+            "rows": str(r.rows),
+            "lower s": f"{r.lower_seconds:.1f}",
+            "compile s": f"{r.compile_seconds:.1f}",
+            "arguments MiB": f"{r.argument_bytes / MIB:.0f}",
+            "aliased MiB": f"{r.alias_bytes / MIB:.0f}",
+            "not aliased": str(r.donated_bytes - r.alias_bytes),
+            "temp MiB": f"{r.temp_bytes / MIB:.1f}",
+            "cache copies": str(r.num_cache_copies),
+            "CUDA graphs": str(r.launches.num_graphs),
+            "other launches": str(r.launches.num_others),
+            "triton calls": str(r.calls("triton")),
+            "mosaic calls": str(r.calls("mosaic")),
+        }
+        for r in reports
+    ]))  # fmt: skip
+    if resources:
+        print(text_table([{name: str(value) for name, value in r._asdict().items()} for r in resources]))
+    if args.output is not None:
+        everything = {
+            "device": device._asdict(),
+            "settings": vars(resolved),
+            "programs": [dataclasses.asdict(r) | {"launches": r.launches._asdict()} for r in reports],
+            "kernels": [r._asdict() for r in resources],
+        }
+        args.output.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

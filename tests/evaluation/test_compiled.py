@@ -1,0 +1,74 @@
+"""Reading what XLA says about a program."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from jaxserve.evaluation.compiled import count_launches, custom_calls, num_copies
+
+THUNKS = """\
+000: kCommandBuffer [source       | next=129 (1)]
+    001: kCustomKernel       [source        | next=006 (5)] loop_fusion grid: [64, 1, 1] threads: [128, 1, 1]
+    008: kCopy               [source        | next=010 (2)] kCopy
+129: kConditional   [prev=000 (1) | next=130 (1)]
+  false_branch:
+    000: kCommandBuffer [source       | next=104 (1)]
+        086: kCustomKernel [source       | next=087 (1)] loop_fusion_6 grid: [1, 1, 1] threads: [128, 1, 1]
+    104: kConditional   [prev=000 (1) | next=123 (2)]
+  true_branch:
+    128: kCopy [source | sink] kCopy
+130: kCustomKernel  [prev=129 (1) | next=157 (2)] loop_fusion_7 grid: [1, 1, 1] threads: [128, 1, 1]
+"""
+
+HLO = """\
+  %copy.37 = f32[128,32000]{1,0} copy(%get-tuple-element.255), metadata={scheduling_name="copy.37"}
+  %copy-start.1 = (f32[128,32000]{1,0}, f32[128,32000]{1,0}, u32[]) copy-start(%copy.37)
+  %copy-done.1 = f32[128,32000]{1,0} copy-done(%copy-start.1)
+  %copy.65 = s32[128]{0} copy(%get-tuple-element.259)
+  %fusion.1 = f32[128,32000]{1,0} fusion(%copy.37), kind=kLoop, metadata={op_name="copy(x)"}
+  %call.1 = (bf16[8,4]{1,0}) custom-call(%fusion.1), custom_call_target="triton_kernel_call_ffi"
+  %call.2 = (bf16[8,4]{1,0}) custom-call(%call.1), custom_call_target="triton_kernel_call_ffi"
+  %call.3 = bf16[8,4]{1,0} custom-call(%call.2), custom_call_target="__cublas$lt$matmul"
+"""
+
+
+def test_launches_outside_and_inside_of_graphs() -> None:
+    assert count_launches(THUNKS) == (2, 2)
+    assert count_launches("000: kCommandBuffer [source | sink] \n    001: kCopy [source | sink] kCopy\n") == (1, 0)
+    assert count_launches("") == (0, 0)
+
+
+def test_copies_of_a_shape() -> None:
+    assert num_copies(HLO, (128, 32000)) == 2
+    assert num_copies(HLO, (128,)) == 1
+    assert num_copies(HLO, (32000,)) == 0
+
+
+def test_custom_calls_by_target() -> None:
+    assert custom_calls(HLO) == {"triton_kernel_call_ffi": 2, "__cublas$lt$matmul": 1}
+
+
+CACHED = """
+import sys
+from pathlib import Path
+import jax, jax.numpy as jnp
+from jaxserve.engine.compile import use_persistent_cache
+from jaxserve.evaluation.compiled import compile_and_explain
+use_persistent_cache(Path(sys.argv[1]))
+jax.monitoring.register_event_listener(lambda event, **_: print(event))
+lowered = jax.jit(lambda x: jnp.sin(x) @ x).lower(jnp.ones((64, 64)))
+for _ in range(2):
+    compiled, launches = compile_and_explain(lowered)
+    print("made", *compiled(jnp.ones((64, 64))).shape, *launches)
+"""
+
+
+def test_programs_are_compiled_even_if_they_are_in_the_cache(tmp_path: Path) -> None:
+    """From the cache they would come without an explanation. In a process of its own: the cache is the process's."""
+    done = subprocess.run([sys.executable, "-c", CACHED, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("made 64 64 0 0\n") == 2
+    assert "cache_misses" in done.stdout
+    assert "cache_hits" not in done.stdout.partition("made")[2]

@@ -1,0 +1,244 @@
+"""What the Triton kernels ask of a GPU, found by compiling them without one: ``python -m tests.kernels.ptxas_report``.
+
+Prints a table of registers, spills, shared memory and matrix instructions for each kernel of each variant, or JSON with
+``--json``. Not for a process with TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, astuple, dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+from triton.compiler import ASTSource
+
+from jaxserve.kernels import triton_attention
+from jaxserve.kernels.attention import AttentionInputs, KVCache, paged_attention, rotate_and_write
+from jaxserve.kernels.backend import AttentionShape, Target, choose_backend
+from jaxserve.kernels.plan import AttentionPlan, PlanLimits, plan_shapes
+
+TRITON_TYPES = {
+    "bfloat16": "*bf16",
+    "float16": "*fp16",
+    "float32": "*fp32",
+    "float8_e4m3fn": "*fp8e4nv",
+    "int32": "*i32",
+}
+LAYERS, ROWS, SEQUENCES, MAX_LEN, NUM_PAGES = 32, 2048, 64, 32768, 4096
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model's attention, as far as its kernels differ."""
+
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    dtype: str = "bfloat16"
+    cache_dtype: str = "bfloat16"
+    page_size: int = 64
+    rotated: int = 128
+    """Dimensions that are."""
+    window: int | None = None
+    softcap: float | None = None
+    capability: int = 90
+
+
+MISTRAL = Variant()
+VARIANTS = {
+    "bfloat16 32/8 x 128": MISTRAL,
+    "float16": replace(MISTRAL, dtype="float16", cache_dtype="float16"),
+    "float8 KV": replace(MISTRAL, cache_dtype="float8_e4m3fn"),
+    "pages of 16": replace(MISTRAL, page_size=16),
+    "pages of 128": replace(MISTRAL, page_size=128),
+    "window": replace(MISTRAL, window=4096),
+    "window, pages of 16": replace(MISTRAL, window=4096, page_size=16),
+    "soft cap": replace(MISTRAL, softcap=50.0),
+    "group 1": replace(MISTRAL, kv_heads=32),
+    "group 8": replace(MISTRAL, heads=64),
+    "32/8 x 64": replace(MISTRAL, head_dim=64, rotated=64),
+    "71/1 x 64": replace(MISTRAL, heads=71, kv_heads=1, head_dim=64, rotated=64),
+    "32/32 x 80, part rotated": replace(MISTRAL, kv_heads=32, head_dim=80, rotated=32),
+    "32/32 x 96": replace(MISTRAL, kv_heads=32, head_dim=96, rotated=96),
+    "16/8 x 256, window, soft cap": replace(
+        MISTRAL, heads=16, head_dim=256, rotated=256, window=4096, softcap=50.0
+    ),
+    "8/1 x 256, not rotated": replace(MISTRAL, heads=8, kv_heads=1, head_dim=256, rotated=0),
+    "16/8 x 256, float8 KV, pages of 16": replace(
+        MISTRAL, heads=16, head_dim=256, rotated=256, cache_dtype="float8_e4m3fn", page_size=16
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What triton_call was asked to launch."""
+
+    kernel: Any
+    name: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    num_warps: int
+    num_stages: int
+    backend_options: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one kernel."""
+
+    kernel: str
+    num_warps: int
+    registers: int
+    """Of each thread."""
+    spilled_bytes: int
+    """By each thread, stores and loads."""
+    shared_bytes: int
+    wgmma: int
+    """Matrix instructions of warpgroups, in the program text."""
+    mma: int
+    """Matrix instructions of warps."""
+
+
+def launches(variant: Variant) -> list[Launch]:
+    """What the step program of a model launches for one layer."""
+    found: list[Launch] = []
+
+    def triton_call(
+        *args: Any,
+        kernel: Any,
+        out_type: Any,
+        grid: tuple[int, ...],
+        input_output_aliases: dict[int, int],
+        compute_capability: int,
+        num_warps: int,
+        num_stages: int = 3,
+        backend_options: dict[str, Any],
+        name: str = "",
+        **constants: Any,
+    ) -> Any:
+        outputs = jax.tree.leaves(out_type)
+        unaliased = [out for i, out in enumerate(outputs) if i not in input_output_aliases.values()]
+        names = [parameter for parameter in kernel.arg_names if parameter not in constants]
+        given = dict(zip(names, [*args, *unaliased], strict=True))
+        constants |= {parameter: None for parameter, arg in given.items() if arg is None}
+        types = {parameter: TRITON_TYPES[str(arg.dtype)] for parameter, arg in given.items() if arg is not None}
+        signature = {parameter: types.get(parameter, "constexpr") for parameter in kernel.arg_names}
+        options = tuple(backend_options.items())
+        label = name or kernel.__name__
+        found.append(
+            Launch(kernel, label, (*signature.items(),), (*constants.items(),), num_warps, num_stages, options)
+        )
+        return jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), out_type)
+
+    with mock.patch.object(triton_attention, "triton_call", triton_call):
+        jax.eval_shape(*program(variant))
+    return found
+
+
+def program(variant: Variant) -> tuple[Any, ...]:
+    """One layer's attention as a function of (qkv, rotation, cache, inputs, layer), and the shapes of these."""
+    dtype, cache_dtype = (jnp.dtype(getattr(jnp, name)) for name in (variant.dtype, variant.cache_dtype))
+    heads, kv_heads, dim, page_size = variant.heads, variant.kv_heads, variant.head_dim, variant.page_size
+    backend = choose_backend(
+        "triton",
+        Target("gpu", variant.capability, 132),
+        AttentionShape(heads, kv_heads, dim, page_size, dtype, cache_dtype),
+    )
+    limits = PlanLimits(ROWS, SEQUENCES, MAX_LEN, page_size, NUM_PAGES, backend.tiling, variant.window)
+
+    def array(*shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def layer(
+        qkv: jax.Array, rotation: Any, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array
+    ) -> tuple[jax.Array, KVCache[jax.Array]]:
+        q, cache = rotate_and_write(qkv, rotation, cache, inputs, layer)
+        masking: dict[str, Any] = {"window": variant.window, "softcap": variant.softcap}
+        return paged_attention(q, cache, inputs, layer, scale=dim**-0.5, **masking), cache
+
+    table = array(ROWS, variant.rotated // 2, dtype=np.float32)
+    pages = array(LAYERS * NUM_PAGES, page_size, kv_heads, dim, dtype=cache_dtype)
+    return (
+        layer,
+        array(ROWS, kv_heads, heads // kv_heads + 2, dim, dtype=dtype),
+        (table, table) if variant.rotated else None,
+        KVCache(pages, pages, array(LAYERS, 2, dtype=np.float32)),
+        AttentionInputs(
+            slots=array(ROWS),
+            block_tables=array(SEQUENCES, -(-MAX_LEN // page_size)),
+            plan=AttentionPlan(**{name: array(*shape) for name, shape in plan_shapes(limits).items()}),
+            num_pages=NUM_PAGES,
+            backend=backend,
+        ),
+        array(),
+    )
+
+
+def compile_launch(launch: Launch, capability: int) -> Resources:
+    """By Triton, and by ptxas with XLA's options: Triton's own have one that XLA's lack."""
+    signature = dict(launch.signature)
+    pointers = [i for i, kind in enumerate(signature.values()) if kind != "constexpr"]
+    source = ASTSource(
+        launch.kernel, signature, dict(launch.constants), {(i,): [["tt.divisibility", 16]] for i in pointers}
+    )
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **dict(launch.backend_options)}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        architecture = sm_arch_from_capability(capability)
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={architecture}", str(path), "-o", f"{path}.cubin"]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    (registers,) = re.findall(r"Used (\d+) registers", log)
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
+    return Resources(
+        launch.name, launch.num_warps, int(registers), spilled, compiled.metadata.shared,
+        ptx.count("wgmma.mma_async"), ptx.count("mma.sync"),
+    )  # fmt: skip
+
+
+def report(variants: dict[str, Variant]) -> dict[str, list[Resources]]:
+    """The resources of each variant's kernels; those that are equal are compiled once."""
+    known: dict[tuple[Launch, int], Resources] = {}
+    found: dict[str, list[Resources]] = {}
+    for name, variant in variants.items():
+        found[name] = []
+        for launch in launches(variant):
+            key = launch, variant.capability
+            if key not in known:
+                known[key] = compile_launch(*key)
+            found[name].append(known[key])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    found = report(VARIANTS)
+    if parser.parse_args().json:
+        print(json.dumps({name: [asdict(kernel) for kernel in kernels] for name, kernels in found.items()}))
+        return
+    print(f"Triton {triton.__version__}, for sm_90a.\n")
+    print("| variant | kernel | warps | registers | bytes spilled | shared bytes | wgmma | mma |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, kernels in found.items():
+        for kernel in kernels:
+            print(f"| {name} | {' | '.join(map(str, astuple(kernel)))} |")
+
+
+if __name__ == "__main__":
+    main()
