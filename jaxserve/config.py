@@ -87,6 +87,9 @@ class EngineConfig:
         "auto", "type of the KV cache; auto: that of the weights; fp8_e4m3 holds twice as many tokens", KV_CACHE_DTYPES
     )
     tensor_parallel: int = option(1, "devices that share every layer: heads, MLPs and the vocabulary are divided")
+    pipeline_parallel: int = option(
+        1, "stages, on tensor_parallel devices each, that the layers are divided into; each works on a batch of its own"
+    )
     block_size: int | None = option(None, "tokens in one KV-cache block; 16 on CPUs, 64 on GPUs by default")
     num_blocks: int | None = option(None, "KV-cache blocks; by default what the memory holds")
     gpu_memory_utilization: float = option(0.9, "share of the GPU's memory for weights and KV cache")
@@ -100,7 +103,10 @@ class EngineConfig:
     trace: str | None = option(None, "write a Perfetto/Chrome trace of the steps to this file")
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "token_budget", "max_num_seqs", "tensor_parallel", "block_size", "num_blocks"):
+        for name in (
+            "max_model_len", "token_budget", "max_num_seqs", "tensor_parallel", "pipeline_parallel", "block_size",
+            "num_blocks",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is None or (name == "token_budget" and value == "auto"):
                 continue
@@ -142,6 +148,12 @@ class EngineConfig:
         if self.needs_step_times and self.slo_tbt_seconds is None:
             user = "token_budget auto" if self.token_budget == "auto" else "scheduler adaptive"
             raise ConfigError(f"slo_tbt_seconds must be given for {user}, got none")
+        if self.needs_step_times and self.pipeline_parallel > 1:
+            user = "token_budget auto" if self.token_budget == "auto" else "scheduler adaptive"
+            raise ConfigError(
+                f"pipeline_parallel must be 1 for {user}, whose step times are of one batch at a time, "
+                f"got {self.pipeline_parallel}"
+            )
         if self.token_budget == "auto" and self.scheduler in WHOLE_PROMPT_SCHEDULERS:
             raise ConfigError(
                 f"scheduler {self.scheduler} runs whole prompts: token_budget must be at least max_model_len, got auto"

@@ -26,7 +26,7 @@ class StepRecord:
     num_decode_tokens: int
     """Tokens that follow an output token: decodes, and outputs recomputed after a preemption count as one chunk."""
     num_rows: int
-    """Rows of the program that ran: num_tokens and padding."""
+    """Rows of the program that ran: num_tokens and padding. Of a pipeline, when the step left it."""
     device_start_seconds: float = 0.0
     """When the device could begin: at the launch, or at the end of the step before. Set, as what follows, later."""
     waited_seconds: float = 0.0
@@ -35,6 +35,9 @@ class StepRecord:
     """when they were there,"""
     processed_seconds: float = 0.0
     """and when they had become deltas."""
+    bubble_share: float | None = None
+    """Of a pipeline, in the tick with which the step left it: the share of all stages' rows that had no token, because
+    batches differ in size, there was none, or they do not fill the bucket. None without a pipeline."""
 
 
 class EngineMetrics:
@@ -70,6 +73,11 @@ class EngineMetrics:
         self.step_tokens = counter("step_tokens", "Tokens computed by steps")
         self.step_padding = counter("step_padding_tokens", "Padding rows computed by steps")
         self.budget_use = histogram("token_budget_use", "Share of the token budget a step used", _SHARE_BUCKETS)
+        self.bubble = histogram(
+            "pipeline_bubble_share",
+            "Share of the stages' rows that had no token in a tick of the pipeline",
+            _SHARE_BUCKETS,
+        )
 
     def observe_queues(self, scheduler: Scheduler, blocks: BlockManager, num_compiles: int) -> None:
         self.running.set(len(scheduler.running))
@@ -82,6 +90,8 @@ class EngineMetrics:
         self.step_tokens.inc(step.num_tokens)
         self.step_padding.inc(step.num_rows - step.num_tokens)
         self.budget_use.observe(step.num_tokens / self._token_budget)
+        if step.bubble_share is not None:
+            self.bubble.observe(step.bubble_share)
 
     def observe_request(self, request: Request) -> None:
         """Count a request that has just ended."""

@@ -40,7 +40,7 @@ class DecoderLayer(nnx.Module):
 
 
 @jax.jit
-def _run_layer(
+def run_layer(
     layer: nnx.Module,
     x: jax.Array,
     rope: Rotation,
@@ -74,18 +74,20 @@ class Decoder(nnx.Module):
         self, token_ids: jax.Array, positions: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs
     ) -> tuple[jax.Array, KVCache[jax.Array]]:
         """Run a flat batch: token ids and positions ``int32[T]`` -> normed hidden states ``[T, hidden]``, new cache."""
-        x = self.embedding[...][token_ids]
-        if self.config.embedding_scale != 1:
-            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
-        if self.positions is not None:
-            x = x + self.positions[...][positions]
-        everywhere, local = self._rotations(positions)
+        x = self.embed(token_ids, positions)
+        rotations = self.rotations(positions)
         # Unrolled: a scan would copy each layer's weights and, on GPUs, break the CUDA graph. Traced once all the same:
         # layers of one structure reuse the first one's trace, and XLA inlines the calls.
         for index, layer in enumerate(self.layers):
-            rope = everywhere if self.config.layer_window(index) is None else local
-            x, cache = _run_layer(layer, x, rope, cache, inputs, jnp.int32(index))
+            x, cache = run_layer(layer, x, self.layer_rotation(index, rotations), cache, inputs, jnp.int32(index))
         return self.norm(x), cache
+
+    def embed(self, token_ids: jax.Array, positions: jax.Array) -> jax.Array:
+        """``int32[T]`` each -> what the first layer takes, ``[T, hidden]``."""
+        x = self.embedding[...][token_ids]
+        if self.config.embedding_scale != 1:
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        return x if self.positions is None else x + self.positions[...][positions]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """``[R, hidden]`` -> ``float32[R, vocab]``."""
@@ -94,7 +96,7 @@ class Decoder(nnx.Module):
         cap = self.config.logits_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def _rotations(self, positions: jax.Array) -> tuple[Rotation, Rotation]:
+    def rotations(self, positions: jax.Array) -> tuple[Rotation, Rotation]:
         """Of the layers that see everything, and of those with a window."""
         config = self.config
         tables = {
@@ -106,3 +108,7 @@ class Decoder(nnx.Module):
         }
         everywhere = None if config.rope is None else tables[config.rope]
         return everywhere, everywhere if config.local_rope is None else tables[config.local_rope]
+
+    def layer_rotation(self, layer: int, rotations: tuple[Rotation, Rotation]) -> Rotation:
+        everywhere, local = rotations
+        return everywhere if self.config.layer_window(layer) is None else local

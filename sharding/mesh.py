@@ -9,9 +9,15 @@ from jax.sharding import Mesh
 from jaxserve.config import ConfigError
 
 
-def make_mesh(tensor: int = 1) -> Mesh:
-    """A mesh with the axis ``tensor`` over the first ``tensor`` devices; ConfigError when there are fewer."""
+def make_mesh(tensor: int = 1, pipe: int = 1) -> Mesh:
+    """A mesh of the first ``pipe * tensor`` devices, with the axes ``pipe``, the stages of a pipeline, and ``tensor``.
+
+    The devices that share a stage are neighbours. ConfigError when there are too few.
+    """
     devices = jax.devices()
-    if tensor > len(devices):
-        raise ConfigError(f"tensor_parallel must not exceed the {len(devices)} devices, got {tensor}")
-    return Mesh(np.array(devices[:tensor]), ("tensor",))
+    if tensor * pipe > len(devices):
+        field, value = "tensor_parallel", f"{tensor}"
+        if pipe > 1:
+            field, value = "tensor_parallel * pipeline_parallel", f"{tensor} * {pipe}"
+        raise ConfigError(f"{field} must not exceed the {len(devices)} devices, got {value}")
+    return Mesh(np.array(devices[: tensor * pipe]).reshape(pipe, tensor), ("pipe", "tensor"))

@@ -72,26 +72,47 @@ class PackedStep:
     """``int32[layout.num_ints]``"""
     floats: np.ndarray
     """``float32[3, S]``: temperature, top_p, min_p."""
+    sequences: np.ndarray
+    """``int[3, n]``: slot, query length and KV length of each chunk, which the attention plan is made of."""
+
+    def moved(self, layout: StepLayout, to: StepLayout) -> PackedStep:
+        """The same step, packed as ``layout`` says, for another program, with as many rows as it has tokens at least."""
+        if to is layout:
+            return self
+        ints = _blank(to)
+        fields = to.split(ints)
+        for name, values in layout.split(self.ints).items():
+            if name not in AttentionPlan._fields:
+                num_common = min(len(values), len(fields[name]))
+                fields[name][:num_common] = values[:num_common]
+        make_plan(to.limits, *self.sequences, plan_of(fields))
+        return PackedStep(ints, self.floats, self.sequences)
 
 
 def plan_of[Array](fields: dict[str, Array]) -> AttentionPlan[Array]:
     return AttentionPlan(*(fields[name] for name in AttentionPlan._fields))
 
 
-def empty_step(layout: StepLayout) -> PackedStep:
-    """A step of padding only: its rows go to the dummy page and nothing is sampled."""
+def _blank(layout: StepLayout) -> np.ndarray:
     ints = np.zeros(layout.num_ints, np.int32)
     fields = layout.split(ints)
     fields["feedback"].fill(-1)
     fields["sample_rows"].fill(-1)
     empty_plan(layout.limits, plan_of(fields))
-    return PackedStep(ints, np.zeros(layout.float_shape, np.float32))
+    return ints
+
+
+def empty_step(layout: StepLayout) -> PackedStep:
+    """A step of padding only: its rows go to the dummy page and nothing is sampled."""
+    ints, sequences = _blank(layout), np.zeros((3, 0), int)
+    make_plan(layout.limits, *sequences, plan_of(layout.split(ints)))
+    return PackedStep(ints, np.zeros(layout.float_shape, np.float32), sequences)
 
 
 def pack(layout: StepLayout, chunks: Iterable[Chunk], blocks: BlockManager) -> PackedStep:
     """Write ``chunks``, one after the other, into fresh arrays."""
-    step = empty_step(layout)
-    fields, floats = layout.split(step.ints), step.floats
+    ints, floats = _blank(layout), np.zeros(layout.float_shape, np.float32)
+    fields = layout.split(ints)
     slots, query_lens, kv_lens = [], [], []
     row = 0
     for chunk in chunks:
@@ -104,8 +125,9 @@ def pack(layout: StepLayout, chunks: Iterable[Chunk], blocks: BlockManager) -> P
         slots.append(slot)
         query_lens.append(chunk.num_tokens)
         kv_lens.append(chunk.start + chunk.num_tokens)
-    make_plan(layout.limits, np.array(slots), np.array(query_lens), np.array(kv_lens), plan_of(fields))
-    return step
+    sequences = np.array((slots, query_lens, kv_lens), int)
+    make_plan(layout.limits, *sequences, plan_of(fields))
+    return PackedStep(ints, floats, sequences)
 
 
 def _pack_rows(fields: dict[str, np.ndarray], rows: slice, chunk: Chunk, blocks: BlockManager) -> None:

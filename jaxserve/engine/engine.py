@@ -1,4 +1,4 @@
-"""The engine: schedule a batch, launch it, process the one before while the device works."""
+"""The engine: schedule a batch, launch it, process the one that left the device before, while it works."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _LaunchedStep:
-    """A step the device works on."""
+    """A step whose last stage the device works on: without a pipeline, the step launched last."""
 
     chunks: list[Chunk]
     outputs: StepOutputs
@@ -90,7 +91,7 @@ class Engine:
             ", ".join(f"{name} {getattr(effective, name)}" for name in generation.FIELDS),
             ", ".join(self.sampling_defaults) or "none",
         )
-        mesh = make_mesh(config.tensor_parallel)
+        mesh = make_mesh(config.tensor_parallel, config.pipeline_parallel)
         self.runner = ModelRunner(self.config, checkpoint, mesh, show_progress=show_progress)
         pace = self._settle_pace(stored, auto=config.token_budget == "auto") if config.needs_step_times else None
         self.blocks = BlockManager(self.runner.num_blocks, self.config.block_size)
@@ -104,6 +105,7 @@ class Engine:
             blocks=self.blocks,
             window=self.model_config.window,
         )
+        self.scheduler.pipeline_depth = config.pipeline_parallel
         self.metrics = EngineMetrics(self.config.token_budget)
         self.on_step: list[Callable[[StepRecord, list[Chunk]], None]] = [self.metrics.observe_step]
         """Called with every processed step and its chunks."""
@@ -112,6 +114,12 @@ class Engine:
         self._clock = clock
         self._random = np.random.default_rng(config.seed)
         self._streams: dict[str, OutputStream] = {}
+        now = clock()
+        self._in_stages: deque[tuple[list[Chunk], StepRecord]] = deque(
+            ([], StepRecord(now, now, now, num_tokens=0, num_decode_tokens=0, num_rows=0))
+            for _ in range(config.pipeline_parallel - 1)
+        )
+        """The steps that have not reached the last stage, the oldest first."""
         self._launched: _LaunchedStep | None = None
         self._device_free_seconds = -math.inf
         self._aborted: list[RequestDelta] = []
@@ -170,15 +178,23 @@ class Engine:
         return True
 
     def has_unfinished(self) -> bool:
-        return bool(self._streams or self._launched or self._aborted)
+        return bool(self._streams or self._launched or self._aborted or self._has_steps_in_stages)
+
+    @property
+    def _has_steps_in_stages(self) -> bool:
+        return any(chunks for chunks, _ in self._in_stages)
 
     def step(self) -> list[RequestDelta]:
-        """Launch the next batch, then return what the previous one gave, a delta for each request it served."""
+        """Launch the next batch, then return what left the device before, a delta for each request served.
+
+        The stages of a pipeline move on together, so where they have work and no batch is there, an empty one enters.
+        """
         start = self._clock()
         batch = self.scheduler.schedule()
         self.metrics.preemptions.inc(len(batch.preempted))
         with self.compiles:
-            launched = self._launch(list(batch.chunks.values()), start) if batch.chunks else None
+            working = batch.chunks or self._has_steps_in_stages
+            launched = self._launch(list(batch.chunks.values()), start) if working else None
         previous, self._launched = self._launched, launched
         deltas, self._aborted = self._aborted, []
         if previous is not None:
@@ -212,25 +228,38 @@ class Engine:
         return Pace.of(slo_tbt_seconds, profile.step_time, profile.error)
 
     def _launch(self, chunks: list[Chunk], start: float) -> _LaunchedStep:
+        """Launch a batch; returns the step that enters the last stage with it: without a pipeline, the batch itself."""
         scheduled = self._clock()
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
         layout = self.runner.layout(num_tokens)
         outputs = self.runner.launch(layout, pack(layout, chunks, self.blocks))
-        prompt_logprobs = None
-        if any(wants_prompt_logprobs(chunk) for chunk in chunks):
-            prompt_logprobs = self.runner.score(outputs.hidden, prompt_targets(layout.limits.num_rows, chunks))
-        launched = self._clock()
         for chunk in chunks:
             if chunk.request.metrics.first_scheduled_seconds is None:
                 chunk.request.metrics.first_scheduled_seconds = scheduled
         record = StepRecord(
             start_seconds=start,
             scheduled_seconds=scheduled,
-            launched_seconds=launched,
+            launched_seconds=self._clock(),
             num_tokens=num_tokens,
             num_decode_tokens=sum(chunk.start >= chunk.request.num_prompt_tokens for chunk in chunks),
-            num_rows=layout.limits.num_rows,
+            num_rows=outputs.num_rows,
         )
+        self._in_stages.append((chunks, record))
+        return self._leave(outputs)
+
+    def _leave(self, outputs: StepOutputs) -> _LaunchedStep:
+        """The oldest step, whose outputs these are: the device works on its last stage."""
+        num_stages, num_rows = len(self._in_stages), outputs.num_rows
+        num_tokens = sum(record.num_tokens for _, record in self._in_stages)
+        chunks, record = self._in_stages.popleft()
+        self.scheduler.sampled(chunks)
+        prompt_logprobs = None
+        if any(wants_prompt_logprobs(chunk) for chunk in chunks):
+            prompt_logprobs = self.runner.score(outputs.hidden, prompt_targets(num_rows, chunks))
+        record.num_rows = num_rows
+        record.device_start_seconds = self._clock()
+        if num_stages > 1:
+            record.bubble_share = 1 - num_tokens / (num_stages * num_rows)
         return _LaunchedStep(chunks, outputs, prompt_logprobs, record)
 
     def _process(self, step: _LaunchedStep) -> list[RequestDelta]:
@@ -238,7 +267,7 @@ class Engine:
         waiting = self._clock()
         tokens = np.asarray(step.outputs.tokens)
         ready = self._clock()
-        step.record.device_start_seconds = max(step.record.launched_seconds, self._device_free_seconds)
+        step.record.device_start_seconds = max(step.record.device_start_seconds, self._device_free_seconds)
         step.record.waited_seconds, step.record.ready_seconds = waiting, ready
         self._device_free_seconds = ready
         live = [chunk for chunk in step.chunks if chunk.request.status is not RequestStatus.FINISHED]

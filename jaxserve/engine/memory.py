@@ -20,11 +20,15 @@ def choose_num_blocks(
     config: ResolvedConfig,
     model: ModelConfig,
     mesh: Mesh,
+    num_cache_layers: int,
     cache_dtype: jnp.dtype,
     parameters: Iterable[jax.ShapeDtypeStruct],
 ) -> int:
-    """What the memory holds besides the parameters, at most what all sequences can use. Raises ConfigError."""
-    values_per_block = 2 * model.num_layers * config.block_size * model.num_held_kv_heads * model.head_dim
+    """What the memory holds besides the parameters, at most what all sequences can use. Raises ConfigError.
+
+    num_cache_layers: of all devices of the mesh's axis ``pipe`` together.
+    """
+    values_per_block = 2 * num_cache_layers * config.block_size * model.num_held_kv_heads * model.head_dim
     per_block_bytes = values_per_block * cache_dtype.itemsize
     blocks_per_seq = -(-config.max_model_len // config.block_size)
     device = mesh.devices.flat[0]
@@ -33,7 +37,7 @@ def choose_num_blocks(
     else:
         weight_bytes = sum(math.prod(p.sharding.shard_shape(p.shape)) * p.dtype.itemsize for p in parameters)
         limit_bytes = int(device.memory_stats()["bytes_limit"] * config.gpu_memory_utilization)
-        memory_bytes = (limit_bytes - weight_bytes) * mesh.shape["tensor"]
+        memory_bytes = (limit_bytes - weight_bytes) * mesh.size
     num_blocks = min(memory_bytes // per_block_bytes, 1 + config.max_num_seqs * blocks_per_seq)
     if num_blocks < 1 + blocks_per_seq:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from jaxserve.kernels.plan import PlanLimits
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.registry import family_of
+from jaxserve.models.weights import Weight
 from jaxserve.scheduler.buckets import token_buckets
 from jaxserve.sharding.rules import abstract_model, abstract_parameters, hold_kv_heads
 
@@ -28,6 +30,19 @@ GRAPH_OPTIONS = {
 }
 """XLA's default and WHILE: without it the sampler's loop stays out of the step's CUDA graph and its branches with it,
 and at each branch the host waits for the device."""
+
+STAGES = PartitionSpec("pipe")
+"""Of what each stage of a pipeline has its own of, along its first axis."""
+
+
+class DeviceState[Array](NamedTuple):
+    """What stays on the devices from one step to the next: every step takes it and gives it back."""
+
+    cache: KVCache[Array]
+    last_tokens: Array
+    """``int32[S]``: what each slot sampled last."""
+    activations: Array | None
+    """``[stages, T of the largest bucket, hidden]``: what each stage of a pipeline has got from the one before."""
 
 
 class StepOutputs(NamedTuple):
@@ -38,7 +53,13 @@ class StepOutputs(NamedTuple):
     logprobs: TokenLogprobs[jax.Array]
     """Of the samples, S rows."""
     hidden: jax.Array
-    """``[T, hidden_size]``: the normed hidden states of the batch's rows, for ``ModelRunner.score``."""
+    """For ``ModelRunner.score``: the normed hidden states of the batch's rows, ``[T, hidden_size]``; of a pipeline what
+    every stage has made, ``[stages, T, hidden_size]``, not normed."""
+
+    @property
+    def num_rows(self) -> int:
+        """T, of the program that ran."""
+        return self.hidden.shape[-2]
 
 
 class StepPrograms:
@@ -47,19 +68,22 @@ class StepPrograms:
     ``target``: the mesh's kind of device; asked of its first one by default. Raises ConfigError and ModelError.
     """
 
+    cache_specs: KVCache[PartitionSpec] = CACHE
+
     def __init__(
         self, config: ResolvedConfig, model_config: ModelConfig, mesh: Mesh, *, target: Target | None = None
     ) -> None:
         self.config = config
         self.model_config = model_config = hold_kv_heads(model_config, mesh)
+        self.mesh = mesh
         self.replicated = NamedSharding(mesh, PartitionSpec())
-        self._mesh = mesh
-        self._cache_shardings = jax.tree.map(partial(NamedSharding, mesh), CACHE)
+        # A mesh to compile for may have no pipeline.
+        self.staged = NamedSharding(mesh, STAGES) if "pipe" in mesh.shape else self.replicated
         dtype = jnp.dtype(config.dtype)
         model_class = family_of(model_config.architecture).model
-        self._graph, state = abstract_model(model_class, model_config, max_len=config.max_model_len, dtype=dtype)
-        self._state_tree = jax.tree.structure(state)
-        self.abstract_parameters = abstract_parameters(state, mesh)
+        self.abstract_parameters = self._take_apart(
+            *abstract_model(model_class, model_config, max_len=config.max_model_len, dtype=dtype)
+        )
         """By path, in the order in which the programs take them."""
         cache_dtype = jnp.dtype(jnp.float8_e4m3fn) if config.kv_cache_dtype == "fp8_e4m3" else dtype
         num_kv_heads = model_config.num_held_kv_heads // mesh.shape["tensor"]
@@ -72,48 +96,76 @@ class StepPrograms:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self.num_blocks = config.num_blocks or choose_num_blocks(
-            config, model_config, mesh, cache_dtype, self.abstract_parameters.values()
+            config, model_config, mesh, self.num_cache_layers, cache_dtype, self.abstract_parameters.values()
         )
-        self._cache_dtype = cache_dtype
+        self._dtype, self._cache_dtype = dtype, cache_dtype
         self.buckets = token_buckets(config.token_budget)
         self.layouts = {rows: self._layout(rows) for rows in self.buckets}
 
+    @property
+    def num_stages(self) -> int:
+        """Of the pipeline: how many steps are at work at once, each in a stage of its own."""
+        return self.mesh.shape.get("pipe", 1)
+
+    @property
+    def num_cache_layers(self) -> int:
+        return self.model_config.num_layers
+
+    def weights(self) -> Mapping[str, Weight]:
+        """How the parameters are assembled from a checkpoint."""
+        return family_of(self.model_config.architecture).weights(self.model_config)
+
     def abstract_cache(self) -> KVCache[jax.ShapeDtypeStruct]:
         model, config = self.model_config, self.config
-        shape = (model.num_layers * self.num_blocks, config.block_size, model.num_held_kv_heads, model.head_dim)
-        k, v, scales = self._cache_shardings
+        shape = (self.num_cache_layers * self.num_blocks, config.block_size, model.num_held_kv_heads, model.head_dim)
+        k, v, scales = (NamedSharding(self.mesh, spec) for spec in self.cache_specs)
         return KVCache(
             jax.ShapeDtypeStruct(shape, self._cache_dtype, sharding=k),
             jax.ShapeDtypeStruct(shape, self._cache_dtype, sharding=v),
-            jax.ShapeDtypeStruct((model.num_layers, 2), jnp.float32, sharding=scales),
+            jax.ShapeDtypeStruct((self.num_cache_layers, 2), jnp.float32, sharding=scales),
         )
 
+    def abstract_state(self) -> DeviceState[jax.ShapeDtypeStruct]:
+        last_tokens = jax.ShapeDtypeStruct((self.config.max_num_seqs,), jnp.int32, sharding=self.replicated)
+        return DeviceState(self.abstract_cache(), last_tokens, self._abstract_activations())
+
     def lower_step(self, rows: int) -> jax.stages.Lowered:
-        """Of parameters, cache, last tokens ``int32[S]`` (both donated) and a packed step; see StepLayout."""
-        layout = self.layouts[rows]
-        abstract = partial(jax.ShapeDtypeStruct, sharding=self.replicated)
+        """Of parameters, the state (donated), and packed steps, for each stage its own; see StepLayout.
+
+        The float32 array is that of the step in the last stage, which samples.
+        """
+        layout, state = self.layouts[rows], self.abstract_state()
         # What the next step takes as it is must come out where that expects it.
-        placed = (self._cache_shardings, self.replicated, self.replicated)
+        outputs = StepOutputs(self.replicated, self.replicated, self._abstract_hidden(rows).sharding)  # type: ignore[arg-type]
+        placed = (jax.tree.map(lambda array: array.sharding, state), outputs)
         step = jax.jit(
             partial(self._step, layout),
-            donate_argnums=(1, 2),
+            donate_argnums=(1,),
             out_shardings=placed,
             compiler_options=GRAPH_OPTIONS if self.backend.target.platform == "gpu" else None,
         )
         return step.lower(
             list(self.abstract_parameters.values()),
-            self.abstract_cache(),
-            abstract((self.config.max_num_seqs,), jnp.int32),
-            abstract((layout.num_ints,), jnp.int32),
-            abstract(layout.float_shape, jnp.float32),
+            state,
+            jax.ShapeDtypeStruct((self.num_stages, layout.num_ints), jnp.int32, sharding=self.staged),
+            jax.ShapeDtypeStruct(layout.float_shape, jnp.float32, sharding=self.replicated),
         )
 
     def lower_score(self, rows: int) -> jax.stages.Lowered:
         """Of parameters, a step's hidden states and target tokens ``int32[rows]``."""
-        abstract = partial(jax.ShapeDtypeStruct, sharding=self.replicated)
-        hidden = abstract((rows, self.model_config.hidden_size), jnp.dtype(self.config.dtype))
-        parameters = list(self.abstract_parameters.values())
-        return jax.jit(self._score).lower(parameters, hidden, abstract((rows,), jnp.int32))
+        targets = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=self.replicated)
+        return jax.jit(self._score).lower(list(self.abstract_parameters.values()), self._abstract_hidden(rows), targets)
+
+    def _take_apart(self, graph: nnx.GraphDef, state: nnx.State) -> dict[str, jax.ShapeDtypeStruct]:
+        """The model's parameters as the programs take them."""
+        self._graph, self._state_tree = graph, jax.tree.structure(state)
+        return abstract_parameters(state, self.mesh)
+
+    def _abstract_activations(self) -> jax.ShapeDtypeStruct | None:
+        return None
+
+    def _abstract_hidden(self, rows: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, self.model_config.hidden_size), self._dtype, sharding=self.replicated)
 
     def _layout(self, rows: int) -> StepLayout:
         config = self.config
@@ -131,31 +183,41 @@ class StepPrograms:
         self,
         layout: StepLayout,
         parameters: list[jax.Array],
-        cache: KVCache[jax.Array],
-        last_tokens: jax.Array,
+        state: DeviceState[jax.Array],
         ints: jax.Array,
         floats: jax.Array,
-    ) -> tuple[KVCache[jax.Array], jax.Array, StepOutputs]:
+    ) -> tuple[DeviceState[jax.Array], StepOutputs]:
         """The program of one step; see StepLayout for the fields."""
         model = self._model(parameters)
-        fields = layout.split(ints)
-        feedback = fields["feedback"]
-        token_ids = jnp.where(feedback >= 0, last_tokens[feedback], fields["token_ids"])
-        inputs = AttentionInputs(
-            fields["kv_slots"], fields["block_tables"], plan_of(fields), self.num_blocks, self.backend, self._mesh
-        )
-        hidden, cache = model(token_ids, fields["positions"], cache, inputs)
+        fields = layout.split(ints[0])
+        token_ids = fed_back(fields, state.last_tokens)
+        inputs = self._attention_inputs(fields, self.mesh)
+        hidden, cache = model(token_ids, fields["positions"], state.cache, inputs)
+        logits = model.logits(hidden[fields["sample_rows"]])
+        tokens, logprobs, last_tokens = sample_step(logits, fields, floats, state.last_tokens)
+        return DeviceState(cache, last_tokens, None), StepOutputs(tokens, logprobs, hidden)
 
-        sample_rows = fields["sample_rows"]
-        logits = model.logits(hidden[sample_rows])
-        temperature, top_p, min_p = floats
-        sampling = SamplingInputs(
-            temperature, top_p, min_p, fields["top_k"], fields["seeds"], fields["sample_positions"]
+    def _attention_inputs(self, fields: dict[str, jax.Array], mesh: Mesh | None) -> AttentionInputs:
+        return AttentionInputs(
+            fields["kv_slots"], fields["block_tables"], plan_of(fields), self.num_blocks, self.backend, mesh
         )
-        tokens = sample(logits, sampling)
-        logprobs = optional_logprobs(fields["want_logprobs"][0] > 0, logits, tokens)
-        last_tokens = jnp.where(sample_rows >= 0, tokens, last_tokens)
-        return cache, last_tokens, StepOutputs(tokens, logprobs, hidden)
 
     def _score(self, parameters: list[jax.Array], hidden: jax.Array, targets: jax.Array) -> TokenLogprobs[jax.Array]:
         return token_logprobs(self._model(parameters).logits(hidden), targets)
+
+
+def fed_back(fields: dict[str, jax.Array], last_tokens: jax.Array) -> jax.Array:
+    """The rows' token ids ``int32[T]``, those that the host has not seen yet from the device's own samples."""
+    feedback = fields["feedback"]
+    return jnp.where(feedback >= 0, last_tokens[feedback], fields["token_ids"])
+
+
+def sample_step(
+    logits: jax.Array, fields: dict[str, jax.Array], floats: jax.Array, last_tokens: jax.Array
+) -> tuple[jax.Array, TokenLogprobs[jax.Array], jax.Array]:
+    """Of ``float32[S, vocab]``: tokens ``int32[S]``, their logprobs where they are asked for, the new last tokens."""
+    temperature, top_p, min_p = floats
+    sampling = SamplingInputs(temperature, top_p, min_p, fields["top_k"], fields["seeds"], fields["sample_positions"])
+    tokens = sample(logits, sampling)
+    logprobs = optional_logprobs(fields["want_logprobs"][0] > 0, logits, tokens)
+    return tokens, logprobs, jnp.where(fields["sample_rows"] >= 0, tokens, last_tokens)

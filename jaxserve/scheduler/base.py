@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, NotRequired, TypedDict, Unpack
 
@@ -78,8 +79,9 @@ class Scheduler(ABC):
         self.blocks = limits["blocks"]
         self.window = limits.get("window")
         self.pipeline_depth = 1
-        """Micro-batches in flight. With more than one, a request waits until its token has left the last stage, and a
-        micro-batch takes its share of the decodes, so that the next ones have as many."""
+        """Stages of the pipeline, each at work on a batch of its own. With more than one, a request waits until its token
+        has left the last stage (``sampled``), and a batch takes its share of the decodes, so that the next ones have as
+        many."""
         self.waiting: OrderedDict[str, Request] = OrderedDict()
         self.running: list[Request] = []
         self._free_slots = list(range(self.max_num_seqs - 1, -1, -1))
@@ -103,15 +105,23 @@ class Scheduler(ABC):
         for chunk in batch.chunks.values():
             chunk.request.num_computed_tokens += chunk.num_tokens
             chunk.request.num_pending_tokens += chunk.samples
+            chunk.request.num_unsampled_tokens += chunk.samples
         for request in ready:
             if request.status is RequestStatus.RUNNING and request.request_id not in batch.chunks:
                 request.metrics.num_stalls += 1
         return batch
 
+    def sampled(self, batch: Iterable[Chunk]) -> None:
+        """Note that a batch has left the last stage of the pipeline: its tokens exist, on the device at least."""
+        for chunk in batch:
+            chunk.request.num_unsampled_tokens -= chunk.samples
+
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request wherever it is; its blocks and slot are free at once.
 
-        A step that still computes for it has been launched before any step that reuses the blocks, so it does no harm.
+        A step that still computes for it has been launched before any step that reuses the blocks, so it does no harm:
+        every stage of a pipeline, which has the blocks of its own layers, works on batches in the order of their launch
+        too, and a batch carries the block tables of its launch through all of them.
         """
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
@@ -126,7 +136,7 @@ class Scheduler(ABC):
         if self.pipeline_depth == 1:
             return decodes
         share = -(-len(self.running) // self.pipeline_depth)
-        return [r for r in decodes if not r.num_pending_tokens][:share]
+        return [r for r in decodes if not r.num_unsampled_tokens][:share]
 
     def _prefills(self) -> list[Request]:
         return [r for r in self.running if not r.decoding and not r.exhausted]
@@ -167,10 +177,15 @@ class Scheduler(ABC):
                 self.blocks.release_before(request.request_id, request.num_computed_tokens - self.window + 1)
 
     def _next_waiting(self, batch: Batch) -> Request | None:
-        """The head of the queue, where a batch in which nobody was preempted and a free slot could take it."""
+        """The head of the queue, where a batch in which nobody was preempted and a free slot could take it.
+
+        A preempted request whose last token is still in a pipeline waits for it: its recomputation needs the token
+        itself, and what a later step could feed back lies under the slot that it has lost.
+        """
         if not self.waiting or batch.preempted or len(self.running) >= self.max_num_seqs:
             return None
-        return next(iter(self.waiting.values()))
+        head = next(iter(self.waiting.values()))
+        return None if head.num_pending_tokens else head
 
     def _has_room(self, num_tokens: int) -> bool:
         """True when blocks for ``num_tokens`` of a new request are free, and one more for each running request:

@@ -121,6 +121,7 @@ class Simulator:
 
     def _process(self, now: float, batch: Batch) -> None:
         """A micro-batch has left the last stage: its tokens are there."""
+        self.scheduler.sampled(batch.chunks.values())
         for chunk in batch.chunks.values():
             request = chunk.request
             if not chunk.samples or request.status is RequestStatus.FINISHED:

@@ -74,7 +74,7 @@ def test_two_all_reduces_a_layer_and_nothing_gathered(tensor: int) -> None:
         model = dataclasses.replace(LLAMA, num_layers=num_layers)
         text = programs(model, tensor).lower_step(16).compile().as_text()
         counts.append(len(re.findall(r"= \S+ all-reduce(?:-start)?\(", text)))
-        per_layer = [line for line in text.splitlines() if "_run_layer" in line]
+        per_layer = [line for line in text.splitlines() if "run_layer" in line]
         assert not [
             line for line in per_layer if re.search(r" (all-gather|all-to-all|collective-permute)(-start)?\(", line)
         ]
