@@ -111,6 +111,8 @@ def _mosaic_needs(target: Target, shape: AttentionShape) -> str | None:
         return needed
     if target.compute_capability // 10 != HOPPER // 10:
         return f"a Hopper GPU (compute capability 9.0), got {target.compute_capability / 10}"
+    if shape.num_heads > 16 * shape.num_kv_heads:
+        return f"at most 16 query heads for each KV head, got {shape.num_heads // shape.num_kv_heads}"
     if shape.page_size != 64 or shape.head_dim not in (64, 128):
         return f"block_size 64 and head_dim 64 or 128, got {shape.page_size} and {shape.head_dim}"
     if shape.cache_dtype != shape.dtype or shape.dtype not in (jnp.bfloat16, jnp.float16):

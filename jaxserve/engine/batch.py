@@ -72,11 +72,11 @@ class PackedStep:
     """``int32[layout.num_ints]``"""
     floats: np.ndarray
     """``float32[3, S]``: temperature, top_p, min_p."""
-    sequences: np.ndarray
-    """``int[3, n]``: slot, query length and KV length of each chunk, which the attention plan is made of."""
+    sequences: tuple[np.ndarray, np.ndarray, np.ndarray]
+    """Slot, query length and KV length of each chunk, which the attention plan is made of."""
 
     def moved(self, layout: StepLayout, to: StepLayout) -> PackedStep:
-        """The same step, packed as ``layout`` says, for another program, with as many rows as it has tokens at least."""
+        """The same step, packed as ``layout`` says, for another program, which has at least as many rows as it tokens."""
         if to is layout:
             return self
         ints = _blank(to)
@@ -104,7 +104,8 @@ def _blank(layout: StepLayout) -> np.ndarray:
 
 def empty_step(layout: StepLayout) -> PackedStep:
     """A step of padding only: its rows go to the dummy page and nothing is sampled."""
-    ints, sequences = _blank(layout), np.zeros((3, 0), int)
+    ints, nothing = _blank(layout), np.zeros(0, int)
+    sequences = nothing, nothing, nothing
     make_plan(layout.limits, *sequences, plan_of(layout.split(ints)))
     return PackedStep(ints, np.zeros(layout.float_shape, np.float32), sequences)
 
@@ -125,7 +126,7 @@ def pack(layout: StepLayout, chunks: Iterable[Chunk], blocks: BlockManager) -> P
         slots.append(slot)
         query_lens.append(chunk.num_tokens)
         kv_lens.append(chunk.start + chunk.num_tokens)
-    sequences = np.array((slots, query_lens, kv_lens), int)
+    sequences = np.array(slots), np.array(query_lens), np.array(kv_lens)
     make_plan(layout.limits, *sequences, plan_of(fields))
     return PackedStep(ints, floats, sequences)
 

@@ -53,6 +53,7 @@ def test_gpus_without_their_packages_are_served_slowly_and_told(
         ("triton", V100, MISTRAL, "triton needs a GPU of compute capability 8.0 or newer, got 7.0"),
         ("triton", H100, MISTRAL._replace(page_size=8), "triton needs a block_size of at least 16, got 8"),
         ("mosaic", A100, MISTRAL, "mosaic needs a Hopper GPU \\(compute capability 9.0\\), got 8.0"),
+        ("mosaic", H100, MISTRAL._replace(num_heads=256), "at most 16 query heads for each KV head, got 32"),
         ("mosaic", H100, MISTRAL._replace(page_size=32), "block_size 64 and head_dim 64 or 128, got 32 and 128"),
         ("mosaic", H100, MISTRAL._replace(head_dim=80), "block_size 64 and head_dim 64 or 128, got 64 and 80"),
         (

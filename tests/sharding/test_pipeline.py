@@ -63,7 +63,7 @@ def test_families_give_the_tokens_of_transformers(name: str, pipe: int, tensor: 
 
 @pytest.mark.parametrize("pipe", [1, 2, 3, 4])
 def test_smollm2(pipe: int) -> None:
-    """Thirty layers, which four stages do not share evenly; chunks of one prompt follow each other through the stages."""
+    """Thirty layers, which four stages do not share evenly; chunks of a prompt follow each other through them."""
     cases = [case for case in SMOLLM2["cases"] if len(case["prompt_token_ids"]) < 200]
     engine = Engine(
         EngineConfig(pipeline_parallel=pipe, token_budget=32, max_num_seqs=8, max_model_len=512), show_progress=False
