@@ -79,8 +79,8 @@ class StagedModel:
     """A model taken apart for the stages of ``mesh``: what is outside its layers, and the slots.
 
     Embedding, final norm and output head are on every stage. ``graph``, ``state``: of the whole model, as
-    abstract_model gives them. Raises ConfigError for more stages than layers, and ModelError where layers that fall into one slot
-    have different parameters.
+    abstract_model gives them. Raises ConfigError for more stages than layers, and ModelError where layers that fall
+    into one slot have different parameters.
     """
 
     def __init__(self, graph: nnx.GraphDef, state: nnx.State, mesh: Mesh) -> None:

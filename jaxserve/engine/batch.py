@@ -76,7 +76,7 @@ class PackedStep:
     """Slot, query length and KV length of each chunk, which the attention plan is made of."""
 
     def moved(self, layout: StepLayout, to: StepLayout) -> PackedStep:
-        """The same step, packed as ``layout`` says, for another program, which has at least as many rows as it tokens."""
+        """The same step for another program, which has at least as many rows as it tokens; now as ``layout`` says."""
         if to is layout:
             return self
         ints = _blank(to)
