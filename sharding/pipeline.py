@@ -78,9 +78,9 @@ class _Slot:
 class StagedModel:
     """A model taken apart for the stages of ``mesh``: what is outside its layers, and the slots.
 
-    Embedding, final norm and output head are on every stage. ``graph``, ``state``: of the whole model, as abstract_model
-    gives them. Raises ConfigError for more stages than layers, and ModelError where layers that fall into one slot
-    have different parameters.
+    Embedding, final norm and output head are on every stage. ``graph``, ``state``: of the whole model, as
+    abstract_model gives them. Raises ConfigError for more stages than layers, and ModelError where layers that fall
+    into one slot have different parameters.
     """
 
     def __init__(self, graph: nnx.GraphDef, state: nnx.State, mesh: Mesh) -> None:
@@ -165,8 +165,8 @@ class StagedModel:
             differing = [name for name in stacked | parameters if stacked.get(name) != parameters.get(name)]
             if differing:
                 raise ModelError(
-                    f"pipeline_parallel {self.stages.num_stages} puts layers {first} and {number} into the same place of "
-                    f"two stages, but they differ in {', '.join(differing)}"
+                    f"pipeline_parallel {self.stages.num_stages} puts layers {first} and {number} into the same place "
+                    f"of two stages, but they differ in {', '.join(differing)}"
                 )
             kind = next((i for i, kind in enumerate(kinds) if kind.graph == graph), len(kinds))
             if kind == len(kinds):

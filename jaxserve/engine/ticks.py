@@ -67,7 +67,7 @@ class TickPrograms(StepPrograms):
         tick = jax.shard_map(
             partial(self._tick, layout),
             mesh=self.mesh,
-            in_specs=(EVERYWHERE, STAGES, DeviceState(STAGES, EVERYWHERE, STAGES), STAGES),
+            in_specs=(EVERYWHERE, STAGES, DeviceState(KVCache(STAGES, STAGES, STAGES), EVERYWHERE, STAGES), STAGES),
             out_specs=(STAGES, STAGES, STAGES, EVERYWHERE),
             axis_names=manual,
             check_vma=False,

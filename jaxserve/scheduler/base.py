@@ -79,9 +79,9 @@ class Scheduler(ABC):
         self.blocks = limits["blocks"]
         self.window = limits.get("window")
         self.pipeline_depth = 1
-        """Stages of the pipeline, each at work on a batch of its own. With more than one, a request waits until its token
-        has left the last stage (``sampled``), and a batch takes its share of the decodes, so that the next ones have as
-        many."""
+        """Stages of the pipeline, each at work on a batch of its own. With more than one, a request waits until its
+        token has left the last stage (``sampled``), and a batch takes its share of the decodes, so that the next ones
+        have as many."""
         self.waiting: OrderedDict[str, Request] = OrderedDict()
         self.running: list[Request] = []
         self._free_slots = list(range(self.max_num_seqs - 1, -1, -1))
