@@ -174,7 +174,7 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     num_pending_tokens: int = 0
     num_unsampled_tokens: int = 0
-    """Of the pending ones, those whose step has not left the pipeline's last stage: not even the device has them."""
+    """Of the pending ones, those whose step has not left the last stage of a pipeline: not even the device has them."""
     num_computed_tokens: int = 0
     slot: int = -1
     """Row of the per-sequence device arrays while running, -1 otherwise."""

@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     slo_tbt_seconds = config.slo_tbt_seconds
     if slo_tbt_seconds is None:
         parser.error("--slo-tbt-seconds must be given")
+    if config.pipeline_parallel > 1:
+        parser.error(f"--pipeline-parallel must be 1, steps are timed one at a time, got {config.pipeline_parallel}")
     try:
         use_persistent_cache(Path(config.compilation_cache or cache_dir() / "compiled"))
         checkpoint = open_checkpoint(config.model, config.load_format)

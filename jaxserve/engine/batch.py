@@ -72,11 +72,11 @@ class PackedStep:
     """``int32[layout.num_ints]``"""
     floats: np.ndarray
     """``float32[3, S]``: temperature, top_p, min_p."""
-    sequences: tuple[np.ndarray, np.ndarray, np.ndarray]
-    """Slot, query length and KV length of each chunk, which the attention plan is made of."""
+    sequences: np.ndarray
+    """``int[3, n]``: slot, query length and KV length of each chunk, which the attention plan is made of."""
 
     def moved(self, layout: StepLayout, to: StepLayout) -> PackedStep:
-        """The same step for another program, which has at least as many rows as it tokens; now as ``layout`` says."""
+        """The same step, packed as ``layout`` says, for another program that has rows for all its tokens."""
         if to is layout:
             return self
         ints = _blank(to)
@@ -85,7 +85,7 @@ class PackedStep:
             if name not in AttentionPlan._fields:
                 num_common = min(len(values), len(fields[name]))
                 fields[name][:num_common] = values[:num_common]
-        make_plan(to.limits, *self.sequences, plan_of(fields))
+        _add_plan(to, fields, self.sequences)
         return PackedStep(ints, self.floats, self.sequences)
 
 
@@ -102,11 +102,15 @@ def _blank(layout: StepLayout) -> np.ndarray:
     return ints
 
 
+def _add_plan(layout: StepLayout, fields: dict[str, np.ndarray], sequences: np.ndarray) -> None:
+    slots, query_lens, kv_lens = sequences
+    make_plan(layout.limits, slots, query_lens, kv_lens, plan_of(fields))
+
+
 def empty_step(layout: StepLayout) -> PackedStep:
     """A step of padding only: its rows go to the dummy page and nothing is sampled."""
-    ints, nothing = _blank(layout), np.zeros(0, int)
-    sequences = nothing, nothing, nothing
-    make_plan(layout.limits, *sequences, plan_of(layout.split(ints)))
+    ints, sequences = _blank(layout), np.zeros((3, 0), int)
+    _add_plan(layout, layout.split(ints), sequences)
     return PackedStep(ints, np.zeros(layout.float_shape, np.float32), sequences)
 
 
@@ -126,8 +130,8 @@ def pack(layout: StepLayout, chunks: Iterable[Chunk], blocks: BlockManager) -> P
         slots.append(slot)
         query_lens.append(chunk.num_tokens)
         kv_lens.append(chunk.start + chunk.num_tokens)
-    sequences = np.array(slots), np.array(query_lens), np.array(kv_lens)
-    make_plan(layout.limits, *sequences, plan_of(fields))
+    sequences = np.array((slots, query_lens, kv_lens), int)
+    _add_plan(layout, fields, sequences)
     return PackedStep(ints, floats, sequences)
 
 

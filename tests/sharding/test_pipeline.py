@@ -48,7 +48,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "pipe", "tensor"), CASES)
 def test_families_give_the_tokens_of_transformers(name: str, pipe: int, tensor: int, tiny_tokenizer: Path) -> None:
-    """Three requests in a cache that does not hold them all, so that some are preempted while a token is in flight."""
+    """Three requests in a cache that does not hold them all, so that some are preempted with a token in flight."""
     golden = Golden(name)
     config = EngineConfig(
         model=str(golden.checkpoint), tokenizer=str(tiny_tokenizer), pipeline_parallel=pipe, tensor_parallel=tensor,
@@ -61,9 +61,9 @@ def test_families_give_the_tokens_of_transformers(name: str, pipe: int, tensor: 
     engine.close()
 
 
-@pytest.mark.parametrize("pipe", [1, 2, 3, 4])
+@pytest.mark.parametrize("pipe", [2, 3, 4])
 def test_smollm2(pipe: int) -> None:
-    """Thirty layers, which four stages do not share evenly; chunks of a prompt follow each other through them."""
+    """Thirty layers, which four stages do not share evenly; chunks of a prompt follow each other through the stages."""
     cases = [case for case in SMOLLM2["cases"] if len(case["prompt_token_ids"]) < 200]
     engine = Engine(
         EngineConfig(pipeline_parallel=pipe, token_budget=32, max_num_seqs=8, max_model_len=512), show_progress=False
