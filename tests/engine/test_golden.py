@@ -115,3 +115,10 @@ def test_logprobs_match_transformers(llm: LLM) -> None:
         {token: entry[token]}
         for token, entry in zip(case["prompt_token_ids"][1:], output.prompt_logprobs[1:], strict=True)
     ]
+
+
+def test_a_float8_cache_serves_nearly_the_same() -> None:
+    """Rounded keys and values move close decisions, but not the first one here."""
+    with LLM(token_budget=64, max_num_seqs=4, max_model_len=128, kv_cache_dtype="fp8_e4m3", show_progress=False) as llm:
+        (output,) = llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=8))
+        assert "Paris" in output.outputs[0].text
