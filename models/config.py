@@ -87,6 +87,8 @@ class ModelConfig:
     num_parallel_norms: int = 1
     """Where attention and MLP run side by side: one norm for both, or one each."""
     tie_word_embeddings: bool = False
+    tensor_parallel: int = 1
+    """Devices among which every layer is divided."""
     kv_copies: int = 1
     """How often each KV head is held, one copy after the other, so that every device of a mesh has one."""
 

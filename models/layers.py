@@ -133,6 +133,7 @@ class GatedMLP(nnx.Module):
     """``down(act(gate(x)) * up(x))`` (arXiv 2002.05202); gate and up are one matrix ``[2, inner, hidden]``."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.is_divided = config.tensor_parallel > 1
         self.activation = config.activation
         hidden, inner = config.hidden_size, config.intermediate_size
         self.gate_up = parameter((2, inner, hidden), (None, "mlp", "embed"), dtype, rngs)
@@ -142,8 +143,13 @@ class GatedMLP(nnx.Module):
         self.down_bias = parameter((hidden,), ("embed",), dtype, rngs) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Not as one matrix of 2 * inner rows: each device holds a share of both halves.
-        gate_up = jnp.einsum("th,gih->tgi", x, self.gate_up[...])
+        if self.is_divided:
+            # Not as one matrix: each device holds a share of both halves.
+            gate_up = jnp.einsum("th,gih->tgi", x, self.gate_up[...])
+        else:
+            # As one matrix: of three dimensions, XLA on CPUs transposes the weights in every step.
+            _, inner, hidden = self.gate_up.shape
+            gate_up = linear(x, self.gate_up[...].reshape(2 * inner, hidden)).reshape(-1, 2, inner)
         if self.gate_up_bias is not None:
             gate_up = gate_up + self.gate_up_bias[...]
         y = linear(ACTIVATIONS[self.activation](gate_up[:, 0]) * gate_up[:, 1], self.down[...])

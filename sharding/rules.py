@@ -25,14 +25,14 @@ def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
 
 
-def hold_kv_heads(config: ModelConfig, mesh: Mesh) -> ModelConfig:
-    """``config`` with as many copies of each KV head as give every device one. Raises ModelError."""
+def divided(config: ModelConfig, mesh: Mesh) -> ModelConfig:
+    """``config`` for a mesh: with as many copies of each KV head as give every device one. Raises ModelError."""
     tensor = mesh.shape["tensor"]
     for name in ("num_heads", "num_kv_heads"):
         count = getattr(config, name)
         if count % tensor and (name == "num_heads" or tensor % count):
             raise ModelError(f"{name} of {count} does not divide over tensor_parallel {tensor}")
-    return replace(config, kv_copies=max(1, tensor // config.num_kv_heads))
+    return replace(config, tensor_parallel=tensor, kv_copies=max(1, tensor // config.num_kv_heads))
 
 
 def abstract_model(

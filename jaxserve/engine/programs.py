@@ -23,7 +23,7 @@ from jaxserve.models.decoder import Decoder
 from jaxserve.models.registry import family_of
 from jaxserve.models.weights import Weight
 from jaxserve.scheduler.buckets import token_buckets
-from jaxserve.sharding.rules import abstract_model, abstract_parameters, hold_kv_heads
+from jaxserve.sharding.rules import abstract_model, abstract_parameters, divided
 
 GRAPH_OPTIONS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
@@ -74,7 +74,7 @@ class StepPrograms:
         self, config: ResolvedConfig, model_config: ModelConfig, mesh: Mesh, *, target: Target | None = None
     ) -> None:
         self.config = config
-        self.model_config = model_config = hold_kv_heads(model_config, mesh)
+        self.model_config = model_config = divided(model_config, mesh)
         self.mesh = mesh
         self.replicated = NamedSharding(mesh, PartitionSpec())
         # A mesh to compile for may have no pipeline.
