@@ -145,11 +145,10 @@ class EngineConfig:
     def _check_objective(self) -> None:
         if self.slo_tbt_seconds is not None and not 0 < self.slo_tbt_seconds < math.inf:
             raise ConfigError(f"slo_tbt_seconds must be positive and finite, got {self.slo_tbt_seconds}")
+        user = "token_budget auto" if self.token_budget == "auto" else "scheduler adaptive"
         if self.needs_step_times and self.slo_tbt_seconds is None:
-            user = "token_budget auto" if self.token_budget == "auto" else "scheduler adaptive"
             raise ConfigError(f"slo_tbt_seconds must be given for {user}, got none")
         if self.needs_step_times and self.pipeline_parallel > 1:
-            user = "token_budget auto" if self.token_budget == "auto" else "scheduler adaptive"
             raise ConfigError(
                 f"pipeline_parallel must be 1 for {user}, whose step times are of one batch at a time, "
                 f"got {self.pipeline_parallel}"
@@ -183,6 +182,17 @@ class EngineConfig:
                 f"chunk_schedule must be falling integers from token_budget {self.token_budget} down to max_num_seqs "
                 f"{self.max_num_seqs}, separated by commas, got {self.chunk_schedule!r}"
             )
+
+    def with_policy(self, policy: str) -> EngineConfig:
+        """Under another scheduler; one that computes prompts whole gets a budget of max_model_len."""
+        config = self if policy == "sarathi" else dataclasses.replace(self, chunk_schedule=None)
+        if policy not in WHOLE_PROMPT_SCHEDULERS:
+            return dataclasses.replace(config, scheduler=policy)
+        if config.max_model_len is None:
+            raise ConfigError(
+                f"max_model_len must be given to compare with {policy}, which runs whole prompts, got none"
+            )
+        return dataclasses.replace(config, scheduler=policy, token_budget=config.max_model_len)
 
     def resolve(self, *, model_max_len: int, on_gpu: bool) -> ResolvedConfig:
         """Fill in what depends on the model and the platform: max_model_len, block_size and dtype.

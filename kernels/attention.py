@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxserve.kernels import cpu, xla
 from jaxserve.kernels.backend import Backend
@@ -50,7 +50,7 @@ class AttentionInputs:
     num_pages: int = field(metadata={"static": True})
     """Pages of one layer."""
     backend: Backend = field(default=Backend("xla"), metadata={"static": True})
-    mesh: Mesh | None = field(default=None, metadata={"static": True})
+    mesh: Mesh | AbstractMesh | None = field(default=None, metadata={"static": True})
     """Its axis ``tensor`` divides the heads; None: there is one device."""
 
 
@@ -61,7 +61,7 @@ CACHE = KVCache(k=PartitionSpec(None, None, "tensor"), v=PartitionSpec(None, Non
 
 
 def _per_shard[**P, R](
-    function: Callable[P, R], mesh: Mesh | None, in_specs: object, out_specs: object
+    function: Callable[P, R], mesh: Mesh | AbstractMesh | None, in_specs: object, out_specs: object
 ) -> Callable[P, R]:
     """Kernels see one device's heads; the partitioner cannot look into them."""
     if mesh is None or mesh.shape["tensor"] == 1:

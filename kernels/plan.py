@@ -92,16 +92,14 @@ class PlanLimits:
     @property
     def max_partial_rows(self) -> int:
         busy = self.tiling.busy
-        return self.max_decode_items if busy is None else _most_parts(busy.decode) + self._max_prefill_partial_rows
+        if busy is None:
+            return self.max_decode_items
+        return _most_parts(busy.decode) + _most_parts(busy.prefill) * self.tile_rows
 
     @property
     def max_combines(self) -> int:
         busy = self.tiling.busy
         return self.max_num_seqs if busy is None else (_most_parts(busy.decode) + _most_parts(busy.prefill)) // 2
-
-    @property
-    def _max_prefill_partial_rows(self) -> int:
-        return 0 if self.tiling.busy is None else _most_parts(self.tiling.busy.prefill) * self.tile_rows
 
 
 def _most_parts(busy: int) -> int:
@@ -168,6 +166,13 @@ def make_plan(
     for target, found in ((out.decode, decode), (out.prefill, prefill), (out.combine, combine)):
         target[: len(found)] = found
     out.counts[:] = len(decode), len(prefill), len(combine)
+
+
+def new_plan(limits: PlanLimits) -> AttentionPlan[np.ndarray]:
+    """Arrays of a plan's own, as ``empty_plan`` leaves them."""
+    plan = AttentionPlan(**{name: np.zeros(shape, np.int32) for name, shape in plan_shapes(limits).items()})
+    empty_plan(limits, plan)
+    return plan
 
 
 def empty_plan(limits: PlanLimits, out: AttentionPlan[np.ndarray]) -> None:

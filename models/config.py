@@ -89,8 +89,6 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     tensor_parallel: int = 1
     """Devices among which every layer is divided."""
-    kv_copies: int = 1
-    """How often each KV head is held, one copy after the other, so that every device of a mesh has one."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -110,6 +108,11 @@ class ModelConfig:
         for window in self.windows:
             if window is not None and window < 1:
                 raise ModelError(f"sliding_window must be at least 1, got {window}")
+
+    @property
+    def kv_copies(self) -> int:
+        """How often each KV head is held, one copy after the other, so that every device has one."""
+        return max(1, self.tensor_parallel // self.num_kv_heads)
 
     @property
     def num_held_kv_heads(self) -> int:

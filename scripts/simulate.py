@@ -46,13 +46,6 @@ def model_config(name: str) -> ModelConfig:
         ) from None
 
 
-def read_profile(path: str) -> Profile:
-    try:
-        return Profile.from_json(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"profile: cannot read {path!r}: {error}") from None
-
-
 def choose_pace(deployment: Deployment, slo_tbt_seconds: float, profile: Profile | None) -> Pace:
     """By measured steps, or by those of the simulated device."""
     if profile is not None:
@@ -116,7 +109,7 @@ def main() -> None:
     parser.add_argument("--plot", help="write a picture of the capacities and TBTs to this file")
     workload, args = parse_config(parser, None, WorkloadConfig)
     try:
-        profile = read_profile(args.profile) if args.profile else None
+        profile = Profile.read(args.profile) if args.profile else None
         if args.against:
             if profile is None:
                 parser.error("against needs the step times of the measured engine: give --profile")

@@ -26,13 +26,13 @@ def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
 
 
 def divided(config: ModelConfig, mesh: Mesh) -> ModelConfig:
-    """``config`` for a mesh: with as many copies of each KV head as give every device one. Raises ModelError."""
+    """``config`` of the model on a mesh, whose devices share its heads. Raises ModelError where they do not divide."""
     tensor = mesh.shape["tensor"]
     for name in ("num_heads", "num_kv_heads"):
         count = getattr(config, name)
         if count % tensor and (name == "num_heads" or tensor % count):
             raise ModelError(f"{name} of {count} does not divide over tensor_parallel {tensor}")
-    return replace(config, tensor_parallel=tensor, kv_copies=max(1, tensor // config.num_kv_heads))
+    return replace(config, tensor_parallel=tensor)
 
 
 def abstract_model(

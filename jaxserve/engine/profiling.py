@@ -6,7 +6,6 @@ import datetime
 import statistics
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -119,10 +118,7 @@ def _identity(config: ResolvedConfig) -> dict[str, str]:
 
 def read_profile(path: str, config: ResolvedConfig) -> Profile:
     """Raises ConfigError, also where the profile is of something else."""
-    try:
-        profile = Profile.from_json(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"profile: cannot read {path!r}: {error}") from error
+    profile = Profile.read(path)
     for name, value in _identity(config).items():
         if getattr(profile, name) != value:
             raise ConfigError(f"profile: {path!r} is of {name} {getattr(profile, name)!r}, the engine has {value!r}")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.config import ConfigError, ResolvedConfig
 from jaxserve.engine.batch import StepLayout, plan_of
@@ -77,8 +77,7 @@ class StepPrograms:
         self.model_config = model_config = divided(model_config, mesh)
         self.mesh = mesh
         self.replicated = NamedSharding(mesh, PartitionSpec())
-        # A mesh to compile for may have no pipeline.
-        self.staged = NamedSharding(mesh, STAGES) if "pipe" in mesh.shape else self.replicated
+        self.staged = NamedSharding(mesh, STAGES)
         dtype = jnp.dtype(config.dtype)
         model_class = family_of(model_config.architecture).model
         self.abstract_parameters = self._take_apart(
@@ -105,7 +104,7 @@ class StepPrograms:
     @property
     def num_stages(self) -> int:
         """Of the pipeline: how many steps are at work at once, each in a stage of its own."""
-        return self.mesh.shape.get("pipe", 1)
+        return self.mesh.shape["pipe"]
 
     @property
     def num_cache_layers(self) -> int:
@@ -197,7 +196,7 @@ class StepPrograms:
         tokens, logprobs, last_tokens = sample_step(logits, fields, floats, state.last_tokens)
         return DeviceState(cache, last_tokens, None), StepOutputs(tokens, logprobs, hidden)
 
-    def _attention_inputs(self, fields: dict[str, jax.Array], mesh: Mesh | None) -> AttentionInputs:
+    def _attention_inputs(self, fields: dict[str, jax.Array], mesh: Mesh | AbstractMesh) -> AttentionInputs:
         return AttentionInputs(
             fields["kv_slots"], fields["block_tables"], plan_of(fields), self.num_blocks, self.backend, mesh
         )

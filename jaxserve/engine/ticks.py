@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jaxserve.engine.batch import StepLayout
 from jaxserve.engine.programs import STAGES, DeviceState, StepOutputs, StepPrograms, fed_back, sample_step
@@ -98,8 +97,7 @@ class TickPrograms(StepPrograms):
         entering = model.embed(fed_back(fields, state.last_tokens), fields["positions"])
         x = jnp.where(stage == 0, entering, state.activations[0, :num_rows])
         # Attention is manual over ``tensor`` as well, within what is manual over ``pipe`` already: so is its mesh.
-        mesh = cast(Mesh, jax.sharding.get_abstract_mesh()) if self.mesh.shape["tensor"] > 1 else None
-        inputs = self._attention_inputs(fields, mesh)
+        inputs = self._attention_inputs(fields, jax.sharding.get_abstract_mesh())
         x, cache = self._staged.run_stage(model, slots, x, fields["positions"], state.cache, inputs)
         sampling = jnp.concatenate([fields[name] for name in SAMPLING_FIELDS])
         leaving = jax.tree.map(

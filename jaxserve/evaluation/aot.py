@@ -78,7 +78,7 @@ def absent_mesh(device: AbsentDevice) -> Mesh:
         raise ConfigError("compiling for a GPU needs XLA's plugin, which the extra 'aot' of jaxserve brings")
     description = DESCRIPTION.format(**device._asdict())
     topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology="1x1x1")
-    return topologies.make_mesh(topology, (1,), ("tensor",))
+    return topologies.make_mesh(topology, (1, 1), ("pipe", "tensor"))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxserve.evaluation.device_bench import Work
 from jaxserve.kernels.attention import AttentionInputs, KVCache, Rotation, paged_attention, rotate_and_write
 from jaxserve.kernels.backend import AttentionShape, Backend
-from jaxserve.kernels.plan import AttentionPlan, PlanLimits, empty_plan, make_plan, plan_shapes
+from jaxserve.kernels.plan import PlanLimits, make_plan, new_plan
 from jaxserve.scheduler.buckets import bucket_of, token_buckets
 from jaxserve.scheduler.step_time import num_seen_keys
 
@@ -84,8 +84,7 @@ def random_batch(
         page, offset = np.divmod(np.arange(context, context + rows), page_size)
         slots[row : row + rows] = table[page] * page_size + offset
         row += rows
-    plan = AttentionPlan(**{name: np.zeros(size, np.int32) for name, size in plan_shapes(limits).items()})
-    empty_plan(limits, plan)
+    plan = new_plan(limits)
     query_lens = np.array([rows for _, rows in sequences])
     make_plan(limits, np.arange(len(sequences)), query_lens, lengths, plan)
     on_device = jax.device_put((slots, tables, plan))

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from jaxserve.config import WHOLE_PROMPT_SCHEDULERS, ConfigError, EngineConfig, option
+from jaxserve.config import ConfigError, EngineConfig, option
 from jaxserve.engine.engine import Engine
 from jaxserve.evaluation.capacity import CapacityResult, SearchConfig, Trial, find_capacity
 from jaxserve.evaluation.latency import Objective, RunResult
@@ -45,17 +45,6 @@ class ObjectiveConfig:
             self.delay_seconds,
             math.inf if self.ttft_seconds is None else self.ttft_seconds,
         )
-
-
-def policy_config(config: EngineConfig, policy: str) -> EngineConfig:
-    """The engine under another policy; one that computes prompts whole gets a budget of max_model_len."""
-    if policy != "sarathi":
-        config = dataclasses.replace(config, chunk_schedule=None)
-    if policy not in WHOLE_PROMPT_SCHEDULERS:
-        return dataclasses.replace(config, scheduler=policy)
-    if config.max_model_len is None:
-        raise ConfigError(f"max_model_len must be given to compare with {policy}, which runs whole prompts, got none")
-    return dataclasses.replace(config, scheduler=policy, token_budget=config.max_model_len)
 
 
 def measure_decode_step(engine: Engine, context_tokens: int) -> float:
@@ -166,7 +155,7 @@ def compare_capacity(
     context_tokens = int(statistics.median(r.num_prompt_tokens + r.num_output_tokens for r in requests))
     objective: Objective | None = None
     searches = []
-    for policy_settings in [policy_config(config, policy) for policy in policies]:
+    for policy_settings in [config.with_policy(policy) for policy in policies]:
         engine = Engine(policy_settings)
         if objective is None:
             seconds = 0.0 if objective_config.tbt_seconds else measure_decode_step(engine, context_tokens)

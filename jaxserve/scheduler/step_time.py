@@ -7,11 +7,13 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
 from scipy.optimize import nnls
 
+from jaxserve.config import ConfigError
 from jaxserve.scheduler.base import Chunk
 from jaxserve.scheduler.buckets import bucket_of
 
@@ -143,6 +145,14 @@ class Profile:
         # JSON keys are strings, so the bases become pairs.
         step_time = vars(self.step_time) | {"base_seconds": list(self.step_time.base_seconds.items())}
         return json.dumps(vars(self) | {"error": self.error._asdict(), "step_time": step_time}, indent=2) + "\n"
+
+    @classmethod
+    def read(cls, path: str) -> Self:
+        """From a file. Raises ConfigError."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"profile: cannot read {path!r}: {error}") from None
 
     @classmethod
     def from_json(cls, text: str) -> Self:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from jaxserve.config import WHOLE_PROMPT_SCHEDULERS
+from jaxserve.config import EngineConfig
 from jaxserve.engine.blocks import BlockManager
 from jaxserve.evaluation.capacity import SearchConfig, find_capacity
 from jaxserve.evaluation.latency import Objective, Percentiles
@@ -16,8 +16,6 @@ from jaxserve.scheduler import Pace, make_scheduler
 from jaxserve.scheduler.step_time import Profile
 from jaxserve.simulator.cost import FittedCost
 from jaxserve.simulator.simulator import SimulatedRun, Simulator
-
-CPU_BLOCK_SIZE = 16
 
 
 class TrialPrediction(NamedTuple):
@@ -47,16 +45,15 @@ class PolicyPrediction:
 def predict(report: Mapping[str, Any], profile: Profile) -> list[PolicyPrediction]:
     """Simulate every policy of ``report``, the JSON of bench.py capacity, under its workload, objective and search."""
     settings = report["settings"]
+    engine = EngineConfig(**settings["engine"])
     workload, search = WorkloadConfig(**settings["workload"]), SearchConfig(**settings["search"])
     objective = Objective(report["objective"]["p99_tbt_seconds"], report["objective"]["median_delay_seconds"])
-    return [
-        _predict_policy(series, settings["engine"], workload, search, objective, profile) for series in report["series"]
-    ]
+    return [_predict_policy(series, engine, workload, search, objective, profile) for series in report["series"]]
 
 
 def _predict_policy(
     series: Mapping[str, Any],
-    engine: Mapping[str, Any],
+    engine: EngineConfig,
     workload: WorkloadConfig,
     search: SearchConfig,
     objective: Objective,
@@ -81,18 +78,20 @@ def _predict_policy(
     return PolicyPrediction(series["name"], series["capacity"]["rate"], capacity.rate, tuple(trials))
 
 
-def _simulate(policy: str, engine: Mapping[str, Any], workload: WorkloadConfig, profile: Profile) -> SimulatedRun:
-    """An engine as its settings describe it, with as many KV blocks as its sequences can use."""
-    max_model_len, block_size = engine["max_model_len"], engine["block_size"] or CPU_BLOCK_SIZE
-    slo = engine["slo_tbt_seconds"]
-    num_blocks = engine["num_blocks"] or 1 + engine["max_num_seqs"] * -(-max_model_len // block_size)
+def _simulate(policy: str, engine: EngineConfig, workload: WorkloadConfig, profile: Profile) -> SimulatedRun:
+    """An engine with those settings on a CPU, with as many KV blocks as its sequences can use."""
+    assert engine.max_model_len is not None, "bench.py capacity settles it"
+    config = engine.with_policy(policy).resolve(model_max_len=engine.max_model_len, on_gpu=False)
+    blocks_per_seq = -(-config.max_model_len // config.block_size)
+    slo = config.slo_tbt_seconds
     scheduler = make_scheduler(
         policy,
+        chunk_schedule=config.chunk_budgets,
         pace=Pace.of(slo, profile.step_time, profile.error) if slo else None,
-        token_budget=max_model_len if policy in WHOLE_PROMPT_SCHEDULERS else engine["token_budget"],
-        max_num_seqs=engine["max_num_seqs"],
-        max_model_len=max_model_len,
-        blocks=BlockManager(num_blocks, block_size),
+        token_budget=config.token_budget,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+        blocks=BlockManager(config.num_blocks or 1 + config.max_num_seqs * blocks_per_seq, config.block_size),
     )
-    requests = make_workload(workload, max_model_len=max_model_len)
+    requests = make_workload(workload, max_model_len=config.max_model_len)
     return Simulator(scheduler, FittedCost(profile.step_time)).run(requests)

@@ -11,7 +11,6 @@ from jaxserve.evaluation.serving import (
     ObjectiveConfig,
     compare_capacity,
     measure_decode_step,
-    policy_config,
     run_engine,
     search_engine,
 )
@@ -34,11 +33,11 @@ def test_wrong_objectives_are_named(name):
 
 def test_a_policy_of_whole_prompts_gets_the_budget_it_needs():
     config = EngineConfig(max_model_len=2048, token_budget=256)
-    assert policy_config(config, "sarathi") == config
-    whole = policy_config(config, "prefill_first")
+    assert config.with_policy("sarathi") == config
+    whole = config.with_policy("prefill_first")
     assert (whole.scheduler, whole.token_budget) == ("prefill_first", 2048)
     with pytest.raises(ConfigError, match=r"max_model_len must be given to compare with prefill_first.*, got none"):
-        policy_config(EngineConfig(), "prefill_first")
+        EngineConfig().with_policy("prefill_first")
 
 
 def test_a_closed_loop_has_no_capacity():

@@ -22,31 +22,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.evaluation.aot import DEVICES, absent_mesh
-from jaxserve.kernels.attention import AttentionInputs, KVCache
-from jaxserve.kernels.backend import AttentionShape, choose_backend
 from jaxserve.kernels.mosaic_attention import paged_prefill
-from jaxserve.kernels.plan import AttentionPlan, PlanLimits, plan_shapes
+from tests.kernels.variants import MISTRAL, ROWS, Variant, cache_and_inputs
 
-LAYERS, ROWS, SEQUENCES, MAX_LEN, PAGE_SIZE, NUM_PAGES = 32, 2048, 64, 32768, 64, 4096
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A model's attention, as far as its kernels differ."""
-
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    dtype: str = "bfloat16"
-    window: int | None = None
-    softcap: float | None = None
-
-
-INT32 = jnp.dtype("int32")
-MISTRAL = Variant()
 VARIANTS = {
     "bfloat16 32/8 x 128": MISTRAL,
-    "float16": replace(MISTRAL, dtype="float16"),
+    "float16": replace(MISTRAL, dtype="float16", cache_dtype="float16"),
     "window": replace(MISTRAL, window=4096),
     "soft cap": replace(MISTRAL, softcap=50.0),
     "window, soft cap": replace(MISTRAL, window=4096, softcap=50.0),
@@ -72,28 +53,11 @@ class Resources:
 
 def compile_variant(variant: Variant) -> Resources:
     sharding = NamedSharding(absent_mesh(DEVICES["h100"]), PartitionSpec())
-    dtype = jnp.dtype(variant.dtype)
-    shape = AttentionShape(variant.heads, variant.kv_heads, variant.head_dim, PAGE_SIZE, dtype, dtype)
-    backend = choose_backend("mosaic", DEVICES["h100"].target, shape)
-    limits = PlanLimits(ROWS, SEQUENCES, MAX_LEN, PAGE_SIZE, NUM_PAGES, backend.tiling, variant.window)
-
-    def array(*size: int, dtype: jnp.dtype = INT32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
-
-    pages = array(LAYERS * NUM_PAGES, PAGE_SIZE, variant.kv_heads, variant.head_dim, dtype=dtype)
-    inputs = AttentionInputs(
-        slots=array(ROWS),
-        block_tables=array(SEQUENCES, MAX_LEN // PAGE_SIZE),
-        plan=AttentionPlan(**{name: array(*size) for name, size in plan_shapes(limits).items()}),
-        num_pages=NUM_PAGES,
-        backend=backend,
-    )
-    prefill = partial(paged_prefill, scale=variant.head_dim**-0.5, window=variant.window, softcap=variant.softcap)
-    cache = KVCache(pages, pages, array(LAYERS, 2, dtype=jnp.dtype("float32")))
+    cache, inputs = cache_and_inputs(variant, "mosaic", sharding)
+    q = jax.ShapeDtypeStruct((ROWS, variant.heads, variant.head_dim), cache.k.dtype, sharding=sharding)
+    layer = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
     with dumped() as texts:
-        jax.jit(prefill).lower(
-            array(ROWS, variant.heads, variant.head_dim, dtype=dtype), cache, inputs, array()
-        ).compile()
+        jax.jit(partial(paged_prefill, **variant.masking)).lower(q, cache, inputs, layer).compile()
         ptx, log, sizes = (next(texts.glob(f"*.{kind}")).read_text() for kind in ("ptx", "ptxas", "resources.txt"))
     (registers,) = re.findall(r"Used (\d+) registers", log)
     (properties,) = re.findall(r"bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)

@@ -26,8 +26,7 @@ from triton.compiler import ASTSource
 
 from jaxserve.kernels import triton_attention
 from jaxserve.kernels.attention import AttentionInputs, KVCache, paged_attention, rotate_and_write
-from jaxserve.kernels.backend import AttentionShape, Target, choose_backend
-from jaxserve.kernels.plan import AttentionPlan, PlanLimits, plan_shapes
+from tests.kernels.variants import MISTRAL, ROWS, Variant, cache_and_inputs
 
 TRITON_TYPES = {
     "bfloat16": "*bf16",
@@ -36,27 +35,7 @@ TRITON_TYPES = {
     "float8_e4m3fn": "*fp8e4nv",
     "int32": "*i32",
 }
-LAYERS, ROWS, SEQUENCES, MAX_LEN, NUM_PAGES = 32, 2048, 64, 32768, 4096
 
-
-@dataclass(frozen=True)
-class Variant:
-    """A model's attention, as far as its kernels differ."""
-
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    dtype: str = "bfloat16"
-    cache_dtype: str = "bfloat16"
-    page_size: int = 64
-    rotated: int = 128
-    """Dimensions that are."""
-    window: int | None = None
-    softcap: float | None = None
-    capability: int = 90
-
-
-MISTRAL = Variant()
 VARIANTS = {
     "bfloat16 32/8 x 128": MISTRAL,
     "float16": replace(MISTRAL, dtype="float16", cache_dtype="float16"),
@@ -150,41 +129,19 @@ def launches(variant: Variant) -> list[Launch]:
 
 def program(variant: Variant) -> tuple[Any, ...]:
     """One layer's attention as a function of (qkv, rotation, cache, inputs, layer), and the shapes of these."""
-    dtype, cache_dtype = (jnp.dtype(getattr(jnp, name)) for name in (variant.dtype, variant.cache_dtype))
-    heads, kv_heads, dim, page_size = variant.heads, variant.kv_heads, variant.head_dim, variant.page_size
-    backend = choose_backend(
-        "triton",
-        Target("gpu", variant.capability, 132),
-        AttentionShape(heads, kv_heads, dim, page_size, dtype, cache_dtype),
-    )
-    limits = PlanLimits(ROWS, SEQUENCES, MAX_LEN, page_size, NUM_PAGES, backend.tiling, variant.window)
-
-    def array(*shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
+    cache, inputs = cache_and_inputs(variant, "triton")
 
     def layer(
         qkv: jax.Array, rotation: Any, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array
     ) -> tuple[jax.Array, KVCache[jax.Array]]:
         q, cache = rotate_and_write(qkv, rotation, cache, inputs, layer)
-        masking: dict[str, Any] = {"window": variant.window, "softcap": variant.softcap}
-        return paged_attention(q, cache, inputs, layer, scale=dim**-0.5, **masking), cache
+        return paged_attention(q, cache, inputs, layer, **variant.masking), cache
 
-    table = array(ROWS, variant.rotated // 2, dtype=np.float32)
-    pages = array(LAYERS * NUM_PAGES, page_size, kv_heads, dim, dtype=cache_dtype)
-    return (
-        layer,
-        array(ROWS, kv_heads, heads // kv_heads + 2, dim, dtype=dtype),
-        (table, table) if variant.rotated else None,
-        KVCache(pages, pages, array(LAYERS, 2, dtype=np.float32)),
-        AttentionInputs(
-            slots=array(ROWS),
-            block_tables=array(SEQUENCES, -(-MAX_LEN // page_size)),
-            plan=AttentionPlan(**{name: array(*shape) for name, shape in plan_shapes(limits).items()}),
-            num_pages=NUM_PAGES,
-            backend=backend,
-        ),
-        array(),
-    )
+    width = variant.heads // variant.kv_heads + 2
+    qkv = jax.ShapeDtypeStruct((ROWS, variant.kv_heads, width, variant.head_dim), variant.dtype)
+    table = jax.ShapeDtypeStruct((ROWS, variant.rotated // 2), np.float32)
+    rotation = (table, table) if variant.rotated else None
+    return layer, qkv, rotation, cache, inputs, jax.ShapeDtypeStruct((), np.int32)
 
 
 def compile_launch(launch: Launch, capability: int) -> Resources:

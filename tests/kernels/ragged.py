@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jaxserve.kernels.attention import AttentionInputs, KVCache, paged_attention, rotate_and_write
 from jaxserve.kernels.backend import Backend
-from jaxserve.kernels.plan import AttentionPlan, PlanLimits, empty_plan, make_plan, plan_shapes
+from jaxserve.kernels.plan import AttentionPlan, PlanLimits, make_plan, new_plan
 
 LAYERS, LAYER = 2, 1
 FLOAT32, XLA = jnp.dtype("float32"), Backend("xla")
@@ -49,12 +49,6 @@ def dense_attention(
             weights = np.exp(scores - scores.max())
             out[row, head] = weights @ values[visible, kv].astype(np.float64) / weights.sum()
     return out
-
-
-def new_plan(limits: PlanLimits) -> AttentionPlan[np.ndarray]:
-    plan = AttentionPlan(**{name: np.zeros(shape, np.int32) for name, shape in plan_shapes(limits).items()})
-    empty_plan(limits, plan)
-    return plan
 
 
 def stored(values: np.ndarray, dtype: jnp.dtype, cache_dtype: jnp.dtype, scale: float) -> np.ndarray:

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from jaxserve.kernels.attention import AttentionInputs, KVCache
 from jaxserve.kernels.backend import Backend
 from jaxserve.kernels.mosaic_attention import MASKED, PAGE_SIZE, paged_prefill
-from jaxserve.kernels.plan import AttentionPlan, BusyItems, PlanLimits, Tiling, make_plan
+from jaxserve.kernels.plan import AttentionPlan, BusyItems, PlanLimits, Tiling, make_plan, new_plan
 from tests.kernels.mosaic_interpreter import interpreted
-from tests.kernels.ragged import LAYER, LAYERS, POISON, Masking, dense_attention, new_plan
+from tests.kernels.ragged import LAYER, LAYERS, POISON, Masking, dense_attention
 
 NUM_ROWS, MAX_SEQS, MAX_LEN = 64, 4, 320
 PAGES_PER_SEQ = MAX_LEN // PAGE_SIZE

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.kernels.backend import CPU_TILING
-from jaxserve.kernels.plan import BusyItems, PlanLimits, Tiling, make_plan
-from tests.kernels.ragged import MAX_LEN, new_plan
+from jaxserve.kernels.plan import BusyItems, PlanLimits, Tiling, make_plan, new_plan
+from tests.kernels.ragged import MAX_LEN
 
 PAGE_SIZE, MAX_NUM_SEQS = 16, 8
 tilings = st.one_of(

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from jaxserve.kernels import triton_attention
 from jaxserve.kernels.attention import AttentionInputs, KVCache, paged_attention, rotate_and_write
 from jaxserve.kernels.backend import Backend, Target
-from jaxserve.kernels.plan import AttentionPlan, BusyItems, PlanLimits, Tiling, make_plan
+from jaxserve.kernels.plan import AttentionPlan, BusyItems, PlanLimits, Tiling, make_plan, new_plan
 from tests.kernels import ragged, triton_interpreter
-from tests.kernels.ragged import Masking, maskings, new_plan, rows_for, run_batch
+from tests.kernels.ragged import Masking, maskings, rows_for, run_batch
 
 FEW_SPLITS, MANY_SPLITS = BusyItems(4, 2), BusyItems(40, 20)
 FLOAT8 = jnp.dtype(jnp.float8_e4m3fn)
