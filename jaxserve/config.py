@@ -245,17 +245,21 @@ class ServerConfig:
     max_waiting: int = option(1024, "requests in flight before new ones are refused with RESOURCE_EXHAUSTED")
     max_message_bytes: int = option(16 * 1024 * 1024, "largest gRPC message")
     drain_seconds: float = option(30.0, "how long SIGTERM waits for running requests")
+    step_timeout_seconds: float = option(120.0, "a step that takes longer hangs: the server ends with exit code 1")
+    data_parallel: int = option(1, "engines, on devices of their own; requests go to the one with the fewest")
 
     def __post_init__(self) -> None:
         for name in ("port", "metrics_port"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 65535:
                 raise ConfigError(f"{name} must be in [0, 65535], got {value}")
-        for name in ("max_waiting", "max_message_bytes"):
+        for name in ("max_waiting", "max_message_bytes", "data_parallel"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.drain_seconds >= 0:
             raise ConfigError(f"drain_seconds must not be negative, got {self.drain_seconds}")
+        if not self.step_timeout_seconds > 0:
+            raise ConfigError(f"step_timeout_seconds must be positive, got {self.step_timeout_seconds}")
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
-from jaxserve.config import ConfigError, EngineConfig, cache_dir, parse_config
-from jaxserve.engine.compile import use_persistent_cache
+from jaxserve.config import ConfigError, EngineConfig, parse_config
+from jaxserve.engine.executor import Executor, prepare
 from jaxserve.engine.profiling import Profiler, largest_budget
 from jaxserve.engine.runner import ModelRunner
 from jaxserve.models.config import ModelError
-from jaxserve.models.loading.checkpoint import open_checkpoint
-from jaxserve.models.rope import longest_sequence
 from jaxserve.scheduler.step_time import Profile, Sample
 from jaxserve.sharding.mesh import make_mesh
 
@@ -43,12 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.pipeline_parallel > 1:
         parser.error(f"--pipeline-parallel must be 1, steps are timed one at a time, got {config.pipeline_parallel}")
     try:
-        use_persistent_cache(Path(config.compilation_cache or cache_dir() / "compiled"))
-        checkpoint = open_checkpoint(config.model, config.load_format)
-        resolved = config.resolve(
-            model_max_len=longest_sequence(checkpoint.config), on_gpu=jax.default_backend() == "gpu"
-        )
-        profiler = Profiler(ModelRunner(resolved, checkpoint, make_mesh(config.tensor_parallel), show_progress=True))
+        checkpoint, resolved = prepare(config)
+        executor = Executor(resolved, checkpoint, make_mesh(config.tensor_parallel), show_progress=True)
+        profiler = Profiler(ModelRunner(executor))
         profile, samples = profiler.profile(stop_seconds=slo_tbt_seconds)
         print_samples(profile, samples)
         print(f"{profile.model}, {profile.dtype} on {profile.device}, {profile.date}; held-out error "

@@ -4,33 +4,44 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import os
-import sys
+import tempfile
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 from jaxserve.config import ConfigError, EngineConfig, ServerConfig, parse_config
-from jaxserve.models.config import ModelError
-from jaxserve.server.grpc_server import serve
+from jaxserve.server.front_end import FrontEnd
+from jaxserve.server.grpc_server import build_engines, serve
+from jaxserve.server.ranks import end_process, exit_code_of, run_follower, set_up_logging
+from jaxserve.sharding.hosts import Group, HostsConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Serve one model over gRPC until SIGTERM, which drains.")
-    engine_config, server_config, _ = parse_config(parser, argv, EngineConfig, ServerConfig)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("jax").setLevel(logging.WARNING)
-    try:
-        asyncio.run(serve(engine_config, server_config))
-    except (ConfigError, ModelError) as error:
-        print(f"jaxserve: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser = argparse.ArgumentParser(
+        description="Serve one model over gRPC until SIGTERM, which drains. On several hosts, run it on each."
+    )
+    engine_config, server_config, hosts_config, _ = parse_config(parser, argv, EngineConfig, ServerConfig, HostsConfig)
+    set_up_logging()
+    return exit_code_of(lambda: run(engine_config, server_config, Group.find(hosts_config, os.environ)))
+
+
+def run(engine_config: EngineConfig, server_config: ServerConfig, group: Group | None) -> int:
+    if group is None:
+        build = partial(build_engines, engine_config, server_config.data_parallel)
+        return asyncio.run(serve(engine_config, server_config, build))
+    if server_config.data_parallel > 1:
+        raise ConfigError(f"data_parallel must be 1 on several hosts, got {server_config.data_parallel}")
+    if group.rank > 0:
+        run_follower(engine_config, group)
+    with tempfile.TemporaryDirectory(prefix="jaxserve-") as folder:
+        return asyncio.run(lead(engine_config, server_config, group, Path(folder)))
+
+
+async def lead(engine_config: EngineConfig, server_config: ServerConfig, group: Group, folder: Path) -> int:
+    return await FrontEnd(engine_config, server_config, group, folder).run()
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # A warm-up that a signal interrupted still compiles in its thread. Nothing waits for it, and XLA must not be torn
-    # down under it, so the process ends without Python's clean-up.
-    os._exit(exit_code)
+    # A warm-up that a signal interrupted still compiles in its thread, and nothing waits for it.
+    end_process(main())

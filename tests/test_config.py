@@ -94,6 +94,7 @@ def test_engine_config(settings: dict[str, Any], message: str) -> None:
         ({"max_message_bytes": 0}, "max_message_bytes must be at least 1, got 0"),
         ({"drain_seconds": -0.5}, "drain_seconds must not be negative, got -0.5"),
         ({"drain_seconds": float("nan")}, "drain_seconds must not be negative, got nan"),
+        ({"step_timeout_seconds": 0.0}, "step_timeout_seconds must be positive, got 0.0"),
     ],
 )
 def test_server_config(settings: dict[str, Any], message: str) -> None:

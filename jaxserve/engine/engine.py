@@ -9,16 +9,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxserve.config import EngineConfig, cache_dir
+from jaxserve.config import EngineConfig
 from jaxserve.engine.batch import pack, prompt_targets, wants_prompt_logprobs
 from jaxserve.engine.blocks import BlockManager
-from jaxserve.engine.compile import CompileCounter, use_persistent_cache
+from jaxserve.engine.compile import CompileCounter
+from jaxserve.engine.executor import Executor, prepare
+from jaxserve.engine.group import Followers, Leader
 from jaxserve.engine.output import OutputStream, host_logprobs, logprob_entry
 from jaxserve.engine.profiling import Profiler, largest_budget, read_profile
 from jaxserve.engine.programs import StepOutputs
@@ -26,9 +30,7 @@ from jaxserve.engine.runner import ModelRunner
 from jaxserve.engine.sampler import TokenLogprobs
 from jaxserve.metrics import EngineMetrics, StepRecord
 from jaxserve.models.loading import generation
-from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.loading.hub import resolve
-from jaxserve.models.rope import longest_sequence
 from jaxserve.request import (
     FinishReason,
     Logprob,
@@ -62,19 +64,22 @@ class _LaunchedStep:
 class Engine:
     """Serves one model. One thread calls ``add_request``, ``abort`` and ``step``; ``validate`` may be called from any.
 
-    Raises ConfigError and ModelError from the constructor, which loads, compiles and warms up.
+    Raises ConfigError and ModelError from the constructor, which loads, compiles and warms up. ``mesh``: by default of
+    the first devices. ``followers``: the other processes of a mesh that spans several.
     """
 
     def __init__(
-        self, config: EngineConfig, *, show_progress: bool = True, clock: Callable[[], float] = time.monotonic
+        self,
+        config: EngineConfig,
+        *,
+        mesh: Mesh | None = None,
+        followers: Followers | None = None,
+        show_progress: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        use_persistent_cache(Path(config.compilation_cache or cache_dir() / "compiled"))
         self._tracer = StepTracer(Path(config.trace)) if config.trace else None
-        checkpoint = open_checkpoint(config.model, config.load_format)
+        checkpoint, self.config = prepare(config)
         self.model_config = checkpoint.config
-        self.config = config.resolve(
-            model_max_len=longest_sequence(checkpoint.config), on_gpu=jax.default_backend() == "gpu"
-        )
         stored = read_profile(config.profile, self.config) if config.profile is not None else None
         self.max_model_len = self.config.max_model_len
         self.tokenizer = (
@@ -91,8 +96,9 @@ class Engine:
             ", ".join(f"{name} {getattr(effective, name)}" for name in generation.FIELDS),
             ", ".join(self.sampling_defaults) or "none",
         )
-        mesh = make_mesh(config.tensor_parallel, config.pipeline_parallel)
-        self.runner = ModelRunner(self.config, checkpoint, mesh, show_progress=show_progress)
+        mesh = mesh or make_mesh(config.tensor_parallel, config.pipeline_parallel)
+        executor_class = Executor if followers is None else partial(Leader, followers)
+        self.runner = ModelRunner(executor_class(self.config, checkpoint, mesh, show_progress=show_progress))
         pace = self._settle_pace(stored, auto=config.token_budget == "auto") if config.needs_step_times else None
         self.blocks = BlockManager(self.runner.num_blocks, self.config.block_size)
         self.scheduler = make_scheduler(
@@ -255,7 +261,7 @@ class Engine:
         self.scheduler.sampled(chunks)
         prompt_logprobs = None
         if any(wants_prompt_logprobs(chunk) for chunk in chunks):
-            prompt_logprobs = self.runner.score(outputs.hidden, prompt_targets(num_rows, chunks))
+            prompt_logprobs = self.runner.score(prompt_targets(num_rows, chunks))
         record.num_rows = num_rows
         record.device_start_seconds = self._clock()
         if num_stages > 1:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxserve.config import ConfigError, ResolvedConfig
@@ -31,7 +33,7 @@ def choose_num_blocks(
     values_per_block = 2 * num_cache_layers * config.block_size * model.num_held_kv_heads * model.head_dim
     per_block_bytes = values_per_block * cache_dtype.itemsize
     blocks_per_seq = -(-config.max_model_len // config.block_size)
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     if device.platform == "cpu":
         memory_bytes = max(CPU_KV_CACHE_BYTES, (1 + blocks_per_seq) * per_block_bytes)
     else:
@@ -39,6 +41,8 @@ def choose_num_blocks(
         limit_bytes = int(device.memory_stats()["bytes_limit"] * config.gpu_memory_utilization)
         memory_bytes = (limit_bytes - weight_bytes) * mesh.size
     num_blocks = min(memory_bytes // per_block_bytes, 1 + config.max_num_seqs * blocks_per_seq)
+    if jax.process_count() > 1:  # hosts may have different memory left
+        num_blocks = int(multihost_utils.process_allgather(np.int32(num_blocks)).min())
     if num_blocks < 1 + blocks_per_seq:
         raise ConfigError(
             f"max_model_len {config.max_model_len} needs {(1 + blocks_per_seq) * per_block_bytes} bytes of KV cache, "

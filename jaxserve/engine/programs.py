@@ -53,7 +53,7 @@ class StepOutputs(NamedTuple):
     logprobs: TokenLogprobs[jax.Array]
     """Of the samples, S rows."""
     hidden: jax.Array
-    """For ``ModelRunner.score``: the normed hidden states of the batch's rows, ``[T, hidden_size]``; of a pipeline what
+    """For ``Executor.score``: the normed hidden states of the batch's rows, ``[T, hidden_size]``; of a pipeline what
     every stage has made, ``[stages, T, hidden_size]``, not normed."""
 
     @property

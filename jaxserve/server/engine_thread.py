@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
+
+WATCH_SECONDS = 0.5
 
 
 class EngineDeadError(RuntimeError):
@@ -65,13 +68,15 @@ class _Stop:
 class EngineThread:
     """Runs the engine in a thread of its own and streams its output to coroutines. Create it inside the event loop.
 
-    ``on_death`` is called in the loop when a step of the engine raises: the requests in flight get EngineDeadError,
-    as does every later one.
+    ``on_death`` is called in the loop when a step of the engine raises, or takes longer than ``step_timeout_seconds``:
+    the requests in flight get EngineDeadError, as does every later one.
     """
 
-    def __init__(self, engine: Engine, on_death: Callable[[], None]) -> None:
+    def __init__(self, engine: Engine, on_death: Callable[[], None], step_timeout_seconds: float = math.inf) -> None:
         self.engine = engine
         self._on_death = on_death
+        self._step_timeout_seconds = step_timeout_seconds
+        self._step_started_seconds: float | None = None
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[_Add | _Abort | _Stop] = queue.SimpleQueue()
         # Two views of the requests in flight, each touched by one side only: the loop's holds a request until its
@@ -82,12 +87,17 @@ class EngineThread:
         # A daemon: a program that fails elsewhere ends without a word to the engine.
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        self._watchdog = self._loop.create_task(self._watch())
 
     # ---- the event loop's side
 
     @property
     def num_in_flight(self) -> int:
         return len(self._streams)
+
+    def __contains__(self, request_id: str) -> bool:
+        """Whether a request of this name is in flight."""
+        return request_id in self._streams
 
     async def generate(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
@@ -128,6 +138,7 @@ class EngineThread:
     async def stop(self) -> None:
         """Abort what is left and end the thread; a step under way is finished first."""
         self._dead = True
+        self._watchdog.cancel()
         self._commands.put(_Stop())
         await asyncio.to_thread(self._thread.join)
 
@@ -135,8 +146,19 @@ class EngineThread:
         for stream, item in items:
             stream.put(item)
 
+    async def _watch(self) -> None:
+        """A step that never ends, as when a device hangs, can be neither interrupted nor waited for."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            started_seconds = self._step_started_seconds
+            if started_seconds is not None and time.monotonic() - started_seconds > self._step_timeout_seconds:
+                logger.critical("a step has not ended within step_timeout_seconds, %g", self._step_timeout_seconds)
+                self._die()
+                return
+
     def _die(self) -> None:
         self._dead = True
+        self._watchdog.cancel()
         for stream in self._streams.values():
             if not stream.ended.is_set():
                 stream.put(EngineDeadError())
@@ -157,7 +179,9 @@ class EngineThread:
             self._loop.call_soon_threadsafe(self._die)
 
     def _step(self) -> None:
+        self._step_started_seconds = time.monotonic()
         deltas = self.engine.step()
+        self._step_started_seconds = None
         if deltas:
             self._send([(self._live[delta.request_id], delta) for delta in deltas])
         for delta in deltas:

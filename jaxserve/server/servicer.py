@@ -13,9 +13,10 @@ import grpc
 
 from jaxserve.request import RequestError
 from jaxserve.server import messages
-from jaxserve.server.engine_thread import EngineDeadError, EngineThread
+from jaxserve.server.engine_thread import EngineDeadError
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2_grpc as pb_grpc
+from jaxserve.server.replicas import Replicas
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine
@@ -91,17 +92,17 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
 
 class InferenceServicer(pb_grpc.InferenceServiceServicer):
-    """Serves the engine that ``engine_thread`` runs; UNAVAILABLE while there is none."""
+    """Serves the model that ``replicas`` run; UNAVAILABLE while there are none."""
 
     def __init__(self, max_waiting: int) -> None:
-        self.engine_thread: EngineThread | None = None
+        self.replicas: Replicas | None = None
         self.draining = False
         self.num_active = 0
         """Calls of Generate under way, those that still tokenize included."""
         self._max_waiting = max_waiting
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
-        engine_thread = self._started(request.model)
+        replicas = self._started(request.model)
         if self.draining:
             raise StatusError(grpc.StatusCode.UNAVAILABLE, "the server is draining")
         if self.num_active >= self._max_waiting:
@@ -112,23 +113,23 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
             )
         self.num_active += 1
         try:
-            await self._generate(engine_thread, request, context)
+            await self._generate(replicas, request, context)
         finally:
             self.num_active -= 1
 
-    async def _generate(self, engine_thread: EngineThread, request: pb.GenerateRequest, context: Context) -> None:
+    async def _generate(self, replicas: Replicas, request: pb.GenerateRequest, context: Context) -> None:
         request_id = request.request_id or uuid.uuid4().hex
         if len(request_id) > MAX_REQUEST_ID_CHARACTERS:
             raise RequestError(
                 f"request_id must have at most {MAX_REQUEST_ID_CHARACTERS} characters, got {len(request_id)}"
             )
-        engine = engine_thread.engine
+        engine = replicas.engine
         token_ids = await self._off_loop(messages.prompt_token_ids, request, engine)
         params = messages.sampling_params(request.sampling_params, engine, len(token_ids))
         num_output_tokens = 0
         # A call that is cancelled or past its deadline raises CancelledError here, and closing the iterator aborts
         # the request in the engine.
-        async with contextlib.aclosing(engine_thread.generate(request_id, token_ids, params)) as deltas:
+        async with contextlib.aclosing(replicas.generate(request_id, token_ids, params)) as deltas:
             async for delta in deltas:
                 num_output_tokens += len(delta.token_ids)
                 await context.write(messages.generate_response(delta, num_output_tokens))
@@ -147,16 +148,16 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         engine = self._started(request.model).engine
         return pb.DetokenizeResponse(text=await self._off_loop(messages.text_of, request, engine))
 
-    def _started(self, model: str = "") -> EngineThread:
-        """The engine thread, once it is there, when the caller wants its model or names none."""
-        if self.engine_thread is None:
+    def _started(self, model: str = "") -> Replicas:
+        """The replicas, once they are there, when the caller wants their model or names none."""
+        if self.replicas is None:
             raise StatusError(grpc.StatusCode.UNAVAILABLE, "the server is warming up")
-        served = self.engine_thread.engine.config.model
+        served = self.replicas.engine.config.model
         if model and model != served:
             raise StatusError(
                 grpc.StatusCode.NOT_FOUND, f"model must be {served!r}, which is served here, got {model!r}"
             )
-        return self.engine_thread
+        return self.replicas
 
     @staticmethod
     async def _off_loop[Message, Result](

@@ -141,13 +141,14 @@ class FakeEngine:
 class RunningServer:
     """A GrpcServer on a free port."""
 
-    def __init__(self, config: ServerConfig) -> None:
-        self.engine = FakeEngine()
+    def __init__(self, config: ServerConfig, num_engines: int) -> None:
+        self.engines = [FakeEngine() for _ in range(num_engines)]
+        self.engine = self.engines[0]
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self.server = self.call(self._start(config))
-        self.target = f"127.0.0.1:{self.server.port}"
+        self.target = f"127.0.0.1:{self.server.listener.port}"
 
     @staticmethod
     async def _start(config: ServerConfig) -> GrpcServer:
@@ -162,7 +163,7 @@ class RunningServer:
         return self.submit(coroutine).result(timeout=30)
 
     def set_ready(self) -> None:
-        self.call(self.server.set_ready(self.engine))
+        self.call(self.server.set_ready(self.engines))
 
     def close(self) -> None:
         self.call(self.server.shutdown())
@@ -180,8 +181,8 @@ def engine() -> FakeEngine:
 def make_server() -> Iterator[Callable[..., RunningServer]]:
     servers = []
 
-    def make(*, ready: bool = True, **settings: Any) -> RunningServer:
-        server = RunningServer(ServerConfig(port=0, **{"drain_seconds": 0.1, **settings}))
+    def make(*, ready: bool = True, num_engines: int = 1, **settings: Any) -> RunningServer:
+        server = RunningServer(ServerConfig(port=0, **{"drain_seconds": 0.1, **settings}), num_engines)
         servers.append(server)
         if ready:
             server.set_ready()

@@ -117,3 +117,27 @@ def test_the_engine_is_touched_by_one_thread_only(engine):
         assert threads == {"engine"}
 
     asyncio.run(scenario())
+
+
+def test_a_step_that_hangs_is_the_death_of_the_engine(engine):
+    async def scenario() -> None:
+        deaths, release = [], threading.Event()
+        thread = EngineThread(engine, on_death=lambda: deaths.append(True), step_timeout_seconds=0.5)
+        step = engine.step
+
+        def hanging():
+            if engine.num_steps == 3:
+                release.wait()
+            return step()
+
+        engine.step = hanging
+        with pytest.raises(EngineDeadError):
+            async for _ in thread.generate("a", [2], ENDLESS):
+                pass
+        assert deaths == [True]
+        with pytest.raises(EngineDeadError):
+            await anext(thread.generate("b", [2], ENDLESS))
+        release.set()
+        await thread.stop()
+
+    asyncio.run(scenario())

@@ -18,7 +18,8 @@ from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.request import SamplingParams
 from jaxserve.server import servicer
 from jaxserve.server.client import Client
-from jaxserve.server.grpc_server import LIVE, SERVICE_NAME, GrpcServer
+from jaxserve.server.grpc_server import GrpcServer
+from jaxserve.server.listener import LIVE, SERVICE_NAME
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
 
 SERVING = health_pb2.HealthCheckResponse.SERVING

@@ -1,0 +1,99 @@
+"""What every process of a group holds: its devices' share of parameters and KV cache, and the compiled programs."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxserve.config import EngineConfig, ResolvedConfig, cache_dir
+from jaxserve.engine.compile import compile_all, use_persistent_cache
+from jaxserve.engine.programs import DeviceState, StepOutputs, StepPrograms
+from jaxserve.engine.sampler import TokenLogprobs
+from jaxserve.engine.ticks import TickPrograms
+from jaxserve.models.config import ModelError
+from jaxserve.models.loading.checkpoint import Checkpoint, OrbaxCheckpoint, open_checkpoint
+from jaxserve.models.rope import longest_sequence
+
+
+def prepare(config: EngineConfig) -> tuple[Checkpoint, ResolvedConfig]:
+    """What an executor is made of, from files alone. Raises ConfigError and ModelError."""
+    use_persistent_cache(Path(config.compilation_cache or cache_dir() / "compiled"))
+    checkpoint = open_checkpoint(config.model, config.load_format)
+    max_len, on_gpu = longest_sequence(checkpoint.config), jax.default_backend() == "gpu"
+    return checkpoint, config.resolve(model_max_len=max_len, on_gpu=on_gpu)
+
+
+class Executor:
+    """Runs programs on packed arrays, one after the other. Where the mesh spans several processes, each has an executor
+    and all must run the same programs on the same arrays.
+
+    ``config`` is resolved; ``num_blocks`` is the KV cache's size in blocks.
+    """
+
+    def __init__(self, config: ResolvedConfig, checkpoint: Checkpoint, mesh: Mesh, *, show_progress: bool) -> None:
+        self.config = config
+        self.num_stages = mesh.shape["pipe"]
+        if self.num_stages > 1 and isinstance(checkpoint, OrbaxCheckpoint):
+            raise ModelError(
+                f"{checkpoint.path}: Orbax checkpoints cannot be divided into the stages of a pipeline; "
+                f"pipeline_parallel must be 1, got {self.num_stages}"
+            )
+        programs = (TickPrograms if self.num_stages > 1 else StepPrograms)(config, checkpoint.config, mesh)
+        self.model_config = programs.model_config
+        abstract, weights = programs.abstract_parameters, programs.weights()
+        checkpoint.check(abstract, weights)
+        self.layouts = programs.layouts
+        self.num_blocks = programs.num_blocks
+        self._replicated, self._staged = programs.replicated, programs.staged
+        lower = {("step", rows): partial(programs.lower_step, rows) for rows in self.layouts} | {
+            ("score", rows): partial(programs.lower_score, rows) for rows in self.layouts
+        }
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            # Programs need the shapes of the weights only, so both come at once.
+            loading = pool.submit(checkpoint.load, abstract, weights)
+            self._programs = compile_all(lower, show_progress=show_progress)
+            parameters = loading.result()
+        self._parameters = [parameters[name] for name in abstract]
+        self._state = _new_state(programs.abstract_state())
+        self._hidden: jax.Array | None = None
+
+    def step(self, rows: int, ints: np.ndarray, floats: np.ndarray) -> StepOutputs:
+        """Start the program of ``rows`` and return at once, while its tokens are being copied to the host.
+
+        ints: ``int32[stages, layout.num_ints]``; floats: of the step in the last stage.
+        """
+        arrays = _put(ints, self._staged), _put(floats, self._replicated)
+        self._state, outputs = self._programs["step", rows](self._parameters, self._state, *arrays)
+        self._hidden = outputs.hidden
+        outputs.tokens.copy_to_host_async()
+        return outputs
+
+    def score(self, targets: np.ndarray) -> TokenLogprobs[jax.Array]:
+        """Log-probabilities of ``targets`` ``int32[T]`` after the rows of the last step. Rare: a program of its own."""
+        program = self._programs["score", len(targets)]
+        return program(self._parameters, self._hidden, _put(targets, self._replicated))
+
+    def close(self) -> None:
+        """Wait for the devices and give their memory back."""
+        for array in jax.tree.leaves((self._parameters, self._state)):
+            array.block_until_ready().delete()
+        self._programs.clear()
+
+
+def _put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    # device_put would ask all processes whether they put the same.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _new_state(state: DeviceState[jax.ShapeDtypeStruct]) -> DeviceState[jax.Array]:
+    """Made on the device: the host may not have as much memory."""
+    zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), state)
+    return zeros._replace(cache=zeros.cache._replace(scales=jnp.ones_like(zeros.cache.scales)))

@@ -1,0 +1,224 @@
+"""Steps for processes on several hosts: the leader, rank 0, plans, and every process runs the same programs on the same
+arrays, which the leader streams to the others over gRPC.
+
+A message is two int32, the kind and the rows, then the arrays as they lie in memory. gRPC's pings tell within seconds
+of a process or a host that died or froze. Nothing is encrypted or signed: hosts must share a network of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import queue
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxserve.config import ConfigError, ResolvedConfig
+from jaxserve.engine.executor import Executor
+from jaxserve.engine.programs import StepOutputs
+from jaxserve.engine.sampler import TokenLogprobs
+from jaxserve.models.loading.checkpoint import Checkpoint
+
+SERVICE = "jaxserve.internal.Group"
+HEADER = struct.Struct("<ii")
+STEP, SCORE, STOP = range(3)
+PING_OPTIONS = [
+    ("grpc.keepalive_time_ms", 4_000),
+    ("grpc.keepalive_timeout_ms", 4_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ("grpc.max_receive_message_length", -1),
+]
+STOP_TIMEOUT_SECONDS = 5.0
+OWN_SETTINGS = ("trace", "compilation_cache")
+"""Settings in which hosts may differ."""
+
+
+class Followers:
+    """The other processes of a group, as the leader sees them: it listens from the start and they join once ready.
+
+    ``on_lost`` is called with a message when one that has joined goes away, from any thread; ``on_drain`` when one was
+    told to end. ``address`` is a host and port, which must be free: ConfigError.
+    """
+
+    def __init__(
+        self, num_followers: int, address: str, on_lost: Callable[[str], None], on_drain: Callable[[], None]
+    ) -> None:
+        self._num_followers = num_followers
+        self._on_lost, self._on_drain = on_lost, on_drain
+        self._queues: dict[int, queue.SimpleQueue[bytes]] = {}
+        self._settings: dict[str, Any] = {}
+        self._refused: str | None = None
+        self._stopping = False
+        self._changed = threading.Condition()
+        self._server = grpc.server(
+            ThreadPoolExecutor(num_followers + 1, thread_name_prefix="followers"),
+            options=[*PING_OPTIONS, ("grpc.so_reuseport", 0)],
+        )
+        handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+            "Follow": grpc.unary_stream_rpc_method_handler(self._follow),
+            "Drain": grpc.unary_unary_rpc_method_handler(self._drain),
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError:
+            raise ConfigError(f"coordinator_port: cannot listen on {address}, the port above it") from None
+        self._server.start()
+
+    def wait(self, executor: Executor) -> None:
+        """Until all have joined. Raises ConfigError for one with other settings than the executor's."""
+        with self._changed:
+            self._settings = settings_of(executor)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: len(self._queues) == self._num_followers or self._refused)
+        if self._refused:
+            raise ConfigError(self._refused)
+
+    def send(self, kind: int, rows: int, *arrays: np.ndarray) -> None:
+        message = HEADER.pack(kind, rows) + b"".join(array.tobytes() for array in arrays)
+        for messages in list(self._queues.values()):
+            messages.put(message)
+
+    def stop(self) -> None:
+        """Let the followers end, once they have done what was sent."""
+        self._stopping = True
+        self.send(STOP, 0)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._queues, STOP_TIMEOUT_SECONDS)
+        self._server.stop(grace=None)
+
+    def _follow(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        joining = json.loads(request)
+        rank = joining["rank"]
+        with self._changed:
+            self._changed.wait_for(lambda: self._settings)
+            difference = _difference(rank, joining["settings"], self._settings)
+            if difference is None:
+                messages = self._queues[rank] = queue.SimpleQueue()
+            else:
+                self._refused = difference
+            self._changed.notify_all()
+        if difference is not None:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, difference)
+        context.add_callback(lambda: self._leave(rank))
+        while True:
+            message = messages.get()
+            yield message
+            if HEADER.unpack_from(message)[0] == STOP:
+                return
+
+    def _leave(self, rank: int) -> None:
+        if not self._stopping:
+            self._on_lost(f"host {rank} of the group is gone")
+        with self._changed:
+            self._queues.pop(rank).put(HEADER.pack(STOP, 0))
+            self._changed.notify_all()
+
+    def _drain(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        self._on_drain()
+        return b""
+
+
+class Leader(Executor):
+    """Rank 0's executor: what it runs, the followers run too."""
+
+    def __init__(
+        self,
+        followers: Followers,
+        config: ResolvedConfig,
+        checkpoint: Checkpoint,
+        mesh: Mesh,
+        *,
+        show_progress: bool,
+    ) -> None:
+        super().__init__(config, checkpoint, mesh, show_progress=show_progress)
+        self._followers = followers
+        followers.wait(self)
+
+    def step(self, rows: int, ints: np.ndarray, floats: np.ndarray) -> StepOutputs:
+        self._followers.send(STEP, rows, ints, floats)
+        return super().step(rows, ints, floats)
+
+    def score(self, targets: np.ndarray) -> TokenLogprobs[jax.Array]:
+        self._followers.send(SCORE, len(targets), targets)
+        return super().score(targets)
+
+    def close(self) -> None:
+        self._followers.stop()
+        super().close()
+
+
+class Follower:
+    """The leader, as another process of the group sees it. ``address``: where its ``Followers`` listen.
+
+    ``on_lost`` is called with a message, from any thread, when the leader goes away without a word.
+    """
+
+    def __init__(self, executor: Executor, rank: int, address: str, on_lost: Callable[[str], None]) -> None:
+        self._executor, self._on_lost = executor, on_lost
+        self._channel = grpc.insecure_channel(address, options=PING_OPTIONS)
+        joining = json.dumps({"rank": rank, "settings": settings_of(executor)}).encode()
+        follow: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(f"/{SERVICE}/Follow")
+        self._call = follow(joining, wait_for_ready=True)
+        self._messages: queue.SimpleQueue[bytes | ConfigError] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="leader", daemon=True).start()
+
+    def run(self) -> None:
+        """Run what the leader runs, until it stops. Raises ConfigError where this one has other settings."""
+        while True:
+            message = self._messages.get()
+            if isinstance(message, ConfigError):
+                raise message
+            kind, rows = HEADER.unpack_from(message)
+            if kind == STOP:
+                return
+            if kind == SCORE:
+                self._executor.score(np.frombuffer(message, np.int32, offset=HEADER.size))
+            else:
+                self._executor.step(rows, *self._unpack(rows, message))
+
+    def drain(self) -> None:
+        """Ask the leader to finish what runs and to stop the group."""
+        drain: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(f"/{SERVICE}/Drain")
+        self._draining = drain.future(b"")  # a call that nobody holds is cancelled
+
+    def _unpack(self, rows: int, message: bytes) -> tuple[np.ndarray, np.ndarray]:
+        layout = self._executor.layouts[rows]
+        shape = self._executor.num_stages, layout.num_ints
+        ints = np.frombuffer(message, np.int32, offset=HEADER.size, count=math.prod(shape))
+        floats = np.frombuffer(message, np.float32, offset=HEADER.size + ints.nbytes)
+        return ints.reshape(shape), floats.reshape(layout.float_shape)
+
+    def _read(self) -> None:
+        # A thread of its own, because the other one hangs in a collective once a process is gone.
+        try:
+            for message in self._call:
+                self._messages.put(message)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                self._messages.put(ConfigError(error.details()))
+            else:
+                self._on_lost(f"the leader of the group is gone: {error.details()}")
+
+
+def settings_of(executor: Executor) -> dict[str, Any]:
+    """What must be the same in all processes of a group."""
+    settings = {name: value for name, value in vars(executor.config).items() if name not in OWN_SETTINGS}
+    return settings | {"num_blocks": executor.num_blocks, "jax": jax.__version__}
+
+
+def _difference(rank: int, theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            return f"{name} must be the same on all hosts: the leader has {value!r}, host {rank} {theirs.get(name)!r}"
+    return None

@@ -1,0 +1,116 @@
+"""What every front end has: a gRPC port, health and reflection, and signals that end it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import signal
+import socket
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from jaxserve.config import ConfigError, ServerConfig
+from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
+from jaxserve.server.servicer import ErrorInterceptor
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+LIVE = ""
+"""The health service's name for the whole server."""
+SPARE_RPCS = 128
+"""Room for health checks, aborts and tokenization besides the requests that max_waiting admits."""
+FLUSH_SECONDS = 1.0
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Listener:
+    """A port. The server as a whole is live from the start until ``set_dead``; ``SERVICE_NAME`` is SERVING between
+    ``set_serving(True)`` and ``set_serving(False)``. Create it inside the event loop.
+
+    Handlers of the service itself are added to ``server`` before the start. ``socket``: the path of a Unix socket, to
+    listen on instead of the port.
+    """
+
+    def __init__(self, config: ServerConfig, socket: Path | None = None) -> None:
+        self._config, self._socket = config, socket
+        self._health = health.aio.HealthServicer()
+        self.server = grpc.aio.server(
+            interceptors=[ErrorInterceptor()],
+            options=channel_options(config.max_message_bytes),
+            maximum_concurrent_rpcs=config.max_waiting + SPARE_RPCS,
+        )
+        self.port = config.port
+
+    @property
+    def address(self) -> str:
+        return f"unix:{self._socket}" if self._socket else socket_address(self._config.host, self.port)
+
+    async def start(self) -> None:
+        """Raises ConfigError when the port is taken."""
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server)
+        await self.set_serving(False)
+        try:
+            port = self.server.add_insecure_port(self.address)
+        except RuntimeError:
+            raise listen_error(self._config.host, self._config.port) from None
+        self.port = port
+        await self.server.start()
+
+    async def set_serving(self, serving: bool) -> None:
+        await self._health.set(SERVICE_NAME, SERVING if serving else NOT_SERVING)
+
+    async def set_dead(self) -> None:
+        await self.set_serving(False)
+        await self._health.set(LIVE, NOT_SERVING)
+
+    async def stop(self) -> None:
+        """Give what was written a moment to reach its readers, and close the port."""
+        await self.server.stop(FLUSH_SECONDS)
+
+
+def stop_signal() -> asyncio.Event:
+    """Set by SIGTERM and SIGINT, which from now on do nothing else. Call it inside the event loop."""
+    stopped = asyncio.Event()
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signal_number, stopped.set)
+    return stopped
+
+
+def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    """Message limits and keepalive of the server."""
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        # Without this a second server on the same port silently takes half of the connections.
+        ("grpc.so_reuseport", 0),
+        # Gateways ping idle connections; gRPC's own limits answer that with GOAWAY too_many_pings.
+        ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # A client that vanished without closing its connection gives back its blocks after this long.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+    ]
+
+
+def socket_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def listen_error(host: str, port: int) -> ConfigError:
+    """Why nothing can listen there; gRPC itself does not say."""
+    reason = "the address was refused"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return ConfigError(f"port {port} is in use")
+        reason = error.strerror or str(error)
+    return ConfigError(f"cannot listen on {socket_address(host, port)}: {reason}")

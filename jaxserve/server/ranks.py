@@ -1,0 +1,99 @@
+"""The processes that share a model, each on a host of its own: rank 0 leads and serves, the others follow."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from jaxserve.config import ConfigError, EngineConfig, ServerConfig
+from jaxserve.models.config import ModelError
+from jaxserve.server.grpc_server import build_engines, serve
+from jaxserve.sharding.hosts import Group
+
+if TYPE_CHECKING:
+    from jaxserve.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+LOST, WRONG = 1, 2
+"""Exit codes: the group has lost a process and can only be started again; a configuration that cannot work."""
+
+
+def set_up_logging() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("jax").setLevel(logging.WARNING)
+
+
+def end_process(exit_code: int) -> NoReturn:
+    """Without Python's clean-up: other threads may be inside XLA, which must not be torn down under them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def exit_code_of(run: Callable[[], int]) -> int:
+    """What ``run`` returns; configurations that cannot work are told in one line."""
+    try:
+        return run()
+    except (ConfigError, ModelError) as error:
+        print(f"jaxserve: error: {error}", file=sys.stderr)
+        return WRONG
+
+
+def run_leader(engine_config: EngineConfig, server_config: ServerConfig, group: Group, socket: Path) -> NoReturn:
+    """The process of rank 0: serves on ``socket`` what the whole group computes. Ends with its parent."""
+    set_up_logging()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    def build() -> list[Engine]:
+        from jaxserve.engine.group import Followers
+
+        drain = partial(os.kill, os.getpid(), signal.SIGTERM)
+        followers = Followers(group.size - 1, group.step_address, _lost, drain)
+        group.join()
+        return build_engines(engine_config, followers=followers)
+
+    end_process(exit_code_of(lambda: asyncio.run(serve(engine_config, server_config, build, socket))))
+
+
+def run_follower(engine_config: EngineConfig, group: Group) -> NoReturn:
+    """The process of any other rank. SIGTERM drains the group, as clusters send it to all hosts at once."""
+    set_up_logging()
+
+    def run() -> int:
+        group.join()
+        from jaxserve.engine.executor import Executor, prepare
+        from jaxserve.engine.group import Follower
+        from jaxserve.sharding.mesh import make_mesh
+
+        checkpoint, config = prepare(engine_config)
+        mesh = make_mesh(config.tensor_parallel, config.pipeline_parallel)
+        executor = Executor(config, checkpoint, mesh, show_progress=True)
+        follower = Follower(executor, group.rank, group.step_address, _lost)
+        signal.signal(signal.SIGTERM, lambda *_: follower.drain())
+        logger.info("host %d of %d follows %s", group.rank, group.size, group.leader)
+        follower.run()
+        return 0
+
+    end_process(exit_code_of(run))
+
+
+def _lost(message: str) -> NoReturn:
+    logger.critical("%s; this process ends, so that the group can be started again", message)
+    end_process(LOST)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    end_process(LOST)

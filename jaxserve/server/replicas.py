@@ -1,0 +1,68 @@
+"""The engines of one server: replicas of a model on devices of their own, each in a thread of its own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Metric
+from prometheus_client.registry import Collector
+
+from jaxserve.request import RequestDelta, SamplingParams
+from jaxserve.server.engine_thread import EngineThread
+
+if TYPE_CHECKING:
+    from jaxserve.engine.engine import Engine
+
+
+class Replicas:
+    """Gives every request to the engine with the fewest in flight. Create it inside the event loop.
+
+    ``on_death``, ``step_timeout_seconds``: see EngineThread; the death of one is that of all.
+    """
+
+    def __init__(self, engines: Sequence[Engine], on_death: Callable[[], None], step_timeout_seconds: float) -> None:
+        self._threads = [EngineThread(engine, on_death, step_timeout_seconds) for engine in engines]
+
+    @property
+    def engine(self) -> Engine:
+        """Any of them: to tokenize, and to ask for what they have in common."""
+        return self._threads[0].engine
+
+    def generate(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
+    ) -> AsyncGenerator[RequestDelta, None]:
+        """As EngineThread.generate."""
+        # The one that has a request of this name refuses another.
+        thread = self._thread_of(request_id) or min(self._threads, key=lambda thread: thread.num_in_flight)
+        return thread.generate(request_id, prompt_token_ids, params)
+
+    async def abort(self, request_id: str) -> bool:
+        """As EngineThread.abort."""
+        thread = self._thread_of(request_id)
+        return thread is not None and await thread.abort(request_id)
+
+    async def stop(self) -> None:
+        """Abort what is left and give the devices back."""
+        for thread in self._threads:
+            await thread.stop()
+            thread.engine.close()
+
+    def _thread_of(self, request_id: str) -> EngineThread | None:
+        return next((thread for thread in self._threads if request_id in thread), None)
+
+
+class ReplicaMetrics(Collector):
+    """The engines' metrics as one, told apart by the label ``engine`` as in vLLM."""
+
+    def __init__(self, registries: Sequence[CollectorRegistry]) -> None:
+        self._registries = registries
+
+    def collect(self) -> Iterator[Metric]:
+        for families in zip(*(registry.collect() for registry in self._registries), strict=True):
+            first = families[0]
+            merged = Metric(first.name, first.documentation, first.type)
+            for number, family in enumerate(families):
+                for sample in family.samples:
+                    merged.samples.append(sample._replace(labels={**sample.labels, "engine": str(number)}))
+            yield merged

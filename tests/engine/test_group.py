@@ -1,0 +1,135 @@
+"""The stream of steps from a group's leader to its followers, with executors that only take notes."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxserve.config import ConfigError, EngineConfig, ResolvedConfig
+from jaxserve.engine.batch import StepLayout, empty_step
+from jaxserve.engine.group import SCORE, STEP, Follower, Followers
+from jaxserve.kernels.backend import CPU_TILING
+from jaxserve.kernels.plan import PlanLimits
+
+CONFIG = EngineConfig(max_num_seqs=4, token_budget=16).resolve(model_max_len=64, on_gpu=False)
+NUM_STAGES = 2
+TIMEOUT_SECONDS = 20
+
+
+class FakeExecutor:
+    def __init__(self, config: ResolvedConfig = CONFIG) -> None:
+        self.config = config
+        self.num_blocks, self.num_stages = 10, NUM_STAGES
+        self.layouts = {16: StepLayout(PlanLimits(16, 4, 64, 16, 10, CPU_TILING, None))}
+        self.calls: list[tuple[Any, ...]] = []
+
+    def step(self, rows: int, ints: np.ndarray, floats: np.ndarray) -> None:
+        self.calls.append((rows, ints, floats))
+
+    def score(self, targets: np.ndarray) -> None:
+        self.calls.append((targets,))
+
+
+class Leading:
+    """The leader's side."""
+
+    def __init__(self, num_followers: int) -> None:
+        self.lost: list[str] = []
+        self.one_lost, self.drain = threading.Event(), threading.Event()
+        self.followers = Followers(num_followers, "127.0.0.1:0", self._on_lost, self.drain.set)
+        self.address = f"127.0.0.1:{self.followers.port}"
+
+    def _on_lost(self, message: str) -> None:
+        self.lost.append(message)
+        self.one_lost.set()
+
+
+class Following(threading.Thread):
+    """A follower, whose ``run`` is on."""
+
+    def __init__(self, leading: Leading, rank: int, config: ResolvedConfig = CONFIG) -> None:
+        super().__init__(daemon=True)
+        self.executor = FakeExecutor(config)
+        self.lost = threading.Event()
+        self.follower = Follower(self.executor, rank, leading.address, lambda message: self.lost.set())
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.follower.run()
+        except ConfigError as error:
+            self.error = error
+
+
+@pytest.fixture
+def leading() -> Iterator[Leading]:
+    with ExitStack() as stack:
+        leading = Leading(2)
+        stack.callback(leading.followers.stop)
+        yield leading
+
+
+def test_followers_run_what_the_leader_sends_and_stop_with_it(leading: Leading) -> None:
+    threads = [Following(leading, rank) for rank in (1, 2)]
+    executor = FakeExecutor()
+    leading.followers.wait(executor)
+    step = empty_step(executor.layouts[16])
+    ints = np.stack([step.ints, step.ints + 1])
+    floats = np.arange(12, dtype=np.float32).reshape(3, 4)
+    targets = np.arange(16, dtype=np.int32)
+    for _ in range(3):
+        leading.followers.send(STEP, 16, ints, floats)
+    leading.followers.send(SCORE, 16, targets)
+    leading.followers.stop()
+    for thread in threads:
+        thread.join(TIMEOUT_SECONDS)
+        *steps, score = thread.executor.calls
+        assert len(steps) == 3
+        for rows, got_ints, got_floats in steps:
+            assert rows == 16
+            np.testing.assert_array_equal(got_ints, ints)
+            np.testing.assert_array_equal(got_floats, floats)
+        np.testing.assert_array_equal(score[0], targets)
+        assert not thread.lost.is_set()
+    assert not leading.lost
+
+
+def test_each_side_learns_when_the_other_goes_away(leading: Leading) -> None:
+    first, second = (Following(leading, rank) for rank in (1, 2))
+    leading.followers.wait(FakeExecutor())
+    first.follower._channel.close()
+    assert leading.one_lost.wait(TIMEOUT_SECONDS)
+    assert leading.lost == ["host 1 of the group is gone"]
+    leading.followers._server.stop(grace=None)
+    assert second.lost.wait(TIMEOUT_SECONDS)
+
+
+def test_a_follower_can_ask_for_the_end(leading: Leading) -> None:
+    threads = [Following(leading, rank) for rank in (1, 2)]
+    leading.followers.wait(FakeExecutor())
+    threads[0].follower.drain()
+    assert leading.drain.wait(TIMEOUT_SECONDS)
+
+
+def test_hosts_with_other_settings_are_told_which(leading: Leading) -> None:
+    other = Following(leading, 1, dataclasses.replace(CONFIG, max_num_seqs=8))
+    message = "max_num_seqs must be the same on all hosts: the leader has 4, host 1 8"
+    with pytest.raises(ConfigError, match=message):
+        leading.followers.wait(FakeExecutor())
+    other.join(TIMEOUT_SECONDS)
+    assert str(other.error) == message
+
+
+def test_a_port_in_use_is_a_clear_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"coordinator_port: cannot listen on {address}, the port above it"):
+            Followers(1, address, print, print)
