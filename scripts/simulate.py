@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=[128, 256, 512, 1024, 2048], help="of that sweep")
     parser.add_argument("--serve", type=float, help="how many replicas for that many requests/s")
     parser.add_argument("--bubbles", nargs="*", metavar="POLICY", choices=sorted(set(POLICIES) - {"adaptive"}),
-                        help=f"idle time of a pipeline's stages at one rate, by policy: {', '.join(bubbles.DEFAULT)}")  # fmt: skip
+                        help=f"idle time of a pipeline's stages by policy: {', '.join(bubbles.DEFAULT)}")  # fmt: skip
     parser.add_argument("--plot", help="write a picture of the capacities and TBTs to this file")
     workload, args = parse_config(parser, None, WorkloadConfig)
     try:
