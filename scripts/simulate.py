@@ -4,6 +4,7 @@ simulate.py --model mistral-7b --device a100-80g --rate 2             one run
 simulate.py --model yi-34b --tp 2 --p99-tbt 0.2                       its capacity under that objective
 simulate.py --model yi-34b --tp 2 --p99-tbt 0.2 --sweep budgets       which token budget; also: policies, shapes
 simulate.py ... --sweep shapes --serve 20 --plot shapes.png           TP or PP; replicas for 20 requests/s; a picture
+simulate.py --model yi-34b --pp 4 --rate 1 --bubbles                  what policies leave idle of a pipeline's stages
 simulate.py --profile steps.json --against capacity.json              how far the simulator is from what was measured
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from jaxserve.request import RequestError
 from jaxserve.scheduler import POLICIES, Pace
 from jaxserve.scheduler.buckets import token_buckets
 from jaxserve.scheduler.step_time import Profile
+from jaxserve.simulator import bubbles
 from jaxserve.simulator.cost import OVERLAPPED, FittedCost, authors_host_time
 from jaxserve.simulator.deployment import Deployment
 from jaxserve.simulator.devices import DEVICES, find_device
@@ -75,15 +78,18 @@ def show_predictions(report_path: str, profile: Profile) -> None:
         print(f"{found.policy:16} {found.measured:6.3g}/s  {found.simulated:8.3g}/s  {found.error:+.1%}")
 
 
-def show(candidates: list[Candidate], serve: float | None) -> None:
+def show[T](rows: Mapping[str, T], columns: Mapping[str, Callable[[T], str]]) -> None:
+    width = max(len(name) for name in rows)
+    print(" " * width, *(f"{title:>{max(10, len(title))}}" for title in columns))
+    for name, row in rows.items():
+        print(f"{name:{width}}", *(f"{cell(row):>{max(10, len(title))}}" for title, cell in columns.items()))
+
+
+def show_candidates(candidates: list[Candidate], serve: float | None) -> None:
     columns = dict(COLUMNS)
     if serve is not None:
         columns[f"replicas for {serve:g}/s"] = lambda c: f"{c.replicas(serve):.0f} ({c.deployment.num_devices} each)"
-    width = max(len(c.name) for c in candidates)
-    print(" " * width, *(f"{name:>{max(10, len(name))}}" for name in columns))
-    for candidate in candidates:
-        cells = (f"{cell(candidate):>{max(10, len(name))}}" for name, cell in columns.items())
-        print(f"{candidate.name:{width}}", *cells)
+    show({c.name: c for c in candidates}, columns)
 
 
 def main() -> None:
@@ -106,6 +112,8 @@ def main() -> None:
     parser.add_argument("--sweep", choices=SWEEPS, help="capacities of several; shapes divide tp x pp devices")
     parser.add_argument("--budgets", type=int, nargs="+", default=[128, 256, 512, 1024, 2048], help="of that sweep")
     parser.add_argument("--serve", type=float, help="how many replicas for that many requests/s")
+    parser.add_argument("--bubbles", nargs="*", metavar="POLICY", choices=sorted(set(POLICIES) - {"adaptive"}),
+                        help=f"idle time of a pipeline's stages by policy: {', '.join(bubbles.DEFAULT)}")  # fmt: skip
     parser.add_argument("--plot", help="write a picture of the capacities and TBTs to this file")
     workload, args = parse_config(parser, None, WorkloadConfig)
     try:
@@ -128,15 +136,20 @@ def main() -> None:
             measured=FittedCost(profile.step_time, model.window) if profile else None,
         )
         if args.p99_tbt is not None:
+            if args.bubbles is not None:
+                parser.error("bubbles are of one rate, an objective asks for the highest: give --rate, not --p99-tbt")
             deployment = replace(deployment, pace=choose_pace(deployment, args.p99_tbt, profile))
         deployment = whole_prompts(deployment, args.scheduler)
         if args.p99_tbt is None:
             if args.sweep or args.serve or args.plot:
                 parser.error("sweep, serve and plot need an objective: give --p99-tbt")
+            if args.bubbles is not None:
+                show(bubbles.compare(deployment, args.bubbles or bubbles.DEFAULT, workload), bubbles.COLUMNS)
+                return
             started = time.perf_counter()
             run = simulate(deployment, workload, workload.rate or 1.0)
             seconds = time.perf_counter() - started
-            show([Candidate(args.model, deployment, workload.rate or 1.0, run)], None)
+            show_candidates([Candidate(args.model, deployment, workload.rate or 1.0, run)], None)
             print(f"{run.seconds:.0f} s in {seconds:.1f} s, {run.seconds / seconds:.0f}x real time; "
                   f"{run.num_batches} batches")  # fmt: skip
             return
@@ -148,7 +161,7 @@ def main() -> None:
         ]
     except (ConfigError, ModelError, RequestError) as error:
         parser.error(str(error))
-    show(candidates, args.serve)
+    show_candidates(candidates, args.serve)
     if not all(candidate.queue_could_grow(objective) for candidate in candidates):
         print("requests came for too short a time for a queue to show: give more --num-requests or --duration-seconds")
     if args.plot:

@@ -42,6 +42,7 @@ from jaxserve.request import (
     SamplingParams,
 )
 from jaxserve.scheduler import Chunk, Pace, make_scheduler
+from jaxserve.scheduler.buckets import bubble_share
 from jaxserve.scheduler.step_time import Profile
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.tokenizer import Tokenizer
@@ -255,8 +256,8 @@ class Engine:
 
     def _leave(self, outputs: StepOutputs) -> _LaunchedStep:
         """The oldest step, whose outputs these are: the device works on its last stage."""
-        num_stages, num_rows = len(self._in_stages), outputs.num_rows
-        num_tokens = sum(record.num_tokens for _, record in self._in_stages)
+        num_rows = outputs.num_rows
+        stage_tokens = [record.num_tokens for _, record in self._in_stages]
         chunks, record = self._in_stages.popleft()
         self.scheduler.sampled(chunks)
         prompt_logprobs = None
@@ -264,8 +265,8 @@ class Engine:
             prompt_logprobs = self.runner.score(prompt_targets(num_rows, chunks))
         record.num_rows = num_rows
         record.device_start_seconds = self._clock()
-        if num_stages > 1:
-            record.bubble_share = 1 - num_tokens / (num_stages * num_rows)
+        if len(stage_tokens) > 1:
+            record.bubble_share = bubble_share(stage_tokens, num_rows)
         return _LaunchedStep(chunks, outputs, prompt_logprobs, record)
 
     def _process(self, step: _LaunchedStep) -> list[RequestDelta]:

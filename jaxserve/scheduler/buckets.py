@@ -26,3 +26,10 @@ def token_buckets(token_budget: int) -> tuple[int, ...]:
 def bucket_of(num_tokens: int, buckets: Sequence[int]) -> int:
     """Rows of the smallest program that holds ``num_tokens``, which the largest one does."""
     return next(rows for rows in buckets if rows >= num_tokens)
+
+
+def bubble_share(stage_tokens: Sequence[int], num_rows: int) -> float:
+    """Share of a tick's rows that hold no token: every stage of a pipeline computes ``num_rows``, the bucket of the
+    largest batch, for the tokens of its own batch.
+    """
+    return 1 - sum(stage_tokens) / (len(stage_tokens) * num_rows)

@@ -51,8 +51,11 @@ class CostModel(Protocol):
     @property
     def num_stages(self) -> int: ...
 
-    def stage_seconds(self, spans: Iterable[Span]) -> Sequence[float]:
-        """Time of one batch in each pipeline stage, handing its activations on included."""
+    def stage_seconds(self, spans: Iterable[Span], num_rows: int = 0) -> Sequence[float]:
+        """Time of one batch in each pipeline stage, handing its activations on included.
+
+        ``num_rows``, where it is more than the tokens: what the batch is padded to.
+        """
         ...
 
 
@@ -132,14 +135,14 @@ class RooflineCost:
         """On one device, in the largest stage."""
         return max(self._stage_weight_bytes(index) for index in range(self.num_stages))
 
-    def stage_seconds(self, spans: Iterable[Span]) -> list[float]:
+    def stage_seconds(self, spans: Iterable[Span], num_rows: int = 0) -> list[float]:
         spans = list(spans)
-        return [sum(self.breakdown(spans, stage).values()) for stage in range(self.num_stages)]
+        return [sum(self.breakdown(spans, stage, num_rows).values()) for stage in range(self.num_stages)]
 
-    def breakdown(self, spans: Sequence[Span], stage: int = 0) -> dict[str, float]:
-        """Seconds by operator in one stage."""
+    def breakdown(self, spans: Sequence[Span], stage: int = 0, num_rows: int = 0) -> dict[str, float]:
+        """Seconds by operator in one stage. Padding takes no part in attention, and is not sampled."""
         model, device = self.model, self.device
-        rows = sum(span.num_tokens for span in spans)
+        rows = max(num_rows, sum(span.num_tokens for span in spans))
         layers = self.stages[stage]
         num_layers = layers.total()
         hidden_bytes = rows * model.hidden_size * DTYPE_BYTES
@@ -249,7 +252,7 @@ class FittedCost:
         self.window = window
         self._buckets = sorted(step_time.base_seconds)
 
-    def stage_seconds(self, spans: Iterable[Span]) -> list[float]:
+    def stage_seconds(self, spans: Iterable[Span], num_rows: int = 0) -> list[float]:
         num_decodes = num_kv_tokens = num_prefill_tokens = num_pairs = 0
         for span in spans:
             keys = num_seen_keys(span.start, span.num_tokens, self.window)
@@ -259,6 +262,6 @@ class FittedCost:
             else:
                 num_prefill_tokens += span.num_tokens
                 num_pairs += keys
-        rows = num_decodes + num_prefill_tokens
+        rows = max(num_rows, num_decodes + num_prefill_tokens)
         padded = next((bucket for bucket in self._buckets if bucket >= rows), rows)
         return [self.step_time.predict(BatchShape(padded, num_decodes, num_kv_tokens, num_prefill_tokens, num_pairs))]

@@ -35,6 +35,8 @@ class Deployment:
     memory_share: float = 0.9
     """Of a device's memory, for weights and KV cache."""
     host: HostTime = OVERLAPPED
+    lock_step: bool = False
+    """Stages move together, as our engine's do (TickPipeline)."""
     measured: CostModel | None = None
     """Step times in place of the roofline's, which then only says what fits into memory."""
 
@@ -95,4 +97,4 @@ class Deployment:
             blocks=BlockManager(self.num_blocks, self.block_size),
             window=self.model.window,
         )
-        return Simulator(scheduler, self.cost).run(workload)
+        return Simulator(scheduler, self.cost, lock_step=self.lock_step).run(workload)

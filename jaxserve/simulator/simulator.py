@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from jaxserve.evaluation.latency import RunResult
 from jaxserve.evaluation.workload import WorkloadRequest
 from jaxserve.request import FinishReason, Request, RequestError, RequestMetrics, RequestStatus, SamplingParams
-from jaxserve.scheduler import Batch, Scheduler
+from jaxserve.scheduler import Chunk, Scheduler
+from jaxserve.scheduler.buckets import token_buckets
 from jaxserve.simulator.cost import CostModel
-from jaxserve.simulator.pipeline import Pipeline
+from jaxserve.simulator.pipeline import AsynchronousPipeline, Pipeline
+from jaxserve.simulator.ticks import Tick, TickPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,16 +24,17 @@ class SimulatedRun(RunResult):
     busy_seconds: tuple[float, ...]
     bubble_seconds: tuple[float, ...]
     """Waiting in spite of work in the pipeline (Pipeline)."""
+    bubble_share: float
+    """Of the time in which the pipeline has work, the average stage's share of waiting."""
+    loaded_bubble_share: float
+    """The same until the last request has entered: without the end of the run, when ever fewer are left."""
+    ticks: tuple[Tick, ...] = ()
+    """Of stages in lock-step."""
 
     @property
     def utilisation(self) -> float:
         """Share of the run in which the average stage computes."""
         return sum(self.busy_seconds) / (self.seconds * len(self.busy_seconds))
-
-    @property
-    def bubble_share(self) -> float:
-        """Of the time in which the pipeline has work, the average stage's share of waiting."""
-        return sum(self.bubble_seconds) / (sum(self.busy_seconds) + sum(self.bubble_seconds))
 
 
 class Simulator:
@@ -40,29 +43,32 @@ class Simulator:
     A micro-batch enters when the first stage is free. The scheduler leaves out requests whose last token is still in
     flight, so the micro-batches' decodes are disjoint; consecutive chunks of a prompt may follow one another, since
     stages work in order. The clock moves from one event to the next: it costs nothing to wait.
+
+    Stages in ``lock_step`` are those of our engine, others take a micro-batch whenever it is ready.
     """
 
-    def __init__(self, scheduler: Scheduler, cost: CostModel) -> None:
+    def __init__(self, scheduler: Scheduler, cost: CostModel, *, lock_step: bool = False) -> None:
         self.scheduler = scheduler
         self.scheduler.pipeline_depth = cost.num_stages
-        self.cost = cost
-        self.pipeline = Pipeline(cost.num_stages)
-        self._in_flight: deque[tuple[float, Batch]] = deque()
-        """When each micro-batch leaves the last stage, in order of entry."""
+        self.pipeline: Pipeline[Chunk] = (
+            TickPipeline(cost, token_buckets(scheduler.token_budget)) if lock_step else AsynchronousPipeline(cost)
+        )
         self._num_batches = 0
+        self._loaded_bubble_share = 0.0
 
     def run(self, workload: Sequence[WorkloadRequest]) -> SimulatedRun:
         """Serve every request to its end. Raises RequestError for one that can never run."""
         arrivals = deque(self._request(index, asked) for index, asked in enumerate(workload))
         requests = list(arrivals)
         now = 0.0
-        while arrivals or self._in_flight or self.scheduler.has_unfinished():
+        while arrivals or self.pipeline.leaving or self.scheduler.has_unfinished():
             now = self._next_event(now, arrivals)
             while arrivals and arrivals[0].metrics.arrival_seconds <= now:
                 self.scheduler.add(arrivals.popleft())
-            while self._in_flight and self._in_flight[0][0] <= now:
-                self._process(*self._in_flight.popleft())
+            while self.pipeline.leaving and self.pipeline.leaving[0][0] <= now:
+                self._process(*self.pipeline.leaving.popleft())
             self._launch(now)
+        self.pipeline.idle_until(now)
         finished = [request.metrics.token_seconds[-1] for request in requests]
         return SimulatedRun(
             requests=[request.metrics for request in requests],
@@ -72,6 +78,9 @@ class Simulator:
             num_batches=self._num_batches,
             busy_seconds=tuple(self.pipeline.busy_seconds),
             bubble_seconds=tuple(self.pipeline.bubble_seconds),
+            bubble_share=self.pipeline.bubble_share,
+            loaded_bubble_share=self._loaded_bubble_share,
+            ticks=tuple(self.pipeline.ticks) if isinstance(self.pipeline, TickPipeline) else (),
         )
 
     def _request(self, index: int, asked: WorkloadRequest) -> Request:
@@ -93,36 +102,35 @@ class Simulator:
         )
 
     def _launch(self, now: float) -> None:
-        """Let a micro-batch in, if the first stage is free, one may follow, and the scheduler has something to do."""
-        if self.pipeline.free_seconds[0] > now or len(self._in_flight) == self.pipeline.num_stages:
+        """Let the scheduler's next micro-batch in, where the pipeline takes one."""
+        if not self.pipeline.accepts(now):
             return
-        batch = self.scheduler.schedule()
-        chunks = batch.chunks.values()
-        if not chunks:
-            return
-        for chunk in chunks:
-            if chunk.request.metrics.first_scheduled_seconds is None:
-                chunk.request.metrics.first_scheduled_seconds = now
-        self._in_flight.append((self.pipeline.enter(now, self.cost.stage_seconds(chunks)), batch))
-        self._num_batches += 1
+        chunks = list(self.scheduler.schedule().chunks.values())
+        new = [chunk.request.metrics for chunk in chunks if chunk.request.metrics.first_scheduled_seconds is None]
+        for metrics in new:
+            metrics.first_scheduled_seconds = now
+        self.pipeline.enter(now, chunks)
+        self._num_batches += bool(chunks)
+        if new:
+            self._loaded_bubble_share = self.pipeline.bubble_share
 
     def _next_event(self, now: float, arrivals: deque[Request]) -> float:
         """The next time at which something may change."""
         events = [seconds for seconds in (self.pipeline.free_seconds[0],) if seconds > now]
-        if self._in_flight:
-            events.append(self._in_flight[0][0])
+        if self.pipeline.leaving:
+            events.append(self.pipeline.leaving[0][0])
         if arrivals:
             events.append(arrivals[0].metrics.arrival_seconds)
         if not events:
             raise RuntimeError(f"{type(self.scheduler).__name__} schedules nothing, and nothing will change that")
-        if not self._in_flight and not self.scheduler.has_unfinished():
+        if not self.pipeline.has_work and not self.scheduler.has_unfinished():
             self.pipeline.idle_until(min(events))
         return min(events)
 
-    def _process(self, now: float, batch: Batch) -> None:
+    def _process(self, now: float, chunks: Sequence[Chunk]) -> None:
         """A micro-batch has left the last stage: its tokens are there."""
-        self.scheduler.sampled(batch.chunks.values())
-        for chunk in batch.chunks.values():
+        self.scheduler.sampled(chunks)
+        for chunk in chunks:
             request = chunk.request
             if not chunk.samples or request.status is RequestStatus.FINISHED:
                 continue

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.scheduler.buckets import SMALLEST_BUCKET, TILE, bucket_of, token_buckets
+from jaxserve.scheduler.buckets import SMALLEST_BUCKET, TILE, bubble_share, bucket_of, token_buckets
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,8 @@ def test_a_bucket_is_a_budget_with_the_smaller_buckets(budget: int, data: st.Dat
     buckets = token_buckets(budget)
     index = data.draw(st.integers(0, len(buckets) - 1))
     assert token_buckets(buckets[index]) == buckets[: index + 1]
+
+
+def test_bubbles_are_rows_without_a_token() -> None:
+    assert bubble_share([128, 128], 128) == 0
+    assert bubble_share([96, 0], 128) == 1 - 96 / 256

@@ -30,6 +30,15 @@ def test_sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert "replicas for 1/s" in out
 
 
+def test_bubbles(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "--pp", "2", "--rate", "4", "--bubbles", *SMALL)
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert "idle rows" in head
+    assert [row.split()[0] for row in rows] == ["sarathi", "prefill_first", "orca"]
+    run(monkeypatch, "--pp", "2", "--rate", "4", *SMALL, "--bubbles", "hybrid_only")
+    assert "hybrid_only" in capsys.readouterr().out
+
+
 def test_measured_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A step of 0.25 s whatever is in it: so is the time between tokens."""
     step_time = StepTimeModel({16: 0.25, 512: 0.25}, 0.0, 0.0)
@@ -46,6 +55,10 @@ def test_measured_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         (("--device", "tpu"), "device must be one of a100-80g"),
         (("--sweep", "shapes"), "sweep, serve and plot need an objective: give --p99-tbt"),
         (("--profile", "nowhere.json"), "profile: cannot read 'nowhere.json'"),
+        (("--bubbles",), "pipeline must be at least 2 for its stages to wait, got 1"),
+        (("--pp", "2", "--p99-tbt", "0.2", "--bubbles"), "bubbles are of one rate, .* give --rate, not --p99-tbt"),
+        (("--pp", "2", "--bubbles", "lifo"), "argument --bubbles: invalid choice: 'lifo'"),
+        (("--pp", "2", "--bubbles", "adaptive"), "argument --bubbles: invalid choice: 'adaptive'"),
         (("--model", "falcon-180b"), "weights of 33.* GiB a device leave no room"),
     ],
 )

@@ -155,10 +155,24 @@ def test_host_time_is_paid_in_every_stage() -> None:
     assert [a - b for a, b in zip(with_host, without, strict=True)] == pytest.approx([3.0, 3.0])
 
 
+def test_padding_is_computed_but_attends_to_nothing() -> None:
+    cost = RooflineCost(LLAMA2_70B, A100_80G, tensor=2, pipeline=2)
+    own, padded, prompt = decodes(8, 1000), decodes(128, 1000), [Tokens(0, 512, True)]
+    assert cost.stage_seconds(own, 8) == cost.stage_seconds(own)
+    for few, same_rows, many in zip(cost.stage_seconds(own), cost.stage_seconds(own, 128), cost.stage_seconds(padded),
+                                    strict=True):  # fmt: skip
+        assert few < same_rows < many
+    parts, empty = cost.breakdown(prompt), cost.breakdown([], num_rows=512)
+    assert empty["mlp"] == parts["mlp"]
+    assert empty["prefill attention"] == empty["decode attention"] == 0
+    assert cost.breakdown([], 1, 512)["lm_head"] == 0
+
+
 def test_measured_steps() -> None:
     step_time = StepTimeModel({128: 0.010, 256: 0.015}, seconds_per_kv_token=1e-6, seconds_per_pair=1e-8)
     cost = FittedCost(step_time, window=1000)
     batch = [*decodes(10, 500), *decodes(2, 3000), Tokens(0, 100, False)]
     assert cost.stage_seconds(batch) == [pytest.approx(0.010 + 1e-6 * (10 * 500 + 2 * 1000) + 1e-8 * 5050)]
+    assert cost.stage_seconds(batch, 129)[0] == pytest.approx(cost.stage_seconds(batch)[0] + 0.005)
     assert cost.stage_seconds([Tokens(0, 129, False)])[0] > 0.015
     assert cost.stage_seconds([Tokens(0, 512, False)])[0] > 0.030  # more than was measured: in proportion

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -12,37 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.config import ConfigError
-from jaxserve.engine.blocks import BlockManager
 from jaxserve.evaluation.workload import WorkloadRequest
 from jaxserve.request import RequestError
-from jaxserve.scheduler import POLICIES, Batch, Pace, Scheduler, make_scheduler
+from jaxserve.scheduler import POLICIES, Batch, Pace, Scheduler
 from jaxserve.scheduler.step_time import StepTimeModel
-from jaxserve.simulator.cost import FittedCost, Span
+from jaxserve.simulator.cost import FittedCost
 from jaxserve.simulator.deployment import Deployment
 from jaxserve.simulator.devices import A40_48G, A100_80G, find_device
-from jaxserve.simulator.pipeline import Pipeline
 from jaxserve.simulator.simulator import SimulatedRun, Simulator
 from tests.simulator.models import LLAMA2_70B, MISTRAL_7B
-
-
-class TokenCost:
-    """Each stage takes a millisecond a token."""
-
-    def __init__(self, num_stages: int) -> None:
-        self.num_stages = num_stages
-
-    def stage_seconds(self, spans: Iterable[Span]) -> list[float]:
-        return [1e-3 * sum(span.num_tokens for span in spans)] * self.num_stages
-
-
-def scheduler_for(policy: str, *, budget: int, num_blocks: int = 1000, max_num_seqs: int = 16) -> Scheduler:
-    return make_scheduler(
-        policy,
-        token_budget=budget,
-        max_num_seqs=max_num_seqs,
-        max_model_len=700,
-        blocks=BlockManager(num_blocks, block_size=8),
-    )
+from tests.simulator.token_cost import TokenCost, poisson, scheduler_for
 
 
 def watch(scheduler: Scheduler) -> list[Batch]:
@@ -58,24 +36,16 @@ def watch(scheduler: Scheduler) -> list[Batch]:
     return batches
 
 
-def poisson(num_requests: int, rate: float, prompt: int = 100, output: int = 20) -> list[WorkloadRequest]:
-    random = np.random.default_rng(0)
-    arrivals = np.cumsum(random.exponential(1 / rate, num_requests))
-    return [
-        WorkloadRequest(float(at), int(random.integers(1, 2 * prompt)), int(random.integers(1, 2 * output)))
-        for at in arrivals
-    ]
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     policy=st.sampled_from(sorted(set(POLICIES) - {"adaptive"})),
     num_stages=st.integers(1, 4),
+    lock_step=st.booleans(),
     num_blocks=st.integers(89, 120),
     rate=st.floats(0.1, 20),
 )
 def test_every_token_is_made_and_every_block_returned(
-    policy: str, num_stages: int, num_blocks: int, rate: float
+    policy: str, num_stages: int, lock_step: bool, num_blocks: int, rate: float
 ) -> None:
     """Also with so few blocks that requests are preempted; one of full length alone fits into 88."""
     workload = poisson(30, rate)
@@ -83,7 +53,7 @@ def test_every_token_is_made_and_every_block_returned(
         policy, budget=64 if policy in ("sarathi", "chunked_only") else 700, num_blocks=num_blocks
     )
     batches = watch(scheduler)
-    run = Simulator(scheduler, TokenCost(num_stages)).run(workload)
+    run = Simulator(scheduler, TokenCost(num_stages), lock_step=lock_step).run(workload)
     for asked, metrics in zip(workload, run.requests, strict=True):
         assert len(metrics.token_seconds) == asked.num_output_tokens
         assert metrics.first_scheduled_seconds >= asked.arrival_seconds
@@ -124,22 +94,6 @@ def test_one_request_by_hand() -> None:
     assert run.busy_seconds == pytest.approx((0.102, 0.102))
 
 
-def test_equal_micro_batches_leave_no_bubble() -> None:
-    """Prompts that fill the budget exactly: after the pipeline has filled, no stage waits."""
-    workload = [WorkloadRequest(0.0, 640, 1)] * 20
-    run = Simulator(scheduler_for("sarathi", budget=64, num_blocks=4000), TokenCost(4)).run(workload)
-    assert run.bubble_seconds == pytest.approx((0, 0.064, 0.128, 0.192))  # each stage's wait for the first micro-batch
-    assert run.num_batches == 200
-
-
-def test_whole_prompts_leave_bubbles() -> None:
-    shares = {}
-    for policy, budget in (("sarathi", 64), ("prefill_first", 512)):
-        scheduler = scheduler_for(policy, budget=budget, num_blocks=4000, max_num_seqs=32)
-        shares[policy] = Simulator(scheduler, TokenCost(4)).run(poisson(100, 4.0, prompt=200, output=60)).bubble_share
-    assert shares["sarathi"] < 0.5 * shares["prefill_first"]
-
-
 def test_micro_batches_share_no_decode() -> None:
     """A request's token must have left the last stage before its next one enters the first."""
     scheduler = scheduler_for("sarathi", budget=64)
@@ -150,16 +104,6 @@ def test_micro_batches_share_no_decode() -> None:
         assert not one.chunks.keys() & two.chunks.keys()
         assert not one.chunks.keys() & three.chunks.keys() or not two.chunks
     assert np.median(sizes) == 4
-
-
-def test_waiting_for_requests_is_no_bubble() -> None:
-    pipeline = Pipeline(2)
-    assert pipeline.enter(0.0, [1.0, 1.0]) == 2.0
-    pipeline.idle_until(10.0)
-    assert pipeline.enter(10.0, [1.0, 2.0]) == 13.0
-    assert pipeline.enter(11.0, [3.0, 1.0]) == 15.0
-    assert pipeline.bubble_seconds == [0.0, 1.0 + 1.0 + 1.0]
-    assert pipeline.busy_seconds == [5.0, 4.0]
 
 
 def test_a_deployment_holds_the_cache_that_memory_leaves() -> None:
