@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from jaxserve.engine.batch import pack, prompt_targets, wants_prompt_logprobs
 from jaxserve.engine.blocks import BlockManager
 from jaxserve.engine.compile import CompileCounter
 from jaxserve.engine.executor import Executor, prepare
-from jaxserve.engine.group import Followers, Leader
 from jaxserve.engine.output import OutputStream, host_logprobs, logprob_entry
 from jaxserve.engine.profiling import Profiler, largest_budget, read_profile
 from jaxserve.engine.programs import StepOutputs
@@ -66,7 +64,7 @@ class Engine:
     """Serves one model. One thread calls ``add_request``, ``abort`` and ``step``; ``validate`` may be called from any.
 
     Raises ConfigError and ModelError from the constructor, which loads, compiles and warms up. ``mesh``: by default of
-    the first devices. ``followers``: the other processes of a mesh that spans several.
+    the first devices. ``make_executor``: a ``Leader`` where the mesh spans several processes.
     """
 
     def __init__(
@@ -74,7 +72,7 @@ class Engine:
         config: EngineConfig,
         *,
         mesh: Mesh | None = None,
-        followers: Followers | None = None,
+        make_executor: Callable[..., Executor] = Executor,
         show_progress: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -98,8 +96,7 @@ class Engine:
             ", ".join(self.sampling_defaults) or "none",
         )
         mesh = mesh or make_mesh(config.tensor_parallel, config.pipeline_parallel)
-        executor_class = Executor if followers is None else partial(Leader, followers)
-        self.runner = ModelRunner(executor_class(self.config, checkpoint, mesh, show_progress=show_progress))
+        self.runner = ModelRunner(make_executor(self.config, checkpoint, mesh, show_progress=show_progress))
         pace = self._settle_pace(stored, auto=config.token_budget == "auto") if config.needs_step_times else None
         self.blocks = BlockManager(self.runner.num_blocks, self.config.block_size)
         self.scheduler = make_scheduler(

@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,10 +82,13 @@ def build_engines(config: EngineConfig, num_engines: int = 1, followers: Followe
     """Engines on devices of their own. Raises ConfigError and ModelError."""
     # Imported late: jax takes seconds to load, and a port in use should be told before.
     from jaxserve.engine.engine import Engine
+    from jaxserve.engine.group import Leader
     from jaxserve.sharding.mesh import make_meshes
 
+    if followers is not None:
+        return [Engine(config, make_executor=partial(Leader, followers))]
     if num_engines == 1:
-        return [Engine(config, followers=followers)]
+        return [Engine(config)]
     meshes = make_meshes(num_engines, config.tensor_parallel, config.pipeline_parallel)
     return [Engine(config, mesh=mesh) for mesh in meshes]
 
