@@ -238,8 +238,8 @@ def host(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.set_defaults(token_budget=2048, max_num_seqs=1000, max_model_len=8192, block_size=64)
     config, args = parse_config(parser, argv, EngineConfig)
     results = host_bench.measure_host(config, args.waiting, args.rounds, args.steps)
-    print(f"{config.scheduler}, {config.max_num_seqs} running, budget {config.token_budget}; medians in microseconds of "
-          f"the stepping thread's CPU time, {args.rounds} rounds of {args.steps} steps")  # fmt: skip
+    print(f"{config.scheduler}, {config.max_num_seqs} running, budget {config.token_budget}; {args.rounds} rounds of "
+          f"{args.steps} steps, medians in microseconds of the thread's CPU time")  # fmt: skip
     print(text_table([{"waiting": f"{waiting:,}"} | times.row() for waiting, times in results.items()]))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.batch import pack, prompt_targets, wants_prompt_logprobs
+from jaxserve.engine.batch import Packer, empty_step, prompt_targets, wants_prompt_logprobs
 from jaxserve.engine.blocks import BlockManager
 from jaxserve.engine.compile import CompileCounter
 from jaxserve.engine.executor import Executor, prepare
@@ -39,7 +39,7 @@ from jaxserve.request import (
     RequestStatus,
     SamplingParams,
 )
-from jaxserve.scheduler import Chunk, Pace, make_scheduler
+from jaxserve.scheduler import Batch, Chunk, Pace, make_scheduler
 from jaxserve.scheduler.buckets import bubble_share
 from jaxserve.scheduler.step_time import Profile
 from jaxserve.sharding.mesh import make_mesh
@@ -98,7 +98,10 @@ class Engine:
         mesh = mesh or make_mesh(config.tensor_parallel, config.pipeline_parallel)
         self.runner = ModelRunner(make_executor(self.config, checkpoint, mesh, show_progress=show_progress))
         pace = self._settle_pace(stored, auto=config.token_budget == "auto") if config.needs_step_times else None
-        self.blocks = BlockManager(self.runner.num_blocks, self.config.block_size)
+        self.blocks = BlockManager(
+            self.runner.num_blocks, self.config.block_size, config.max_num_seqs, self.max_model_len
+        )
+        self._packer = Packer(self.blocks)
         self.scheduler = make_scheduler(
             config.scheduler,
             chunk_schedule=config.chunk_budgets,
@@ -139,8 +142,8 @@ class Engine:
                 f"prompt of {len(prompt_token_ids)} tokens leaves no room for output: max_model_len is {limit}"
             )
         for name, token_ids in (("prompt", prompt_token_ids), ("stop_token_ids", params.stop_token_ids or ())):
-            wrong = next((t for t in token_ids if not 0 <= t < vocab), None)
-            if wrong is not None:
+            if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab):
+                wrong = next(t for t in token_ids if not 0 <= t < vocab)
                 raise RequestError(f"{name} holds token id {wrong}, outside the vocabulary [0, {vocab})")
         if params.max_tokens is not None and len(prompt_token_ids) + params.max_tokens > limit:
             raise RequestError(
@@ -163,7 +166,7 @@ class Engine:
         eos = () if params.ignore_eos else self.eos_token_ids
         request = Request(
             request_id=request_id,
-            prompt_token_ids=list(prompt_token_ids),
+            prompt_token_ids=tuple(prompt_token_ids),
             params=params,
             max_tokens=room if params.max_tokens is None else params.max_tokens,
             metrics=RequestMetrics(self._clock() if arrival_seconds is None else arrival_seconds),
@@ -198,7 +201,7 @@ class Engine:
         self.metrics.preemptions.inc(len(batch.preempted))
         with self.compiles:
             working = batch.chunks or self._has_steps_in_stages
-            launched = self._launch(list(batch.chunks.values()), start) if working else None
+            launched = self._launch(batch, start) if working else None
         previous, self._launched = self._launched, launched
         deltas, self._aborted = self._aborted, []
         if previous is not None:
@@ -231,21 +234,22 @@ class Engine:
         )  # fmt: skip
         return Pace.of(slo_tbt_seconds, profile.step_time, profile.error)
 
-    def _launch(self, chunks: list[Chunk], start: float) -> _LaunchedStep:
+    def _launch(self, batch: Batch, start: float) -> _LaunchedStep:
         """Launch a batch; returns the step that enters the last stage with it: without a pipeline, the batch itself."""
         scheduled = self._clock()
-        num_tokens = sum(chunk.num_tokens for chunk in chunks)
-        layout = self.runner.layout(num_tokens)
-        outputs = self.runner.launch(layout, pack(layout, chunks, self.blocks))
-        for chunk in chunks:
+        chunks = list(batch.chunks.values())
+        layout = self.runner.layout(batch.num_tokens)
+        outputs = self.runner.launch(layout, self._packer.pack(layout, chunks) if chunks else empty_step(layout))
+        prefills = _prefills(chunks)
+        for chunk in prefills:
             if chunk.request.metrics.first_scheduled_seconds is None:
                 chunk.request.metrics.first_scheduled_seconds = scheduled
         record = StepRecord(
             start_seconds=start,
             scheduled_seconds=scheduled,
             launched_seconds=self._clock(),
-            num_tokens=num_tokens,
-            num_decode_tokens=sum(chunk.start >= chunk.request.num_prompt_tokens for chunk in chunks),
+            num_tokens=batch.num_tokens,
+            num_decode_tokens=len(chunks) - len(prefills),
             num_rows=outputs.num_rows,
         )
         self._in_stages.append((chunks, record))
@@ -258,7 +262,7 @@ class Engine:
         chunks, record = self._in_stages.popleft()
         self.scheduler.sampled(chunks)
         prompt_logprobs = None
-        if any(wants_prompt_logprobs(chunk) for chunk in chunks):
+        if any(wants_prompt_logprobs(chunk) for chunk in _prefills(chunks)):
             prompt_logprobs = self.runner.score(prompt_targets(num_rows, chunks))
         record.num_rows = num_rows
         record.device_start_seconds = self._clock()
@@ -274,16 +278,17 @@ class Engine:
         step.record.device_start_seconds = max(step.record.device_start_seconds, self._device_free_seconds)
         step.record.waited_seconds, step.record.ready_seconds = waiting, ready
         self._device_free_seconds = ready
-        live = [chunk for chunk in step.chunks if chunk.request.status is not RequestStatus.FINISHED]
         if step.prompt_logprobs is not None:
             self._collect_prompt_logprobs(step.chunks, host_logprobs(step.prompt_logprobs))
-        wants_logprobs = any(chunk.samples and chunk.request.params.logprobs is not None for chunk in live)
-        logprobs = host_logprobs(step.outputs.logprobs) if wants_logprobs else None
-        deltas = [
-            self._append(chunk.request, int(tokens[chunk.slot]), logprobs, chunk.slot, ready)
-            for chunk in live
-            if chunk.samples
+        live = [
+            (chunk.request, chunk.slot)
+            for chunk in step.chunks
+            if chunk.samples and chunk.request.status is not RequestStatus.FINISHED
         ]
+        wants_logprobs = any(request.params.logprobs is not None for request, _ in live)
+        logprobs = host_logprobs(step.outputs.logprobs) if wants_logprobs else None
+        token_ids = tokens.tolist()
+        deltas = [self._append(request, token_ids[slot], logprobs, slot, ready) for request, slot in live]
         step.record.processed_seconds = self._clock()
         for observe in self.on_step:
             observe(step.record, step.chunks)
@@ -293,7 +298,6 @@ class Engine:
         self, request: Request, token_id: int, logprobs: TokenLogprobs[np.ndarray] | None, slot: int, now: float
     ) -> RequestDelta:
         stream = self._streams[request.request_id]
-        request.num_pending_tokens -= 1
         request.metrics.token_seconds.append(now)
         text, reason = stream.push(token_id)
         entry = None
@@ -347,3 +351,8 @@ class Engine:
                     token_id = request.prompt_token_ids[chunk.start + i + 1]
                     stream.prompt_logprobs[chunk.start + i + 1] = logprob_entry(logprobs, row + i, token_id, num_top)
             row += chunk.num_tokens
+
+
+def _prefills(chunks: list[Chunk]) -> list[Chunk]:
+    """Those that hold a part of the prompt."""
+    return [chunk for chunk in chunks if chunk.start < chunk.request.num_prompt_tokens]

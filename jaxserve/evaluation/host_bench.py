@@ -23,6 +23,7 @@ from jaxserve.models.loading.checkpoint import Checkpoint
 from jaxserve.request import SamplingParams
 from jaxserve.scheduler import Chunk
 from jaxserve.scheduler.buckets import token_buckets
+from jaxserve.server.grpc_server import freeze_start_up
 
 TILING = Tiling(decode_tokens=256, prefill_rows=32, busy=BusyItems(decode=50, prefill=17))
 """Of Mistral-7B on an H100 (kernels/backend.py)."""
@@ -99,6 +100,7 @@ class HostBench:
     def __init__(self, config: EngineConfig, num_waiting: int) -> None:
         self._engine = Engine(config, make_executor=StubExecutor, show_progress=False, clock=clock)
         self._engine.on_step.append(self._observe)
+        freeze_start_up()
         self._num_waiting, self._num_added = num_waiting, 0
         self._random = np.random.default_rng(0)
         self._prompt = self._random.integers(1000, self._engine.model_config.vocab_size, LENGTHS[1]).tolist()

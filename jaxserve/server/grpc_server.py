@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import gc
 import logging
 import threading
 import time
@@ -93,6 +94,12 @@ def build_engines(config: EngineConfig, num_engines: int = 1, followers: Followe
     return [Engine(config, mesh=mesh) for mesh in meshes]
 
 
+def freeze_start_up() -> None:
+    """Let no later garbage collection look through what start-up made, which stays: a full one stalls all requests."""
+    gc.collect()
+    gc.freeze()
+
+
 async def in_daemon_thread[Result](function: Callable[..., Result], *args: Any) -> Result:
     """``asyncio.to_thread``, except that the end of the event loop does not wait for the thread."""
     future: concurrent.futures.Future[Result] = concurrent.futures.Future()
@@ -132,6 +139,7 @@ async def serve(
         await asyncio.wait((warm_up, stopping), return_when=asyncio.FIRST_COMPLETED)
         if warm_up.done():
             engines = warm_up.result()
+            freeze_start_up()
             if registry is not None:
                 registries = [engine.metrics.registry for engine in engines]
                 registry.register(registries[0] if len(engines) == 1 else ReplicaMetrics(registries))
