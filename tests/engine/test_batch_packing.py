@@ -61,13 +61,17 @@ def batches(draw: st.DrawFn) -> list[Chunk]:
 
 
 def make_blocks(batch: list[Chunk], order: np.random.Generator) -> BlockManager:
-    """Blocks taken in turns, so that no request's lie side by side."""
     blocks = BlockManager(NUM_BLOCKS, BLOCK_SIZE, MAX_NUM_SEQS, MAX_MODEL_LEN)
+    take_blocks(blocks, batch, order)
+    return blocks
+
+
+def take_blocks(blocks: BlockManager, batch: list[Chunk], order: np.random.Generator) -> None:
+    """In turns, so that no request's lie side by side."""
     goals = {chunk.slot: chunk.start + chunk.num_tokens for chunk in batch}
     wanted = [(n, slot) for slot, goal in goals.items() for n in range(1, goal + 1)]
     for n, slot in (wanted[i] for i in order.permutation(len(wanted))):
         blocks.grow(slot, max(n, blocks.held_tokens[slot]))
-    return blocks
 
 
 def layout_for(batch: list[Chunk], padding: int, window: int | None = None) -> StepLayout:
@@ -130,6 +134,22 @@ def test_pack(batch: list[Chunk], padding: int, window: int | None, seed: int) -
     written = fields["kv_slots"][:num_tokens]
     assert len(set(written.tolist())) == num_tokens, "no two rows write to one place"
     assert (written >= BLOCK_SIZE).all(), "and none to the dummy page"
+
+
+@settings(max_examples=50, deadline=None)
+@given(batches(), batches(), st.integers(0, 2**32))
+def test_slots_forget_the_requests_before(first: list[Chunk], second: list[Chunk], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    blocks = make_blocks(first, rng)
+    packer = Packer(blocks)
+    packer.pack(layout_for(first, 0), first)
+    for slot in range(MAX_NUM_SEQS):
+        blocks.release(slot)
+    take_blocks(blocks, second, rng)
+    layout = layout_for(second, 0)
+    step, expected = packer.pack(layout, second), Packer(blocks).pack(layout, second)
+    np.testing.assert_array_equal(step.ints, expected.ints)
+    np.testing.assert_array_equal(step.floats, expected.floats)
 
 
 @settings(max_examples=100, deadline=None)
