@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from jaxserve.engine.blocks import BlockManager
+from jaxserve.engine.startup import StartupTimes
 from jaxserve.request import Request
 from jaxserve.scheduler import Chunk, Scheduler
 
@@ -76,8 +77,8 @@ class EngineMetrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"jaxserve_{name}", text, labels, registry=self.registry)
 
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"jaxserve_{name}", text, registry=self.registry)
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"jaxserve_{name}", text, labels, registry=self.registry)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...] = _LATENCY_BUCKETS) -> Histogram:
             return Histogram(f"jaxserve_{name}", text, buckets=buckets, registry=self.registry)
@@ -86,6 +87,7 @@ class EngineMetrics:
         self.waiting = gauge("num_requests_waiting", "Requests in the queue")
         self.kv_usage = gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1")
         self.compiles = gauge("compiles_after_warmup", "Programs compiled after warm-up: must stay 0")
+        self.startup = gauge("startup_seconds", "Seconds of the start's phases; weights load beside compile", "phase")
         self.preemptions = counter("num_preemptions", "Requests that lost their KV blocks and were recomputed")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished requests")
         self.generation_tokens = counter("generation_tokens", "Output tokens of finished requests")
@@ -110,9 +112,14 @@ class EngineMetrics:
             _SHARE_BUCKETS,
         )
 
-    def observe_queues(self, scheduler: Scheduler, blocks: BlockManager, num_compiles: int) -> None:
+    def observe_startup(self, times: StartupTimes) -> None:
+        for phase, seconds in times.phases.items():
+            self.startup.labels(phase).set(seconds)
+
+    def observe_queues(self, scheduler: Scheduler, num_held: int, blocks: BlockManager, num_compiles: int) -> None:
+        """``num_held``: requests that wait outside of the scheduler."""
         self.running.set(len(scheduler.running))
-        self.waiting.set(len(scheduler.waiting))
+        self.waiting.set(len(scheduler.waiting) + num_held)
         self.kv_usage.set(blocks.usage)
         self.compiles.set(num_compiles)
 

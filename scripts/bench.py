@@ -25,7 +25,7 @@ from pathlib import Path
 
 import grpc
 
-from jaxserve.config import SCHEDULERS, ConfigError, EngineConfig, parse_config
+from jaxserve.config import SCHEDULERS, ConfigError, EngineConfig, as_flags, parse_config
 from jaxserve.engine.engine import Engine
 from jaxserve.evaluation import host_bench, kernel_bench, step_bench
 from jaxserve.evaluation.capacity import SearchConfig, Trial
@@ -131,8 +131,7 @@ def serve(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     elif args.target:
         run = run_server(args.target, workload)
     else:
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(config).items() if value is not None]
-        with running_server([sys.executable, str(SERVER), "--port", "0", *flags]) as address:
+        with running_server([sys.executable, str(SERVER), "--port", "0", *as_flags(config)]) as address:
             run = run_server(address, workload)
     result = Series(args.target or config.scheduler, run, workload.mean_rate)
     print(text_table([summary_row(result, objective)]))

@@ -26,6 +26,7 @@ from jaxserve.engine.profiling import Profiler, largest_budget, read_profile
 from jaxserve.engine.programs import StepOutputs
 from jaxserve.engine.runner import ModelRunner
 from jaxserve.engine.sampler import TokenLogprobs
+from jaxserve.engine.startup import StartupTimes
 from jaxserve.metrics import EngineMetrics, StepRecord
 from jaxserve.models.loading import generation
 from jaxserve.models.loading.hub import resolve
@@ -48,6 +49,9 @@ from jaxserve.tracing import StepTracer
 
 logger = logging.getLogger(__name__)
 
+HELD_POLL_SECONDS = 0.01
+"""How long an idle engine may wait for programs before it looks for other requests."""
+
 
 @dataclass
 class _LaunchedStep:
@@ -64,7 +68,8 @@ class Engine:
     """Serves one model. One thread calls ``add_request``, ``abort`` and ``step``; ``validate`` may be called from any.
 
     Raises ConfigError and ModelError from the constructor, which loads, compiles and warms up. ``mesh``: by default of
-    the first devices. ``make_executor``: a ``Leader`` where the mesh spans several processes.
+    the first devices. ``make_executor``: a ``Leader`` where the mesh spans several processes. ``imports_seconds``: what
+    the caller has spent on importing this, for ``startup``.
     """
 
     def __init__(
@@ -74,8 +79,10 @@ class Engine:
         mesh: Mesh | None = None,
         make_executor: Callable[..., Executor] = Executor,
         show_progress: bool = True,
+        imports_seconds: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        started_seconds = time.monotonic()
         self._tracer = StepTracer(Path(config.trace)) if config.trace else None
         checkpoint, self.config = prepare(config)
         self.model_config = checkpoint.config
@@ -96,7 +103,8 @@ class Engine:
             ", ".join(self.sampling_defaults) or "none",
         )
         mesh = mesh or make_mesh(config.tensor_parallel, config.pipeline_parallel)
-        self.runner = ModelRunner(make_executor(self.config, checkpoint, mesh, show_progress=show_progress))
+        executor = make_executor(self.config, checkpoint, mesh, show_progress=show_progress)
+        self.runner = ModelRunner(executor)
         pace = self._settle_pace(stored, auto=config.token_budget == "auto") if config.needs_step_times else None
         self.blocks = BlockManager(
             self.runner.num_blocks, self.config.block_size, config.max_num_seqs, self.max_model_len
@@ -121,6 +129,8 @@ class Engine:
         self._clock = clock
         self._random = np.random.default_rng(config.seed)
         self._streams: dict[str, OutputStream] = {}
+        self._held: dict[str, Request] = {}
+        """Requests for prompt logprobs that wait for the programs of those, where nobody queues behind them."""
         now = clock()
         self._in_stages: deque[tuple[list[Chunk], StepRecord]] = deque(
             ([], StepRecord(now, now, now, num_tokens=0, num_decode_tokens=0, num_rows=0))
@@ -131,6 +141,18 @@ class Engine:
         self._device_free_seconds = -math.inf
         self._aborted: list[RequestDelta] = []
         self.compiles = CompileCounter()
+        self.runner.prepare_scores()
+        self.startup = StartupTimes(
+            imports_seconds,
+            executor.weights_seconds,
+            executor.compile_seconds,
+            self.runner.warm_up_seconds,
+            imports_seconds + time.monotonic() - started_seconds,
+        )
+        self.metrics.observe_startup(self.startup)
+        logger.info("%s", self.startup)
+        if not config.warmup:
+            logger.warning("no warm-up: steps stall while programs compile at their first use; for development only")
 
     def validate(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raise RequestError, naming the field and the limit, if the request cannot be served."""
@@ -174,7 +196,10 @@ class Engine:
             seed=params.seed if params.seed is not None else int(self._random.integers(2**31)),
         )
         self._streams[request_id] = OutputStream(request, self.tokenizer)
-        self.scheduler.add(request)
+        if params.prompt_logprobs is None or self.runner.can_score():
+            self.scheduler.add(request)
+        else:
+            self._held[request_id] = request
 
     def abort(self, request_id: str) -> bool:
         """End a request now: its blocks are free when this returns, and a last delta comes with the next step."""
@@ -196,6 +221,7 @@ class Engine:
 
         The stages of a pipeline move on together, so where they have work and no batch is there, an empty one enters.
         """
+        self._add_held()
         start = self._clock()
         batch = self.scheduler.schedule()
         self.metrics.preemptions.inc(len(batch.preempted))
@@ -206,7 +232,7 @@ class Engine:
         deltas, self._aborted = self._aborted, []
         if previous is not None:
             deltas += self._process(previous)
-        self.metrics.observe_queues(self.scheduler, self.blocks, self.compiles.count)
+        self.metrics.observe_queues(self.scheduler, len(self._held), self.blocks, self.compiles.count)
         return deltas
 
     def close(self) -> None:
@@ -216,6 +242,16 @@ class Engine:
         self.compiles.close()
         if self._tracer is not None:
             self._tracer.close()
+
+    def _add_held(self) -> None:
+        """Queue the requests that were held, once they can be served; until then an idle engine waits a little."""
+        if not self._held:
+            return
+        idle = not (self.scheduler.has_unfinished() or self._launched or self._has_steps_in_stages)
+        if self.runner.can_score(HELD_POLL_SECONDS if idle else 0.0):
+            for request in self._held.values():
+                self.scheduler.add(request)
+            self._held.clear()
 
     def _settle_pace(self, stored: Profile | None, *, auto: bool) -> Pace:
         """The objective, and step times from the stored profile or measured now; an ``auto`` budget goes by them.
@@ -316,6 +352,7 @@ class Engine:
         reason: FinishReason,
     ) -> RequestDelta:
         request = stream.request
+        self._held.pop(request.request_id, None)
         self.scheduler.finish(request, reason)
         request.metrics.finished_seconds = self._clock()
         del self._streams[request.request_id]

@@ -20,9 +20,9 @@ class OutputStream:
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
         self.request = request
         self.stop_reason: int | str | None = None
-        wants_prompt = request.params.prompt_logprobs is not None
-        self.prompt_logprobs: list[dict[int, Logprob] | None] = [None] * request.num_prompt_tokens * wants_prompt
-        """By prompt token; none where they were not asked for."""
+        num_scored = 0 if request.params.prompt_logprobs is None else request.num_prompt_tokens
+        self.prompt_logprobs: list[dict[int, Logprob] | None] = [None] * num_scored
+        """By prompt token; empty where they were not asked for."""
         self._decoder = tokenizer.decode_stream(skip_special_tokens=request.params.skip_special_tokens)
         self._held = ""
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxserve.config import EngineConfig, ResolvedConfig
 from jaxserve.engine.batch import StepLayout
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.executor import Executor
 from jaxserve.engine.programs import StepOutputs
 from jaxserve.kernels.plan import BusyItems, PlanLimits, Tiling, make_plan, new_plan
 from jaxserve.metrics import StepRecord
@@ -34,13 +35,12 @@ WARM_STEPS = 200
 clock = time.thread_time
 
 
-class StubExecutor:
+class StubExecutor(Executor):
     """Every step is there at once, with tokens drawn before."""
 
-    num_stages = 1
-
     def __init__(self, config: ResolvedConfig, checkpoint: Checkpoint, mesh: Mesh, *, show_progress: bool) -> None:
-        self.config, self.model_config = config, checkpoint.config
+        self.config, self.model_config, self.num_stages = config, checkpoint.config, 1
+        self.weights_seconds = self.compile_seconds = 0.0
         pages_per_seq = -(-config.max_model_len // config.block_size)
         self.num_blocks = config.num_blocks or 1 + config.max_num_seqs * pages_per_seq
         self.layouts = {rows: self._layout(rows) for rows in token_buckets(config.token_budget)}
@@ -61,8 +61,8 @@ class StubExecutor:
         tokens = self._tokens[self._num_steps % len(self._tokens)]
         return StepOutputs(tokens, None, np.empty((rows, 0)))  # type: ignore[arg-type]
 
-    def score(self, targets: np.ndarray) -> None:
-        """Nobody asks for prompt logprobs here but the warm-up."""
+    def prepare_scores(self) -> None:
+        """Nobody asks for prompt logprobs here."""
 
     def close(self) -> None:
         """Holds nothing."""

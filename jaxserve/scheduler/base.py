@@ -147,7 +147,7 @@ class Scheduler(ABC):
 
     def _ready(self) -> tuple[list[Request], list[Request]]:
         """Running requests that may decode in the next batch, and those whose prefill is under way."""
-        decodes, prefills = [], []
+        decodes, prefills = list[Request](), list[Request]()
         for request in self.running:
             if not request.exhausted:
                 (decodes if request.decoding else prefills).append(request)

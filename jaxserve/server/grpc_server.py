@@ -82,16 +82,18 @@ class GrpcServer:
 def build_engines(config: EngineConfig, num_engines: int = 1, followers: Followers | None = None) -> list[Engine]:
     """Engines on devices of their own. Raises ConfigError and ModelError."""
     # Imported late: jax takes seconds to load, and a port in use should be told before.
+    started_seconds = time.monotonic()
     from jaxserve.engine.engine import Engine
     from jaxserve.engine.group import Leader
     from jaxserve.sharding.mesh import make_meshes
 
+    make = partial(Engine, config, imports_seconds=time.monotonic() - started_seconds)
     if followers is not None:
-        return [Engine(config, make_executor=partial(Leader, followers))]
+        return [make(make_executor=partial(Leader, followers))]
     if num_engines == 1:
-        return [Engine(config)]
+        return [make()]
     meshes = make_meshes(num_engines, config.tensor_parallel, config.pipeline_parallel)
-    return [Engine(config, mesh=mesh) for mesh in meshes]
+    return [make(mesh=mesh) for mesh in meshes]
 
 
 def freeze_start_up() -> None:
