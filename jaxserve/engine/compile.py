@@ -37,7 +37,7 @@ def compile_all[Key: Hashable](
     """Lower and compile every program, in parallel threads, with a progress bar."""
     with (
         ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
-        tqdm(total=len(lower), desc="compiling", unit="program", disable=not show_progress) as progress,
+        tqdm(total=len(lower), desc="compiling", unit="program", disable=not (show_progress and lower)) as progress,
     ):
 
         def build(key: Key) -> jax.stages.Compiled:
