@@ -144,4 +144,4 @@ class EngineMetrics:
         if times.ttft_seconds is not None:
             self.ttft.observe(times.ttft_seconds)
             self.e2e.observe(times.token_seconds[-1] - times.arrival_seconds)
-        self.tbt.observe(np.diff(times.token_seconds))
+            self.tbt.observe(np.diff(times.token_seconds))
