@@ -29,14 +29,13 @@ DEFAULTS = {
     "model": "mistral-7b", "load_format": "dummy", "dtype": "bfloat16", "attention_backend": "triton",
     "token_budget": 2048, "max_num_seqs": 128, "max_model_len": 8192,
 }  # fmt: skip
-CACHE_SHARE = 0.5
-"""Of the device's memory, where --num-blocks is not given."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(**DEFAULTS)
     parser.add_argument("--device", choices=("h100", "h200"), default="h100", help="what to compile for")
+    parser.add_argument("--hosts", type=int, default=1, help="that the stages of a pipeline are divided over")
     parser.add_argument("--rows", nargs="+", type=int, help="only these token buckets")
     parser.add_argument("--output", type=Path, help="file for all of it as JSON")
     config, args = parse_config(parser, argv, EngineConfig)
@@ -49,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(config: EngineConfig, args: argparse.Namespace, folder: Path) -> int:
-    from jaxserve.engine.programs import StepPrograms
-    from jaxserve.evaluation.aot import DEVICES, absent_mesh, cache_blocks, compile_step
+    from jaxserve.engine.ticks import programs_of
+    from jaxserve.evaluation.aot import DEVICES, absent_mesh, compile_step
     from jaxserve.evaluation.compiled import kernel_resources, triton_assembler
     from jaxserve.evaluation.report import text_table
     from jaxserve.models.loading.checkpoint import open_checkpoint
@@ -65,10 +64,8 @@ def report(config: EngineConfig, args: argparse.Namespace, folder: Path) -> int:
     device = DEVICES[args.device]
     model = open_checkpoint(config.model, config.load_format).config
     resolved = config.resolve(model_max_len=longest_sequence(model), on_gpu=True)
-    if resolved.num_blocks is None:
-        memory_bytes = int(CACHE_SHARE * device.memory_bytes)
-        resolved = dataclasses.replace(resolved, num_blocks=cache_blocks(resolved, model, memory_bytes))
-    programs = StepPrograms(resolved, model, absent_mesh(device), target=device.target)
+    mesh = absent_mesh(device, config.tensor_parallel, config.pipeline_parallel, args.hosts)
+    programs = programs_of(mesh)(resolved, model, mesh, target=device.target, gpu_memory_bytes=device.usable_bytes)
     unknown = set(args.rows or ()) - set(programs.buckets)
     if unknown:
         known = ", ".join(map(str, programs.buckets))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -65,13 +65,20 @@ class StepOutputs(NamedTuple):
 class StepPrograms:
     """A step and a score program for each token bucket, of one model on one mesh.
 
-    ``target``: the mesh's kind of device; asked of its first one by default. Raises ConfigError and ModelError.
+    ``target`` and ``gpu_memory_bytes``: the mesh's kind of device; asked of its first one by default. Raises ConfigError
+    and ModelError.
     """
 
     cache_specs: KVCache[PartitionSpec] = CACHE
 
     def __init__(
-        self, config: ResolvedConfig, model_config: ModelConfig, mesh: Mesh, *, target: Target | None = None
+        self,
+        config: ResolvedConfig,
+        model_config: ModelConfig,
+        mesh: Mesh,
+        *,
+        target: Target | None = None,
+        gpu_memory_bytes: int | None = None,
     ) -> None:
         self.config = config
         self.model_config = model_config = divided(model_config, mesh)
@@ -95,8 +102,9 @@ class StepPrograms:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self.num_blocks = config.num_blocks or choose_num_blocks(
-            config, model_config, mesh, self.num_cache_layers, cache_dtype, self.abstract_parameters.values()
-        )
+            config, model_config, mesh, self.num_cache_layers, cache_dtype, self.abstract_parameters.values(),
+            gpu_memory_bytes,
+        )  # fmt: skip
         self._dtype, self._cache_dtype = dtype, cache_dtype
         self.buckets = token_buckets(config.token_budget)
         self.layouts = {rows: self._layout(rows) for rows in self.buckets}
@@ -193,7 +201,7 @@ class StepPrograms:
         inputs = self._attention_inputs(fields, self.mesh)
         hidden, cache = model(token_ids, fields["positions"], state.cache, inputs)
         logits = model.logits(hidden[fields["sample_rows"]])
-        tokens, logprobs, last_tokens = sample_step(logits, fields, floats, state.last_tokens)
+        tokens, logprobs, last_tokens = sample_step(logits, fields, floats, state.last_tokens, self.mesh)
         return DeviceState(cache, last_tokens, None), StepOutputs(tokens, logprobs, hidden)
 
     def _attention_inputs(self, fields: dict[str, jax.Array], mesh: Mesh | AbstractMesh) -> AttentionInputs:
@@ -202,7 +210,40 @@ class StepPrograms:
         )
 
     def _score(self, parameters: list[jax.Array], hidden: jax.Array, targets: jax.Array) -> TokenLogprobs[jax.Array]:
-        return token_logprobs(self._model(parameters).logits(hidden), targets)
+        return over_rows(token_logprobs, self.mesh, self._model(parameters).logits(hidden), targets)
+
+
+def over_rows[*Arrays, R](
+    function: Callable[[jax.Array, *Arrays], R], mesh: Mesh, logits: jax.Array, *arrays: *Arrays
+) -> R:
+    """``function`` of logits and of other arrays with a row for each of theirs, every device computing rows of its own.
+
+    Logits ``[R, vocab]`` come divided by the vocabulary. One all-to-all divides them by rows instead, and the function
+    needs no collectives, which branches and loops of a CUDA graph may not have.
+    """
+    if mesh.size == 1:
+        return function(logits, *arrays)
+
+    def compute(logits: jax.Array, *arrays: *Arrays) -> R:
+        logits = jax.lax.all_to_all(own_rows(logits, "pipe"), "tensor", 0, 1, tiled=True)
+        return function(logits, *jax.tree.map(lambda array: own_rows(own_rows(array, "pipe"), "tensor"), arrays))
+
+    num_rows = len(logits)
+    missing = -num_rows % mesh.size
+    padded = jax.tree.map(lambda array: jnp.pad(array, ((0, missing), *[(0, 0)] * (array.ndim - 1))), (logits, *arrays))
+    specs = PartitionSpec(None, "tensor"), *(PartitionSpec() for _ in arrays)
+    results = jax.shard_map(
+        compute, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(("pipe", "tensor")), check_vma=False
+    )(*padded)
+    # Everywhere at once, else the partitioner divides what is made of them, and what that is made of.
+    results = jax.lax.with_sharding_constraint(results, NamedSharding(mesh, PartitionSpec()))
+    return jax.tree.map(lambda array: array[:num_rows], results)
+
+
+def own_rows(array: jax.Array, axis: str) -> jax.Array:
+    """This device's share of the rows, under shard_map."""
+    num_rows = len(array) // jax.lax.axis_size(axis)
+    return jax.lax.dynamic_slice_in_dim(array, jax.lax.axis_index(axis) * num_rows, num_rows)
 
 
 def fed_back(fields: dict[str, jax.Array], last_tokens: jax.Array) -> jax.Array:
@@ -212,11 +253,16 @@ def fed_back(fields: dict[str, jax.Array], last_tokens: jax.Array) -> jax.Array:
 
 
 def sample_step(
-    logits: jax.Array, fields: dict[str, jax.Array], floats: jax.Array, last_tokens: jax.Array
+    logits: jax.Array, fields: dict[str, jax.Array], floats: jax.Array, last_tokens: jax.Array, mesh: Mesh
 ) -> tuple[jax.Array, TokenLogprobs[jax.Array], jax.Array]:
     """Of ``float32[S, vocab]``: tokens ``int32[S]``, their logprobs where they are asked for, the new last tokens."""
     temperature, top_p, min_p = floats
     sampling = SamplingInputs(temperature, top_p, min_p, fields["top_k"], fields["seeds"], fields["sample_positions"])
-    tokens = sample(logits, sampling)
-    logprobs = optional_logprobs(fields["want_logprobs"][0] > 0, logits, tokens)
+    wanted = fields["want_logprobs"][0] > 0
+
+    def sample_rows(logits: jax.Array, inputs: SamplingInputs) -> tuple[jax.Array, TokenLogprobs[jax.Array]]:
+        tokens = sample(logits, inputs)
+        return tokens, optional_logprobs(wanted, logits, tokens)
+
+    tokens, logprobs = over_rows(sample_rows, mesh, logits, sampling)
     return tokens, logprobs, jnp.where(fields["sample_rows"] >= 0, tokens, last_tokens)

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from jaxserve.config import ResolvedConfig
 from jaxserve.engine.batch import PackedStep, StepLayout, empty_step
 from jaxserve.engine.compile import compile_all
-from jaxserve.engine.programs import DeviceState, StepOutputs, StepPrograms
+from jaxserve.engine.programs import DeviceState, StepOutputs
 from jaxserve.engine.sampler import TokenLogprobs
-from jaxserve.engine.ticks import TickPrograms
+from jaxserve.engine.ticks import programs_of
 from jaxserve.models.config import ModelError
 from jaxserve.models.loading.checkpoint import Checkpoint, OrbaxCheckpoint
 from jaxserve.scheduler.buckets import bucket_of
@@ -37,7 +37,7 @@ class ModelRunner:
                 f"{checkpoint.path}: Orbax checkpoints cannot be divided into the stages of a pipeline; "
                 f"pipeline_parallel must be 1, got {self.num_stages}"
             )
-        programs = (TickPrograms if self.num_stages > 1 else StepPrograms)(config, checkpoint.config, mesh)
+        programs = programs_of(mesh)(config, checkpoint.config, mesh)
         self.model_config = programs.model_config
         abstract, weights = programs.abstract_parameters, programs.weights()
         checkpoint.check(abstract, weights)

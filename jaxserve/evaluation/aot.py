@@ -62,6 +62,11 @@ class AbsentDevice(NamedTuple):
     memory_bytes: int
 
     @property
+    def usable_bytes(self) -> int:
+        """What jax takes of the memory by default (its option XLA_PYTHON_CLIENT_MEM_FRACTION)."""
+        return self.memory_bytes * 3 // 4
+
+    @property
     def target(self) -> Target:
         return Target("gpu", 90, self.num_cores)
 
@@ -72,13 +77,19 @@ DEVICES = {
 }
 
 
-def absent_mesh(device: AbsentDevice) -> Mesh:
-    """A mesh of one such device, to compile for. Raises ConfigError without XLA's CUDA plugin."""
+def absent_mesh(device: AbsentDevice, tensor: int = 1, pipe: int = 1, hosts: int = 1) -> Mesh:
+    """A mesh of such devices, to compile for, each stage of a pipeline on one host.
+
+    Raises ConfigError where the stages do not divide over the hosts, and without XLA's CUDA plugin.
+    """
+    if pipe % hosts:
+        raise ConfigError(f"hosts must divide the {pipe} stages of pipeline_parallel, got {hosts}")
     if importlib.util.find_spec("jax_cuda13_plugin") is None and importlib.util.find_spec("jax_cuda12_plugin") is None:
         raise ConfigError("compiling for a GPU needs XLA's plugin, which the extra 'aot' of jaxserve brings")
     description = DESCRIPTION.format(**device._asdict())
-    topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology="1x1x1")
-    return topologies.make_mesh(topology, (1, 1), ("pipe", "tensor"))
+    shape = f"1x{hosts}x{pipe // hosts * tensor}"  # slices, hosts of each, devices of each
+    topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology=shape)
+    return topologies.make_mesh(topology, (pipe, tensor), ("pipe", "tensor"))
 
 
 @dataclass(frozen=True)
