@@ -1,9 +1,10 @@
 """Compile the engine's step programs for a GPU on a machine without one, and say what came out.
 
 aot_report.py --device h100 --model mistral-7b --token-budget 2048 --output report.json
+aot_report.py --model falcon-180b --max-model-len 2048 --tensor-parallel 4 --pipeline-parallel 2 --hosts 2
 
-For every token bucket: whether the KV cache is changed in place, temporary memory, CUDA graphs; and the registers that
-the kernels take. Needs the packages of the extra 'aot'.
+For every token bucket: whether the KV cache is changed in place, temporary memory, CUDA graphs, collectives; and the
+registers that the kernels take. Bytes are those of one device. Needs the packages of the extra 'aot'.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # Read when jax is imported. With JAX_PLATFORMS=cpu, say, jax would not look for the CUDA plugin, which without a GPU
@@ -70,7 +71,7 @@ def report(config: EngineConfig, args: argparse.Namespace, folder: Path) -> int:
     if unknown:
         known = ", ".join(map(str, programs.buckets))
         raise ConfigError(f"rows must be token buckets ({known}), got {min(unknown)}")
-    print(f"{config.model} on {device.name}: {programs.backend.name} attention, {programs.num_blocks} KV blocks of "
+    print(f"{config.model} on {mesh.size} x {device.name}: {programs.backend.name} attention, {programs.num_blocks} KV blocks of "
           f"{resolved.block_size}, {resolved.max_num_seqs} sequences of {resolved.max_model_len} tokens")  # fmt: skip
     reports = []
     for rows in args.rows or programs.buckets:
@@ -90,6 +91,9 @@ def report(config: EngineConfig, args: argparse.Namespace, folder: Path) -> int:
             "cache copies": str(r.num_cache_copies),
             "CUDA graphs": str(r.launches.num_graphs),
             "other launches": str(r.launches.num_others),
+            "waits": str(r.launches.num_waits),
+            "collectives": counts(r.collectives),
+            "per layer": counts(r.collectives_per_layer),
             "triton calls": str(r.calls("triton")),
             "mosaic calls": str(r.calls("mosaic")),
         }
@@ -100,12 +104,17 @@ def report(config: EngineConfig, args: argparse.Namespace, folder: Path) -> int:
     if args.output is not None:
         everything = {
             "device": device._asdict(),
-            "settings": vars(resolved),
+            "hosts": [[device.process_index for device in stage] for stage in mesh.devices],
+            "settings": vars(resolved) | {"num_blocks": programs.num_blocks},
             "programs": [dataclasses.asdict(r) | {"launches": r.launches._asdict()} for r in reports],
             "kernels": [r._asdict() for r in resources],
         }
         args.output.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def counts(of_what: Mapping[str, float]) -> str:
+    return ", ".join(f"{count:g} {what}" for what, count in sorted(of_what.items())) or "none"
 
 
 if __name__ == "__main__":
