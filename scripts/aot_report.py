@@ -71,8 +71,9 @@ def report(config: EngineConfig, args: argparse.Namespace, folder: Path) -> int:
     if unknown:
         known = ", ".join(map(str, programs.buckets))
         raise ConfigError(f"rows must be token buckets ({known}), got {min(unknown)}")
-    print(f"{config.model} on {mesh.size} x {device.name}: {programs.backend.name} attention, {programs.num_blocks} KV blocks of "
-          f"{resolved.block_size}, {resolved.max_num_seqs} sequences of {resolved.max_model_len} tokens")  # fmt: skip
+    print(f"{config.model} on {mesh.size} x {device.name}: {programs.backend.name} attention, "
+          f"{programs.num_blocks} KV blocks of {resolved.block_size}, {resolved.max_num_seqs} sequences of "
+          f"{resolved.max_model_len} tokens")  # fmt: skip
     reports = []
     for rows in args.rows or programs.buckets:
         reports.append(compile_step(programs, rows))

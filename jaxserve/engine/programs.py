@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -23,13 +23,18 @@ from jaxserve.models.decoder import Decoder
 from jaxserve.models.registry import family_of
 from jaxserve.models.weights import Weight
 from jaxserve.scheduler.buckets import token_buckets
+from jaxserve.sharding.rows import over_rows
 from jaxserve.sharding.rules import abstract_model, abstract_parameters, divided
 
 GRAPH_OPTIONS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 }
 """XLA's default and WHILE: without it the sampler's loop stays out of the step's CUDA graph and its branches with it,
-and at each branch the host waits for the device."""
+and at each branch the host waits for the device.
+
+Collectives stay between graphs, as by default. With COLLECTIVES a step is one graph on any mesh, but XLA captures its
+collectives anew in every run (see docs/results/parallel.md), so it is to be measured first.
+"""
 
 STAGES = PartitionSpec("pipe")
 """Of what each stage of a pipeline has its own of, along its first axis."""
@@ -65,8 +70,8 @@ class StepOutputs(NamedTuple):
 class StepPrograms:
     """A step and a score program for each token bucket, of one model on one mesh.
 
-    ``target`` and ``gpu_memory_bytes``: the mesh's kind of device; asked of its first one by default. Raises ConfigError
-    and ModelError.
+    ``target`` and ``gpu_memory_bytes`` are of the mesh's kind of device; asked of its first one by default. Raises
+    ConfigError and ModelError.
     """
 
     cache_specs: KVCache[PartitionSpec] = CACHE
@@ -211,39 +216,6 @@ class StepPrograms:
 
     def _score(self, parameters: list[jax.Array], hidden: jax.Array, targets: jax.Array) -> TokenLogprobs[jax.Array]:
         return over_rows(token_logprobs, self.mesh, self._model(parameters).logits(hidden), targets)
-
-
-def over_rows[*Arrays, R](
-    function: Callable[[jax.Array, *Arrays], R], mesh: Mesh, logits: jax.Array, *arrays: *Arrays
-) -> R:
-    """``function`` of logits and of other arrays with a row for each of theirs, every device computing rows of its own.
-
-    Logits ``[R, vocab]`` come divided by the vocabulary. One all-to-all divides them by rows instead, and the function
-    needs no collectives, which branches and loops of a CUDA graph may not have.
-    """
-    if mesh.size == 1:
-        return function(logits, *arrays)
-
-    def compute(logits: jax.Array, *arrays: *Arrays) -> R:
-        logits = jax.lax.all_to_all(own_rows(logits, "pipe"), "tensor", 0, 1, tiled=True)
-        return function(logits, *jax.tree.map(lambda array: own_rows(own_rows(array, "pipe"), "tensor"), arrays))
-
-    num_rows = len(logits)
-    missing = -num_rows % mesh.size
-    padded = jax.tree.map(lambda array: jnp.pad(array, ((0, missing), *[(0, 0)] * (array.ndim - 1))), (logits, *arrays))
-    specs = PartitionSpec(None, "tensor"), *(PartitionSpec() for _ in arrays)
-    results = jax.shard_map(
-        compute, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(("pipe", "tensor")), check_vma=False
-    )(*padded)
-    # Everywhere at once, else the partitioner divides what is made of them, and what that is made of.
-    results = jax.lax.with_sharding_constraint(results, NamedSharding(mesh, PartitionSpec()))
-    return jax.tree.map(lambda array: array[:num_rows], results)
-
-
-def own_rows(array: jax.Array, axis: str) -> jax.Array:
-    """This device's share of the rows, under shard_map."""
-    num_rows = len(array) // jax.lax.axis_size(axis)
-    return jax.lax.dynamic_slice_in_dim(array, jax.lax.axis_index(axis) * num_rows, num_rows)
 
 
 def fed_back(fields: dict[str, jax.Array], last_tokens: jax.Array) -> jax.Array:

@@ -11,11 +11,12 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxserve.engine.batch import StepLayout
-from jaxserve.engine.programs import STAGES, DeviceState, StepOutputs, StepPrograms, fed_back, over_rows, sample_step
+from jaxserve.engine.programs import STAGES, DeviceState, StepOutputs, StepPrograms, fed_back, sample_step
 from jaxserve.engine.sampler import TokenLogprobs, token_logprobs
 from jaxserve.kernels.attention import KVCache
 from jaxserve.models.weights import Weight
 from jaxserve.sharding.pipeline import StagedModel
+from jaxserve.sharding.rows import over_rows
 
 EVERYWHERE = PartitionSpec()
 SAMPLING_FIELDS = ("sample_rows", "sample_positions", "top_k", "seeds", "want_logprobs")

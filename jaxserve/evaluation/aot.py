@@ -21,7 +21,6 @@ from jaxserve.config import ConfigError
 from jaxserve.engine.programs import StepPrograms
 from jaxserve.evaluation.compiled import Launches, collectives, compile_and_explain, custom_calls, num_copies
 from jaxserve.kernels.backend import Target
-from jaxserve.models.decoder import run_layer
 
 DESCRIPTION = """
 gpu_device_info {{
@@ -148,7 +147,7 @@ def compile_step(programs: StepPrograms, rows: int) -> ProgramReport:
         launches=launches,
         num_layers=programs.num_cache_layers // programs.num_stages,
         collectives=dict(collectives(text)),
-        layer_collectives=dict(collectives(text, run_layer.__name__)),
+        layer_collectives=dict(collectives(text, "run_layer")),
         custom_calls=dict(custom_calls(text)),
     )
 

@@ -20,7 +20,7 @@ from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.scheduler.buckets import token_buckets
 
 pytestmark = pytest.mark.timeout(1800)
-"""Nineteen programs of seven seconds each, or twenty on a busy machine, and three parallel ones of fifteen to twenty."""
+"""Nineteen programs of seven seconds each, or twenty on a busy machine, and three of twice as many."""
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "aot_report.py"
 ROWS = tuple(token_buckets(2048))
