@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxserve.config import EngineConfig, ResolvedConfig, cache_dir
 from jaxserve.engine.compile import compile_all, use_persistent_cache
-from jaxserve.engine.programs import DeviceState, StepOutputs, StepPrograms
+from jaxserve.engine.programs import DeviceState, StepOutputs
 from jaxserve.engine.sampler import TokenLogprobs
-from jaxserve.engine.ticks import TickPrograms
+from jaxserve.engine.ticks import programs_of
 from jaxserve.models.config import ModelError
 from jaxserve.models.loading.checkpoint import Checkpoint, OrbaxCheckpoint, open_checkpoint
 from jaxserve.models.rope import longest_sequence
@@ -44,7 +44,7 @@ class Executor:
                 f"{checkpoint.path}: Orbax checkpoints cannot be divided into the stages of a pipeline; "
                 f"pipeline_parallel must be 1, got {self.num_stages}"
             )
-        programs = (TickPrograms if self.num_stages > 1 else StepPrograms)(config, checkpoint.config, mesh)
+        programs = programs_of(mesh)(config, checkpoint.config, mesh)
         self.model_config = programs.model_config
         abstract, weights = programs.abstract_parameters, programs.weights()
         checkpoint.check(abstract, weights)

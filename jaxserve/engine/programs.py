@@ -23,13 +23,18 @@ from jaxserve.models.decoder import Decoder
 from jaxserve.models.registry import family_of
 from jaxserve.models.weights import Weight
 from jaxserve.scheduler.buckets import token_buckets
+from jaxserve.sharding.rows import over_rows
 from jaxserve.sharding.rules import abstract_model, abstract_parameters, divided
 
 GRAPH_OPTIONS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 }
 """XLA's default and WHILE: without it the sampler's loop stays out of the step's CUDA graph and its branches with it,
-and at each branch the host waits for the device."""
+and at each branch the host waits for the device.
+
+Collectives stay between graphs, as by default. With COLLECTIVES a step is one graph on any mesh, but XLA captures its
+collectives anew in every run (see docs/results/parallel.md), so it is to be measured first.
+"""
 
 STAGES = PartitionSpec("pipe")
 """Of what each stage of a pipeline has its own of, along its first axis."""
@@ -65,13 +70,20 @@ class StepOutputs(NamedTuple):
 class StepPrograms:
     """A step and a score program for each token bucket, of one model on one mesh.
 
-    ``target``: the mesh's kind of device; asked of its first one by default. Raises ConfigError and ModelError.
+    ``target`` and ``gpu_memory_bytes`` are of the mesh's kind of device; asked of its first one by default. Raises
+    ConfigError and ModelError.
     """
 
     cache_specs: KVCache[PartitionSpec] = CACHE
 
     def __init__(
-        self, config: ResolvedConfig, model_config: ModelConfig, mesh: Mesh, *, target: Target | None = None
+        self,
+        config: ResolvedConfig,
+        model_config: ModelConfig,
+        mesh: Mesh,
+        *,
+        target: Target | None = None,
+        gpu_memory_bytes: int | None = None,
     ) -> None:
         self.config = config
         self.model_config = model_config = divided(model_config, mesh)
@@ -95,8 +107,9 @@ class StepPrograms:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self.num_blocks = config.num_blocks or choose_num_blocks(
-            config, model_config, mesh, self.num_cache_layers, cache_dtype, self.abstract_parameters.values()
-        )
+            config, model_config, mesh, self.num_cache_layers, cache_dtype, self.abstract_parameters.values(),
+            gpu_memory_bytes,
+        )  # fmt: skip
         self._dtype, self._cache_dtype = dtype, cache_dtype
         self.buckets = token_buckets(config.token_budget)
         self.layouts = {rows: self._layout(rows) for rows in self.buckets}
@@ -193,7 +206,7 @@ class StepPrograms:
         inputs = self._attention_inputs(fields, self.mesh)
         hidden, cache = model(token_ids, fields["positions"], state.cache, inputs)
         logits = model.logits(hidden[fields["sample_rows"]])
-        tokens, logprobs, last_tokens = sample_step(logits, fields, floats, state.last_tokens)
+        tokens, logprobs, last_tokens = sample_step(logits, fields, floats, state.last_tokens, self.mesh)
         return DeviceState(cache, last_tokens, None), StepOutputs(tokens, logprobs, hidden)
 
     def _attention_inputs(self, fields: dict[str, jax.Array], mesh: Mesh | AbstractMesh) -> AttentionInputs:
@@ -202,7 +215,7 @@ class StepPrograms:
         )
 
     def _score(self, parameters: list[jax.Array], hidden: jax.Array, targets: jax.Array) -> TokenLogprobs[jax.Array]:
-        return token_logprobs(self._model(parameters).logits(hidden), targets)
+        return over_rows(token_logprobs, self.mesh, self._model(parameters).logits(hidden), targets)
 
 
 def fed_back(fields: dict[str, jax.Array], last_tokens: jax.Array) -> jax.Array:
@@ -212,11 +225,16 @@ def fed_back(fields: dict[str, jax.Array], last_tokens: jax.Array) -> jax.Array:
 
 
 def sample_step(
-    logits: jax.Array, fields: dict[str, jax.Array], floats: jax.Array, last_tokens: jax.Array
+    logits: jax.Array, fields: dict[str, jax.Array], floats: jax.Array, last_tokens: jax.Array, mesh: Mesh
 ) -> tuple[jax.Array, TokenLogprobs[jax.Array], jax.Array]:
     """Of ``float32[S, vocab]``: tokens ``int32[S]``, their logprobs where they are asked for, the new last tokens."""
     temperature, top_p, min_p = floats
     sampling = SamplingInputs(temperature, top_p, min_p, fields["top_k"], fields["seeds"], fields["sample_positions"])
-    tokens = sample(logits, sampling)
-    logprobs = optional_logprobs(fields["want_logprobs"][0] > 0, logits, tokens)
+    wanted = fields["want_logprobs"][0] > 0
+
+    def sample_rows(logits: jax.Array, inputs: SamplingInputs) -> tuple[jax.Array, TokenLogprobs[jax.Array]]:
+        tokens = sample(logits, inputs)
+        return tokens, optional_logprobs(wanted, logits, tokens)
+
+    tokens, logprobs = over_rows(sample_rows, mesh, logits, sampling)
     return tokens, logprobs, jnp.where(fields["sample_rows"] >= 0, tokens, last_tokens)

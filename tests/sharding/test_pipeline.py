@@ -12,6 +12,7 @@ import pytest
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.ticks import TickPrograms
+from jaxserve.evaluation.compiled import collectives
 from jaxserve.metrics import StepRecord
 from jaxserve.models.config import Experts, ModelConfig, ModelError
 from jaxserve.request import RequestDelta, SamplingParams
@@ -150,7 +151,10 @@ def test_a_tick_hands_rows_on_once() -> None:
     text = programs(model, 2).lower_step(16).compile().as_text()
     moved = re.findall(r"= (\S+) collective-permute(?:-start)?\(", text)
     assert [shape.split("{")[0] for shape in moved] == [f"f32[16,{model.hidden_size}]"]
-    assert len(re.findall(r"= \S+.* all-reduce(?:-start)?\(", text)) <= 2
+    found = collectives(text)
+    assert found["all-reduce"] <= 2
+    assert found["collective-permute"] == 1
+    assert collectives(text, "run_layer") == {}
 
 
 def test_a_device_holds_its_own_layers() -> None:
