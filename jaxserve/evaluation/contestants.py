@@ -46,7 +46,7 @@ PROGRAMS = {
     "jaxserve": Program(("float32", "bfloat16")),
     "vllm": Program(("float32", "bfloat16")),
     "openvino": Program(("file",), reads_gguf_only=True),
-    "transformers": Program(("float32", "bfloat16"), takes_arrivals=False),
+    "transformers": Program(("float32",), takes_arrivals=False),
 }
 """dtype ``file``: the file's own quantised weights, in whatever type the program multiplies them."""
 
@@ -73,9 +73,13 @@ class Contestant:
         return f"{self.program}:{self.dtype}"
 
     def command(self, scripts: Path, environments: Path) -> list[str] | None:
-        """What runs it, short of its settings; None where its environment in ``environments`` is missing."""
-        python = Path(sys.executable) if self.program == "jaxserve" else environments / self.program / "bin" / "python"
-        return [str(python), str(scripts / f"run_{self.program}.py")] if python.exists() else None
+        """What runs it, short of its settings; None where `make peers` did not finish its environment."""
+        python, environment = sys.executable, environments / self.program
+        if self.program != "jaxserve":
+            if not (environment / ".installed").exists():
+                return None
+            python = str(environment / "bin" / "python")
+        return [python, str(scripts / f"run_{self.program}.py")]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What every contestant of compare.py shares: settings in, rounds of requests in, their tokens and times out.
 
 Contestants run in environments of their own, without jaxserve, so this uses the standard library alone. The settings
-are the first argument, as JSON; a round is a line of JSON on stdin, its answer a line on stdout, all in tokens and
+are the last argument, as JSON; a round is a line of JSON on stdin, its answer a line on stdout, all in tokens and
 seconds:
 
     <- {"ready": {"package": "1.2.3"}}
@@ -79,7 +79,7 @@ def main(start: Callable[[dict[str, Any]], Round], packages: Iterable[str]) -> N
     """``start`` loads the model by the settings; then rounds are run until stdin ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
-    run = start(json.loads(sys.argv[1]))
+    run = start(json.loads(sys.argv[-1]))
     print(json.dumps({"ready": {package: version(package) for package in packages}}), file=answers)
     for line in sys.stdin:
         started = time.monotonic()
