@@ -22,8 +22,8 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
 }
 
-from vllm import EngineArgs, LLMEngine, SamplingParams
-from vllm.sampling_params import RequestOutputKind
+from vllm import EngineArgs, LLMEngine, SamplingParams  # noqa: E402, it reads the environment
+from vllm.sampling_params import RequestOutputKind  # noqa: E402
 
 
 class VLLM:
