@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -60,6 +60,10 @@ class CompareConfig:
 
     def offline(self) -> list[WorkloadRequest]:
         return [WorkloadRequest(0.0, self.num_prompt_tokens, self.num_output_tokens)] * self.num_requests
+
+    def warm_up(self) -> list[WorkloadRequest]:
+        """Offline, but outputs are no longer than it takes to have all requests decode at once."""
+        return [replace(r, num_output_tokens=min(r.num_output_tokens, 16)) for r in self.offline()]
 
     def online(self, seed: int) -> list[WorkloadRequest]:
         """Arrivals and lengths that differ from round to round, and are the same for all contestants."""
@@ -130,7 +134,7 @@ class Comparison:
         self.outcomes = {contestant: Outcome(str(contestant)) for contestant in processes}
 
     def start(self) -> None:
-        """Wait until all have loaded; one offline workload each, discarded, warms them up."""
+        """Wait until all have loaded; a short offline workload each, discarded, warms them up."""
         for contestant in self._in_turns(0):
             with self._failing(contestant, "start"):
                 process, outcome = self._processes[contestant], self.outcomes[contestant]
@@ -138,7 +142,7 @@ class Comparison:
                 self._say(f"{contestant} is ready: {', '.join(map(' '.join, outcome.packages.items()))}")
         for contestant in self._in_turns(0):
             with self._failing(contestant, "warm-up"):
-                self._run(contestant, self._config.offline(), seed=self._config.rounds)
+                self._run(contestant, self._config.warm_up(), seed=self._config.rounds)
 
     def round(self, number: int) -> None:
         """All contestants offline, then all online, each time another one first."""

@@ -10,17 +10,18 @@ from typing import Any
 
 import contestant
 
-# vLLM's documentation wants Intel's OpenMP preloaded, which only a new start of the process does.
-OPENMP = Path(sys.prefix, "lib", "libiomp5.so")
-if OPENMP.exists() and "LD_PRELOAD" not in os.environ:
-    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"LD_PRELOAD": str(OPENMP)})
-os.environ |= {
+ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the step loop runs here, so times need no queue
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+    # As its documentation recommends; the environment has it from the package intel-openmp.
+    "LD_PRELOAD": str(Path(sys.prefix, "lib", "libiomp5.so")),
 }
+if not ENVIRONMENT.items() <= os.environ.items():
+    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ENVIRONMENT)  # to preload takes a new start
 
 from vllm import EngineArgs, LLMEngine, SamplingParams  # noqa: E402, it reads the environment
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
