@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.kernels import cpu, xla
+from jaxserve.kernels import native, xla
 from jaxserve.kernels.backend import Backend
 from jaxserve.kernels.plan import Tiling
 from tests.kernels.ragged import Masking, batches, maskings, rows_for, run_batch
 
-BACKENDS = [Backend("xla"), Backend("native")] if cpu.available() else [Backend("xla")]
+BACKENDS = [Backend("xla"), Backend("native")] if native.available() else [Backend("xla")]
 BACKENDS = [pytest.param(backend, id=backend.name) for backend in BACKENDS]
 
 

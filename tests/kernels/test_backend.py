@@ -8,7 +8,7 @@ import logging
 import jax.numpy as jnp
 import pytest
 
-from jaxserve.kernels import cpu
+from jaxserve.kernels import native
 from jaxserve.kernels.backend import AttentionShape, Target, choose_backend
 
 CPU, H100, A100, V100 = Target("cpu"), Target("gpu", 90, 132), Target("gpu", 80, 108), Target("gpu", 70, 80)
@@ -27,7 +27,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 def test_the_platform_chooses(without: set[str]) -> None:
     float32 = MISTRAL._replace(dtype=jnp.dtype("float32"), cache_dtype=jnp.dtype("float32"))
-    assert choose_backend("auto", CPU, float32).name == ("native" if cpu.available() else "xla")
+    assert choose_backend("auto", CPU, float32).name == ("native" if native.available() else "xla")
     assert choose_backend("auto", CPU, MISTRAL).name == "xla"
     assert choose_backend("auto", CPU, float32._replace(cache_dtype=jnp.dtype(jnp.float8_e4m3fn))).name == "xla"
     assert choose_backend("auto", H100, MISTRAL).name == "triton"
