@@ -20,6 +20,7 @@ enum { kSequence, kRow, kNumRows, kPosition, kFirstPage, kEndPage, kKvLength, kP
 constexpr float kUnseen = -1e30f;
 constexpr int kBlock = 64;  // keys that a prefill task scores together
 constexpr int kRows = 4;    // query rows of a register tile
+constexpr int64_t kAhead = 16;  // keys that a decode task has under way from memory
 
 struct Shape {
   int64_t heads, kv_heads, group, dim, page_size, table_stride;
@@ -66,6 +67,11 @@ void soft_cap(float* x, int64_t count, float softcap) {
   }
 }
 
+template <typename T>
+void prefetch(const T* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
+}
+
 // Partial softmax of one decode item: per query head of the group its maximum, its sum, and the weighted values. Where
 // the window hides the whole item, they are kUnseen, 0 and 0.
 template <typename T>
@@ -75,11 +81,18 @@ void decode_item(const Inputs<T>& in, const int32_t* item, int64_t kv_head, floa
   const int64_t end = std::min<int64_t>(item[kEndPage] * s.page_size, item[kKvLength]);
   const int64_t length = std::max<int64_t>(end - begin, 0);
   thread_local std::vector<float> q, scores;
+  thread_local std::vector<int64_t> offsets;
   q.resize(s.group * s.dim);
   scores.resize(s.group * length);
   convert(q.data(), in.q + (item[kRow] * s.heads + kv_head * s.group) * s.dim, s.group * s.dim);
+  offsets.resize(length);
+  for (int64_t t = 0; t < length; ++t) offsets[t] = in.token_offset(item[kSequence], begin + t, kv_head);
+  // One head's keys are too far apart for the processor to foresee the next, and each is met by few queries.
+  for (int64_t t = 0; t < std::min(kAhead, length); ++t) prefetch(in.k_pages + offsets[t], s.dim);
   for (int64_t t = 0; t < length; ++t) {
-    const T* key = in.k_pages + in.token_offset(item[kSequence], begin + t, kv_head);
+    if (t + kAhead < length) prefetch(in.k_pages + offsets[t + kAhead], s.dim);
+    prefetch(in.v_pages + offsets[t], s.dim);
+    const T* key = in.k_pages + offsets[t];
     for (int64_t g = 0; g < s.group; ++g) scores[g * length + t] = in.scale * dot(q.data() + g * s.dim, key, s.dim);
   }
   if (in.softcap > 0) soft_cap(scores.data(), s.group * length, in.softcap);
@@ -94,7 +107,7 @@ void decode_item(const Inputs<T>& in, const int32_t* item, int64_t kv_head, floa
   }
   std::memset(value, 0, s.group * s.dim * sizeof(float));
   for (int64_t t = 0; t < length; ++t) {
-    const T* v = in.v_pages + in.token_offset(item[kSequence], begin + t, kv_head);
+    const T* v = in.v_pages + offsets[t];
     for (int64_t g = 0; g < s.group; ++g) add_scaled(value + g * s.dim, v, scores[g * length + t], s.dim);
   }
 }
