@@ -47,8 +47,6 @@ class PackedMatrix:
         return call(x, self.panels)
 
     def rows(self, numbers: jax.Array) -> jax.Array:
-        """The matrix's rows of these ``numbers`` ``int32[T]``: ``[T, inputs]``, as for an embedding that is the output head
-        too.
-        """
+        """Rows ``numbers`` ``int32[T]`` of the matrix, ``[T, inputs]``: of an embedding that is the output head too."""
         found = self.panels[numbers // PANEL, :, numbers % PANEL]
         return found.reshape(len(numbers), -1)[:, : self.num_inputs]

@@ -26,9 +26,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def parameter(
-    shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs, **metadata: int
-) -> nnx.Param:
+def parameter(shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs, **metadata: int) -> nnx.Param:
     """A normally distributed parameter whose dimensions carry logical axis names (sharding/rules.py maps them)."""
     values = jax.random.normal(rngs.params(), shape, dtype) * 0.02
     return nnx.Param(values, axes=axes, **metadata)
@@ -49,8 +47,8 @@ def linear(x: jax.Array, weight: nnx.Param, out_dtype: jnp.dtype | None = None) 
     value = weight.get_value()
     if isinstance(value, PackedMatrix):
         return value.multiply(x, out_dtype)
-    num_outputs = math.prod(value.shape[: weight.get_metadata("num_outputs")])
-    return jax.lax.dot_general(x, value.reshape(num_outputs, -1), (((1,), (1,)), ((), ())), preferred_element_type=out_dtype)
+    value = value.reshape(math.prod(value.shape[: weight.get_metadata("num_outputs")]), -1)
+    return jax.lax.dot_general(x, value, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype)
 
 
 def lookup(table: nnx.Param, numbers: jax.Array) -> jax.Array:

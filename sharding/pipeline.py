@@ -21,6 +21,7 @@ from jaxserve.config import ConfigError
 from jaxserve.kernels.attention import AttentionInputs, KVCache, Rotation
 from jaxserve.models.config import ModelError
 from jaxserve.models.decoder import Decoder, run_layer
+from jaxserve.models.packing import Parameter
 from jaxserve.models.weights import Part, Weight
 from jaxserve.sharding.rules import abstract_parameters
 
@@ -111,11 +112,11 @@ class StagedModel:
             )
         return stacked
 
-    def split(self, parameters: Sequence[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+    def split(self, parameters: Sequence[Parameter]) -> tuple[list[Parameter], list[Parameter]]:
         """Those outside the layers, and the slots'."""
         return list(parameters[: self._num_outside]), list(parameters[self._num_outside :])
 
-    def outside(self, parameters: list[jax.Array]) -> Decoder:
+    def outside(self, parameters: Sequence[Parameter]) -> Decoder:
         """The model without its layers."""
         return nnx.merge(self._graph, jax.tree.unflatten(self._tree, parameters))
 

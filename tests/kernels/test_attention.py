@@ -73,6 +73,18 @@ def test_half_precision(dim: int, masking: Masking, dtype: jnp.dtype, bound: flo
     assert error < bound
 
 
+@pytest.mark.skipif(not native.available(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("dim", [8, 64, 80, 96, 256])
+def test_native_bfloat16_rounds_the_result_only(dim: int) -> None:
+    """Everything between queries, cache and outputs is float32."""
+    sequences = [(200, 1), (0, 1), (130, 70), (255, 1), (0, 33)]
+    error = run_batch(
+        np.random.default_rng(dim), sequences, kv_heads=2, group=3, dim=dim, page_size=16, num_rows=128,
+        dtype=jnp.dtype("bfloat16"), backend=Backend("native"), masking=Masking(90, 30.0),
+    )  # fmt: skip
+    assert error < 1.6e-2  # half of bfloat16's step between 4 and 8
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dim", [8, 64, 80, 96, 128, 256])
 def test_float32_head_sizes(dim: int, backend: Backend) -> None:
