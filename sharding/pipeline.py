@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -112,11 +113,12 @@ class StagedModel:
             )
         return stacked
 
-    def split(self, parameters: Sequence[Parameter]) -> tuple[list[Parameter], list[Parameter]]:
+    def split(self, parameters: Sequence[Parameter]) -> tuple[list[jax.Array], list[jax.Array]]:
         """Those outside the layers, and the slots'."""
-        return list(parameters[: self._num_outside]), list(parameters[self._num_outside :])
+        arrays = cast(list[jax.Array], parameters)  # they are packed on a single device only
+        return arrays[: self._num_outside], arrays[self._num_outside :]
 
-    def outside(self, parameters: Sequence[Parameter]) -> Decoder:
+    def outside(self, parameters: list[jax.Array]) -> Decoder:
         """The model without its layers."""
         return nnx.merge(self._graph, jax.tree.unflatten(self._tree, parameters))
 
