@@ -58,8 +58,7 @@ class Executor:
             # Programs need the shapes of the weights only, so both come at once.
             loading = pool.submit(checkpoint.load, abstract, weights)
             self._programs = compile_all(lower, show_progress=show_progress)
-            parameters = loading.result()
-        self._parameters = [parameters[name] for name in abstract]
+            self._parameters = programs.take(loading.result())
         self._state = _new_state(programs.abstract_state())
         self._hidden: jax.Array | None = None
 

@@ -14,6 +14,7 @@ from jaxserve.engine.batch import StepLayout
 from jaxserve.engine.programs import STAGES, DeviceState, StepOutputs, StepPrograms, fed_back, sample_step
 from jaxserve.engine.sampler import TokenLogprobs, token_logprobs
 from jaxserve.kernels.attention import KVCache
+from jaxserve.models.packing import Parameter
 from jaxserve.models.weights import Weight
 from jaxserve.sharding.pipeline import StagedModel
 from jaxserve.sharding.rows import over_rows
@@ -61,7 +62,7 @@ class TickPrograms(StepPrograms):
     def _step(
         self,
         layout: StepLayout,
-        parameters: list[jax.Array],
+        parameters: list[Parameter],
         state: DeviceState[jax.Array],
         ints: jax.Array,
         floats: jax.Array,
@@ -113,6 +114,6 @@ class TickPrograms(StepPrograms):
         received = jax.lax.ppermute(x, "pipe", [(i, i + 1) for i in range(last)])
         return cache, state.activations.at[0, :num_rows].set(received), x[None], leaving
 
-    def _score(self, parameters: list[jax.Array], hidden: jax.Array, targets: jax.Array) -> TokenLogprobs[jax.Array]:
+    def _score(self, parameters: list[Parameter], hidden: jax.Array, targets: jax.Array) -> TokenLogprobs[jax.Array]:
         model = self._staged.outside(self._staged.split(parameters)[0])
         return over_rows(token_logprobs, self.mesh, model.logits(model.norm(hidden[-1])), targets)
