@@ -52,11 +52,31 @@ float dot(const float* a, const T* b, int64_t dim) {
   return total;
 }
 
+void add_scaled(float* out, const float* x, float factor, int64_t dim) {
+  for (int64_t d = 0; d < dim; ++d) out[d] += factor * x[d];
+}
+
+// sum[d] = the weighted sum of values[offset + d] over the offsets; returns up to which d, from d on.
+template <int kVecs, typename T>
+int64_t sum_columns(const float* weights, const T* values, const std::vector<int64_t>& offsets, int64_t d, int64_t dim,
+                    float* sum) {
+  for (; d + kVecs * kLanes <= dim; d += kVecs * kLanes) {
+    Vec sums[kVecs] = {};
+    for (size_t t = 0; t < offsets.size(); ++t)
+      for (int c = 0; c < kVecs; ++c) sums[c] += splat(weights[t]) * load(values + offsets[t] + d + c * kLanes);
+    for (int c = 0; c < kVecs; ++c) store(sum + d + c * kLanes, sums[c]);
+  }
+  return d;
+}
+
 template <typename T>
-void add_scaled(float* out, const T* x, float factor, int64_t dim) {
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) store(out + d, load(out + d) + splat(factor) * load(x + d));
-  for (; d < dim; ++d) out[d] += factor * to_float(x[d]);
+void sum_values(const float* weights, const T* values, const std::vector<int64_t>& offsets, int64_t dim, float* sum) {
+  int64_t d = sum_columns<4>(weights, values, offsets, 0, dim, sum);
+  d = sum_columns<1>(weights, values, offsets, d, dim, sum);
+  for (; d < dim; ++d) {
+    sum[d] = 0;
+    for (size_t t = 0; t < offsets.size(); ++t) sum[d] += weights[t] * to_float(values[offsets[t] + d]);
+  }
 }
 
 // softcap * tanh(x / softcap), through exp of a negative number: it vectorises, and cannot overflow.
@@ -105,11 +125,8 @@ void decode_item(const Inputs<T>& in, const int32_t* item, int64_t kv_head, floa
     top[g] = best;
     total[g] = sum;
   }
-  std::memset(value, 0, s.group * s.dim * sizeof(float));
-  for (int64_t t = 0; t < length; ++t) {
-    const T* v = in.v_pages + offsets[t];
-    for (int64_t g = 0; g < s.group; ++g) add_scaled(value + g * s.dim, v, scores[g * length + t], s.dim);
-  }
+  for (int64_t g = 0; g < s.group; ++g)
+    sum_values(scores.data() + g * length, in.v_pages, offsets, s.dim, value + g * s.dim);
 }
 
 // Scores of kRows queries [kRows, dim] against kBlock keys, transposed to [dim, kBlock].

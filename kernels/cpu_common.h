@@ -2,6 +2,10 @@
 
 #pragma once
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
@@ -43,7 +47,11 @@ inline float to_float(BFloat16 x) {
 inline Vec splat(float x) { return x - Vec{}; }
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline Vec load(const BFloat16* p) {
+#ifdef __AVX512F__  // GCC 12 makes several instructions of the conversion
+  return (Vec)((Bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))) << 16);
+#else
   return (Vec)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Bits) << 16);
+#endif
 }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 inline void store(BFloat16* p, Vec v) {  // to the nearest, ties to even

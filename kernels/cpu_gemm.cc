@@ -6,9 +6,6 @@
 //
 // Every sum runs over K in one order, whatever the number of rows: a row's result does not depend on its batch-mates.
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
