@@ -100,6 +100,9 @@ class EngineConfig:
     )
     seed: int = option(0, "seed of the sampled requests that bring none")
     compilation_cache: str | None = option(None, "folder of compiled programs; in the user's cache folder by default")
+    warmup: bool = option(
+        True, "compile and run every program before serving; without it, for development, each when it is first needed"
+    )
     trace: str | None = option(None, "write a Perfetto/Chrome trace of the steps to this file")
 
     def __post_init__(self) -> None:
@@ -132,6 +135,7 @@ class EngineConfig:
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         self._check_objective()
+        self._check_warmup()
         self._check_chunk_schedule()
         if not 0.1 <= self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization must be in [0.1, 1], got {self.gpu_memory_utilization!r}")
@@ -157,6 +161,12 @@ class EngineConfig:
             raise ConfigError(
                 f"scheduler {self.scheduler} runs whole prompts: token_budget must be at least max_model_len, got auto"
             )
+
+    def _check_warmup(self) -> None:
+        if not isinstance(self.warmup, bool):
+            raise ConfigError(f"warmup must be true or false, got {self.warmup!r}")
+        if not self.warmup and self.token_budget == "auto":
+            raise ConfigError("warmup must be true for token_budget auto, which times every program, got false")
 
     @property
     def chunk_budgets(self) -> tuple[int, ...]:
@@ -288,19 +298,34 @@ class _Accepted:
 
 
 def add_arguments(parser: argparse.ArgumentParser, *configs: type) -> None:
-    """One flag for each field of the given dataclasses; flags left out stay out of the namespace."""
+    """A flag for each field of the given dataclasses, ``--no-`` besides for bools; those left out stay out of the
+    namespace."""
     for config in configs:
         hints = typing.get_type_hints(config)
         group = parser.add_argument_group(config.__name__)
         for f in dataclasses.fields(config):
             default = "" if f.default is None else f" (default: {f.default})"
-            group.add_argument(
-                "--" + f.name.replace("_", "-"),
-                type=_Accepted.of(hints[f.name]),
-                choices=f.metadata["choices"],
-                default=argparse.SUPPRESS,
-                help=f.metadata["help"] + default,
+            accepted = _Accepted.of(hints[f.name])
+            kind: dict[str, Any] = (
+                {"action": argparse.BooleanOptionalAction}
+                if accepted.kind is bool
+                else {"type": accepted, "choices": f.metadata["choices"]}
             )
+            group.add_argument(
+                "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=f.metadata["help"] + default, **kind
+            )
+
+
+def as_flags(config: Any) -> list[str]:
+    """The command line that ``parse_config`` makes ``config`` of."""
+    flags = []
+    for name, value in vars(config).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            flags.append(f"--{flag}={value}")
+    return flags
 
 
 def read_config_file(path: str, *configs: type) -> dict[str, Any]:
@@ -323,7 +348,8 @@ def read_config_file(path: str, *configs: type) -> dict[str, Any]:
         if wanted.kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         accepted = value in wanted.words or (value is None and wanted.optional)
-        if not accepted and (not isinstance(value, wanted.kind) or isinstance(value, bool)):
+        mistaken = isinstance(value, bool) and wanted.kind is not bool  # to Python, true is an integer
+        if not accepted and (mistaken or not isinstance(value, wanted.kind)):
             raise ConfigError(f"config: {key} must be of type {wanted.__name__}, got {value!r} in {path!r}")
         settings[name] = value
     return settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
@@ -123,7 +123,7 @@ class SamplingParams:
         return self.temperature == 0.0
 
 
-@dataclass
+@dataclass(slots=True)
 class RequestMetrics:
     """Times on the engine's clock, in seconds; None until they happen."""
 
@@ -154,16 +154,17 @@ class RequestMetrics:
         return self.first_scheduled_seconds - self.arrival_seconds
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """One request inside the engine.
 
     There is no prefill or decode phase: ``num_computed_tokens`` chases ``num_tokens``. A token that was sampled on the
-    device but has not reached the host yet counts as pending, so the scheduler can run one step ahead.
+    device but has not reached the host yet counts as one and is pending, so the scheduler can run one step ahead.
     """
 
     request_id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: Sequence[int]
+    """Best a tuple: what the garbage collector need not look into, while thousands of requests wait."""
     params: SamplingParams
     max_tokens: int
     """Output tokens to make at most: params.max_tokens, or the room that max_model_len leaves."""
@@ -172,23 +173,29 @@ class Request:
     """Ids that end the output: the caller's, and the model's EOS unless ignore_eos."""
     seed: int = 0
     output_token_ids: list[int] = field(default_factory=list)
-    num_pending_tokens: int = 0
+    num_prompt_tokens: int = field(init=False)
+    num_tokens: int = field(init=False)
+    """Prompt and output tokens, those still pending on the device included."""
     num_unsampled_tokens: int = 0
-    """Of the pending ones, those whose step has not left the last stage of a pipeline: not even the device has them."""
+    """Of a pipeline: the pending ones whose step has not left the last stage, so that not even the device has them."""
     num_computed_tokens: int = 0
     slot: int = -1
     """Row of the per-sequence device arrays while running, -1 otherwise."""
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
 
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.prompt_token_ids)
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.prompt_token_ids)
+        self.num_tokens = self.num_prompt_tokens + len(self.output_token_ids)
 
     @property
-    def num_tokens(self) -> int:
-        """Prompt and output tokens, those still pending on the device included."""
-        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_pending_tokens
+    def num_known_tokens(self) -> int:
+        """Prompt and output tokens, without pending ones."""
+        return self.num_prompt_tokens + len(self.output_token_ids)
+
+    @property
+    def num_pending_tokens(self) -> int:
+        return self.num_tokens - self.num_known_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
@@ -198,25 +205,23 @@ class Request:
     def known_token_ids(self, start: int, stop: int) -> list[int]:
         """Tokens ``[start, stop)`` as far as the host knows them: a pending one is missing at the end."""
         prompt = self.num_prompt_tokens
-        known = self.prompt_token_ids[start:stop]
+        known = list(self.prompt_token_ids[start:stop])
         if stop > prompt:
-            known = known + self.output_token_ids[max(start - prompt, 0) : stop - prompt]
+            known += self.output_token_ids[max(start - prompt, 0) : stop - prompt]
         return known
 
     @property
     def decoding(self) -> bool:
         """True when one token of work is left and it follows an output token."""
-        num_tokens = self.num_tokens
-        return num_tokens - self.num_computed_tokens == 1 and num_tokens > len(self.prompt_token_ids)
+        return self.num_computed_tokens + 1 == self.num_tokens > self.num_prompt_tokens
 
     @property
     def exhausted(self) -> bool:
         """True when every token the request may make has been sampled, processed by the host or not."""
-        return len(self.output_token_ids) + self.num_pending_tokens >= self.max_tokens
+        return self.num_tokens - self.num_prompt_tokens >= self.max_tokens
 
 
-@dataclass(frozen=True)
-class RequestDelta:
+class RequestDelta(NamedTuple):
     """What one engine step added to one request."""
 
     request_id: str

@@ -7,6 +7,7 @@ bench.py serve        TTFT, TBT, scheduling delay and goodput of a workload: thr
 bench.py capacity     the highest request rate at which each policy meets a TBT objective
 bench.py kernels      attention kernels alone on a GPU: errors, times, shares of the ceilings
 bench.py step         whole steps of the engine beside their roofline, and what the device waits for between them
+bench.py host         what the host does in a step with 1,000 running requests and up to 100,000 waiting, by part
 
 bench.py serve --help, say, lists the flags of one.
 """
@@ -24,9 +25,9 @@ from pathlib import Path
 
 import grpc
 
-from jaxserve.config import SCHEDULERS, ConfigError, EngineConfig, parse_config
+from jaxserve.config import SCHEDULERS, ConfigError, EngineConfig, as_flags, parse_config
 from jaxserve.engine.engine import Engine
-from jaxserve.evaluation import kernel_bench, step_bench
+from jaxserve.evaluation import host_bench, kernel_bench, step_bench
 from jaxserve.evaluation.capacity import SearchConfig, Trial
 from jaxserve.evaluation.device_bench import QUICK, THOROUGH, measure_ceilings
 from jaxserve.evaluation.latency import Objective
@@ -130,8 +131,7 @@ def serve(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     elif args.target:
         run = run_server(args.target, workload)
     else:
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(config).items() if value is not None]
-        with running_server([sys.executable, str(SERVER), "--port", "0", *flags]) as address:
+        with running_server([sys.executable, str(SERVER), "--port", "0", *as_flags(config)]) as address:
             run = run_server(address, workload)
     result = Series(args.target or config.scheduler, run, workload.mean_rate)
     print(text_table([summary_row(result, objective)]))
@@ -230,6 +230,18 @@ def step(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     print("written: {}, {}".format(*paths))
 
 
+def host(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    parser.add_argument("--waiting", nargs="+", type=int, default=[1_000, 10_000, 100_000], help="lengths of the queue")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=100, help="steps of each queue in a round")
+    parser.set_defaults(token_budget=2048, max_num_seqs=1000, max_model_len=8192, block_size=64)
+    config, args = parse_config(parser, argv, EngineConfig)
+    results = host_bench.measure_host(config, args.waiting, args.rounds, args.steps)
+    print(f"{config.scheduler}, {config.max_num_seqs} running, budget {config.token_budget}; {args.rounds} rounds of "
+          f"{args.steps} steps, medians in microseconds of the thread's CPU time")  # fmt: skip
+    print(text_table([{"waiting": f"{waiting:,}"} | times.row() for waiting, times in results.items()]))
+
+
 def add_output_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help=f"folder of the results (default: {RESULTS})")
 
@@ -255,6 +267,7 @@ COMMANDS = {
     "capacity": capacity,
     "kernels": kernels,
     "step": step,
+    "host": host,
 }
 
 

@@ -14,6 +14,7 @@ from jaxserve.config import (
     ConfigError,
     EngineConfig,
     ServerConfig,
+    as_flags,
     cache_dir,
     parse_config,
     read_config_file,
@@ -213,6 +214,19 @@ def test_flags() -> None:
     assert args.other == "x"
 
 
+def test_switches(tmp_path: Path) -> None:
+    assert parse()[0].warmup
+    assert not parse("--no-warmup")[0].warmup
+    path = settings_file(tmp_path, "warmup: false\n")
+    assert not parse("--config", path)[0].warmup
+    assert parse("--config", path, "--warmup")[0].warmup, "the command line wins"
+
+
+@pytest.mark.parametrize("config", [EngineConfig(), EngineConfig(warmup=False, token_budget=64, model="-m=x")])
+def test_a_configuration_as_flags(config: EngineConfig) -> None:
+    assert parse(*as_flags(config))[0] == config
+
+
 def test_every_field_has_a_flag_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("--help")
@@ -251,6 +265,10 @@ def test_empty_file(tmp_path: Path) -> None:
         (["--token-budget", "many"], "argument --token-budget: invalid int or auto value: 'many'"),
         (["--token-budget", "0"], "token_budget must be an integer of at least 1, got 0"),
         (["--scheduler", "fifo"], "argument --scheduler: invalid choice: 'fifo'"),
+        (
+            ["--no-warmup", "--token-budget", "auto", "--slo-tbt-seconds", "1"],
+            "warmup must be true for token_budget auto, which times every program, got false",
+        ),
         (["--port", "70000"], "port must be in [0, 65535], got 70000"),
         (["--config", "/none.yaml"], "config: cannot read '/none.yaml': "),
     ],
@@ -273,6 +291,8 @@ def test_wrong_flags(capsys: pytest.CaptureFixture[str], argv: list[str], messag
         ("token-budget: 1.5\n", "config: token-budget must be of type int or auto, got 1.5 in "),
         ("token_budget: true\n", "config: token_budget must be of type int or auto, got True in "),
         ("gpu_memory_utilization: false\n", "config: gpu_memory_utilization must be of type float, got False in "),
+        ("warmup: 1\n", "config: warmup must be of type bool, got 1 in "),
+        ("warmup: null\n", "config: warmup must be of type bool, got None in "),
         ("max_model_len: '64'\n", "config: max_model_len must be of type int, got '64' in "),
         ("model: 7\n", "config: model must be of type str, got 7 in "),
         ("token_budget: 0\n", "token_budget must be an integer of at least 1, got 0"),

@@ -134,12 +134,13 @@ def test_progress_of_a_request() -> None:
     assert (request.num_tokens, request.num_uncomputed_tokens, request.decoding) == (3, 3, False)
     request.num_computed_tokens = 2
     assert not request.decoding, "the last prompt token is prefill"
-    request.num_computed_tokens, request.num_pending_tokens = 3, 1
+    request.num_computed_tokens, request.num_tokens = 3, 4
     assert (request.num_tokens, request.decoding, request.exhausted) == (4, True, False)
     assert request.known_token_ids(3, 4) == [], "the pending token is on the device only"
-    request.num_pending_tokens, request.output_token_ids = 0, [8, 9]
+    request.num_tokens, request.output_token_ids = 5, [8, 9]
     assert request.num_uncomputed_tokens == 2
-    request.num_pending_tokens = 1
+    request.num_tokens = 6
+    assert request.num_pending_tokens == 1
     assert request.exhausted
     assert not request.decoding, "a recomputation has more than one token of work"
 

@@ -7,7 +7,7 @@ host-to-device copies and its program is keyed by the token bucket alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxserve.engine.blocks import BlockManager
 from jaxserve.kernels.plan import AttentionPlan, PlanLimits, empty_plan, make_plan, plan_shapes
+from jaxserve.request import Request
 from jaxserve.scheduler import Chunk
 
 FLOAT_FIELDS = ("temperature", "top_p", "min_p")
@@ -114,50 +115,85 @@ def empty_step(layout: StepLayout) -> PackedStep:
     return PackedStep(ints, np.zeros(layout.float_shape, np.float32), sequences)
 
 
-def pack(layout: StepLayout, chunks: Iterable[Chunk], blocks: BlockManager) -> PackedStep:
-    """Write ``chunks``, one after the other, into fresh arrays."""
-    ints, floats = _blank(layout), np.zeros(layout.float_shape, np.float32)
-    fields = layout.split(ints)
-    slots, query_lens, kv_lens = [], [], []
-    row = 0
-    for chunk in chunks:
-        slot = chunk.slot
-        _pack_rows(fields, slice(row, row + chunk.num_tokens), chunk, blocks)
-        row += chunk.num_tokens
-        if chunk.samples:
-            fields["sample_rows"][slot] = row - 1
-            _pack_sampling(fields, floats, chunk)
-        slots.append(slot)
-        query_lens.append(chunk.num_tokens)
-        kv_lens.append(chunk.start + chunk.num_tokens)
-    sequences = np.array((slots, query_lens, kv_lens), int)
-    _add_plan(layout, fields, sequences)
-    return PackedStep(ints, floats, sequences)
+class Packer:
+    """Packs the batches of one engine.
 
+    What a request brings to every batch, its sampling parameters, is kept by slot until another request has the slot;
+    so are the blocks, in the BlockManager. A large batch is mostly decodes, for which nothing is left to do one by one.
+    """
 
-def _pack_rows(fields: dict[str, np.ndarray], rows: slice, chunk: Chunk, blocks: BlockManager) -> None:
-    request, stop = chunk.request, chunk.start + chunk.num_tokens
-    token_ids = request.known_token_ids(chunk.start, stop)
-    fields["token_ids"][rows.start : rows.start + len(token_ids)] = token_ids
-    if len(token_ids) < chunk.num_tokens:
+    def __init__(self, blocks: BlockManager) -> None:
+        self._blocks = blocks
+        max_num_seqs = len(blocks.tables)
+        self._requests: list[Request | None] = [None] * max_num_seqs
+        self._floats = np.zeros((len(FLOAT_FIELDS), max_num_seqs), np.float32)
+        self._top_k, self._seeds = np.zeros((2, max_num_seqs), np.int32)
+        self._wants_logprobs = np.zeros(max_num_seqs, bool)
+
+    def pack(self, layout: StepLayout, chunks: Sequence[Chunk]) -> PackedStep:
+        """Write ``chunks``, one after the other, into fresh arrays."""
+        requests, *numbers = zip(*chunks, strict=True)
+        starts, num_tokens, slots, samples = (np.array(column) for column in numbers)
+        ints, floats = _blank(layout), np.zeros(layout.float_shape, np.float32)
+        fields = layout.split(ints)
+        stops, end_rows = starts + num_tokens, np.cumsum(num_tokens)
+        self._pack_tokens(fields, requests, starts, stops, end_rows, slots)
+        self._pack_places(fields, starts, num_tokens, end_rows, slots)
+        self._note(requests, slots)
+        sampling = slots[samples]
+        fields["sample_rows"][sampling] = end_rows[samples] - 1
+        fields["sample_positions"][sampling] = stops[samples]
+        fields["top_k"][sampling], fields["seeds"][sampling] = self._top_k[sampling], self._seeds[sampling]
+        floats[:, sampling] = self._floats[:, sampling]
+        fields["want_logprobs"][0] = self._wants_logprobs[sampling].any()
+        sequences = np.array((slots, num_tokens, stops))
+        _add_plan(layout, fields, sequences)
+        return PackedStep(ints, floats, sequences)
+
+    def _pack_tokens(
+        self,
+        fields: dict[str, np.ndarray],
+        requests: Sequence[Request],
+        starts: np.ndarray,
+        stops: np.ndarray,
+        end_rows: np.ndarray,
+        slots: np.ndarray,
+    ) -> None:
+        num_known = np.array([request.num_known_tokens for request in requests])
         # The last token was sampled by the step before, which the host has not seen yet.
-        fields["feedback"][rows.stop - 1] = chunk.slot
-    table = np.array(blocks.table(request.request_id), np.int32)
-    fields["block_tables"][chunk.slot, : len(table)] = table
-    positions = np.arange(chunk.start, stop)
-    fields["positions"][rows] = positions
-    page, offset = np.divmod(positions, blocks.block_size)
-    fields["kv_slots"][rows] = table[page] * blocks.block_size + offset
+        pending = stops > num_known
+        fields["feedback"][end_rows[pending] - 1] = slots[pending]
+        first_rows = end_rows - (stops - starts)
+        for i in np.flatnonzero(starts < num_known).tolist():
+            token_ids = requests[i].known_token_ids(int(starts[i]), int(stops[i]))
+            fields["token_ids"][first_rows[i] : first_rows[i] + len(token_ids)] = token_ids
 
+    def _pack_places(
+        self,
+        fields: dict[str, np.ndarray],
+        starts: np.ndarray,
+        num_tokens: np.ndarray,
+        end_rows: np.ndarray,
+        slots: np.ndarray,
+    ) -> None:
+        tables, block_size = self._blocks.tables, self._blocks.block_size
+        fields["block_tables"][slots] = tables[slots]
+        rows = np.arange(end_rows[-1])
+        positions = rows + np.repeat(starts - end_rows + num_tokens, num_tokens)
+        page, offset = np.divmod(positions, block_size)
+        fields["positions"][: len(rows)] = positions
+        fields["kv_slots"][: len(rows)] = tables[np.repeat(slots, num_tokens), page] * block_size + offset
 
-def _pack_sampling(fields: dict[str, np.ndarray], floats: np.ndarray, chunk: Chunk) -> None:
-    request, params = chunk.request, chunk.request.params
-    fields["sample_positions"][chunk.slot] = chunk.start + chunk.num_tokens
-    fields["top_k"][chunk.slot] = max(params.top_k, 0)
-    fields["seeds"][chunk.slot] = request.seed
-    floats[:, chunk.slot] = params.temperature, params.top_p, params.min_p
-    if params.logprobs is not None:
-        fields["want_logprobs"].fill(1)
+    def _note(self, requests: Sequence[Request], slots: np.ndarray) -> None:
+        """Keep the sampling parameters of requests that have a slot for the first time."""
+        for request, slot in zip(requests, slots.tolist(), strict=True):
+            if self._requests[slot] is request:
+                continue
+            params = request.params
+            self._requests[slot] = request
+            self._floats[:, slot] = params.temperature, params.top_p, params.min_p
+            self._top_k[slot], self._seeds[slot] = max(params.top_k, 0), request.seed
+            self._wants_logprobs[slot] = params.logprobs is not None
 
 
 def wants_prompt_logprobs(chunk: Chunk) -> bool:

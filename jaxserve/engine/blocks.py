@@ -1,16 +1,26 @@
-"""Paged KV bookkeeping on the host: which block of the cache belongs to which request."""
+"""Paged KV bookkeeping on the host: which block of the cache belongs to which sequence."""
 
 from __future__ import annotations
 
+import numpy as np
+
 
 class BlockManager:
-    """Hands out KV blocks of ``block_size`` tokens. Block 0 is the dummy page of padding rows: nobody gets it."""
+    """Hands out KV blocks of ``block_size`` tokens. Block 0 is the dummy page of padding rows: nobody gets it.
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    A sequence goes by its slot, below ``max_num_seqs``, and has at most ``max_model_len`` tokens.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
+        """By slot, the sequence's blocks in the order of its tokens, then zeros."""
+        self.held_tokens = [0] * max_num_seqs
+        """By slot, how many tokens its blocks are for, those that ``release_before`` took back included."""
+        self._num_released = [0] * max_num_seqs
+        """By slot, how many blocks ``release_before`` took back: the first ones."""
         self._free = list(range(num_blocks - 1, 0, -1))
-        self._tables: dict[str, list[int]] = {}
 
     @property
     def num_free(self) -> int:
@@ -25,44 +35,51 @@ class BlockManager:
         """Share of the blocks in use, in [0, 1]."""
         return self.num_used / (self.num_blocks - 1)
 
-    def table(self, request_id: str) -> list[int]:
-        """The request's blocks, in the order of its tokens; 0 where ``release_before`` took one back."""
-        return self._tables.get(request_id, [])
+    def table(self, slot: int) -> list[int]:
+        """The sequence's blocks, in the order of its tokens; 0 where ``release_before`` took one back."""
+        return self.tables[slot, : self.held_tokens[slot] // self.block_size].tolist()
 
-    def room(self, request_id: str) -> int:
-        """Tokens that the request's own blocks and all free ones could hold together."""
-        return (len(self.table(request_id)) + len(self._free)) * self.block_size
+    def room(self, slot: int) -> int:
+        """Tokens that the sequence's own blocks and all free ones could hold together."""
+        return self.held_tokens[slot] + len(self._free) * self.block_size
 
-    def grow(self, request_id: str, num_tokens: int) -> None:
-        """Give the request blocks for its first ``num_tokens`` tokens; the caller has checked ``room``."""
-        table = self._tables.setdefault(request_id, [])
-        missing = -(-num_tokens // self.block_size) - len(table)
-        if missing > len(self._free):
-            raise RuntimeError(f"{missing} KV blocks wanted for {request_id!r}, {len(self._free)} free")
-        for _ in range(missing):
-            table.append(self._free.pop())
+    def grow(self, slot: int, num_tokens: int) -> None:
+        """Give the sequence blocks for its first ``num_tokens`` tokens; the caller has checked ``room``."""
+        held = self.held_tokens[slot] // self.block_size
+        wanted = -(-num_tokens // self.block_size)
+        if wanted <= held:
+            return
+        if wanted - held > len(self._free):
+            raise RuntimeError(f"{wanted - held} KV blocks wanted for slot {slot}, {len(self._free)} free")
+        first = len(self._free) - (wanted - held)
+        self.tables[slot, held:wanted] = self._free[first:][::-1]
+        del self._free[first:]
+        self.held_tokens[slot] = wanted * self.block_size
 
-    def release_before(self, request_id: str, num_tokens: int) -> None:
-        """Take back the request's whole blocks below token ``num_tokens``, which nothing will read again.
+    def release_before(self, slot: int, num_tokens: int) -> None:
+        """Take back the sequence's whole blocks below token ``num_tokens``, which nothing will read again.
 
         Their table entries become 0, so that the others stay where the positions expect them.
         """
-        table = self.table(request_id)
-        for index in range(min(num_tokens // self.block_size, len(table)) - 1, -1, -1):
-            if table[index] == 0:  # and so are those before it
-                break
-            self._free.append(table[index])
-            table[index] = 0
+        first, end = self._num_released[slot], min(num_tokens, self.held_tokens[slot]) // self.block_size
+        if end > first:
+            self._take_back(slot, first, end)
+            self._num_released[slot] = end
 
-    def release(self, request_id: str) -> None:
-        """Take all blocks of the request back."""
-        self._free.extend(block for block in reversed(self._tables.pop(request_id, [])) if block)
+    def release(self, slot: int) -> None:
+        """Take all blocks of the sequence back."""
+        self._take_back(slot, self._num_released[slot], self.held_tokens[slot] // self.block_size)
+        self.held_tokens[slot] = self._num_released[slot] = 0
 
     def check(self) -> None:
-        """Prove that every block is free or belongs to exactly one request; raises RuntimeError otherwise."""
-        owned = [block for table in self._tables.values() for block in table if block]
-        everything = sorted(owned + self._free)
-        if everything != list(range(1, self.num_blocks)):
+        """Prove that every block is free or belongs to exactly one sequence; raises RuntimeError otherwise."""
+        owned = self.tables[self.tables > 0].tolist()
+        if sorted(owned + self._free) != list(range(1, self.num_blocks)):
             raise RuntimeError(
                 f"KV blocks do not balance: {len(self._free)} free + {len(owned)} used of {self.num_blocks - 1}"
             )
+
+    def _take_back(self, slot: int, first: int, end: int) -> None:
+        blocks = self.tables[slot, first:end]
+        self._free += blocks[::-1].tolist()
+        blocks.fill(0)

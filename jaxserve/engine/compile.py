@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import jax
@@ -37,7 +37,7 @@ def compile_all[Key: Hashable](
     """Lower and compile every program, in parallel threads, with a progress bar."""
     with (
         ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
-        tqdm(total=len(lower), desc="compiling", unit="program", disable=not show_progress) as progress,
+        tqdm(total=len(lower), desc="compiling", unit="program", disable=not (show_progress and lower)) as progress,
     ):
 
         def build(key: Key) -> jax.stages.Compiled:
@@ -46,6 +46,42 @@ def compile_all[Key: Hashable](
             return compiled
 
         return dict(zip(lower, pool.map(build, lower), strict=True))
+
+
+class Programs[Key: Hashable]:
+    """Programs by key, compiled ahead, in the background, or else when first asked for."""
+
+    def __init__(self, lower: Mapping[Key, Callable[[], jax.stages.Lowered]]) -> None:
+        self._lower = lower
+        self._compiled: dict[Key, jax.stages.Compiled] = {}
+        self._background: dict[Key, Future[jax.stages.Compiled]] = {}
+        # One after the other: somebody is being served.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
+
+    def compile(self, keys: Iterable[Key], *, show_progress: bool) -> None:
+        """At once and in parallel."""
+        self._compiled |= compile_all({key: self._lower[key] for key in keys}, show_progress=show_progress)
+
+    def compile_in_background(self, keys: Iterable[Key]) -> None:
+        self._background |= {key: self._pool.submit(self._build, key) for key in keys}
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """Whether nothing is being compiled in the background, after at most ``timeout_seconds``."""
+        return not wait(self._background.values(), timeout_seconds).not_done
+
+    def __getitem__(self, key: Key) -> jax.stages.Compiled:
+        if key not in self._compiled:
+            future = self._background.get(key)
+            self._compiled[key] = self._build(key) if future is None else future.result()
+        return self._compiled[key]
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._background.clear()
+        self._compiled.clear()
+
+    def _build(self, key: Key) -> jax.stages.Compiled:
+        return self._lower[key]().compile()
 
 
 class CompileCounter:

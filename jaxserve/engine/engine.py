@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.batch import pack, prompt_targets, wants_prompt_logprobs
+from jaxserve.engine.batch import Packer, empty_step, prompt_targets, wants_prompt_logprobs
 from jaxserve.engine.blocks import BlockManager
 from jaxserve.engine.compile import CompileCounter
 from jaxserve.engine.executor import Executor, prepare
-from jaxserve.engine.group import Followers, Leader
 from jaxserve.engine.output import OutputStream, host_logprobs, logprob_entry
 from jaxserve.engine.profiling import Profiler, largest_budget, read_profile
 from jaxserve.engine.programs import StepOutputs
 from jaxserve.engine.runner import ModelRunner
 from jaxserve.engine.sampler import TokenLogprobs
+from jaxserve.engine.startup import StartupTimes
 from jaxserve.metrics import EngineMetrics, StepRecord
 from jaxserve.models.loading import generation
 from jaxserve.models.loading.hub import resolve
@@ -41,7 +40,7 @@ from jaxserve.request import (
     RequestStatus,
     SamplingParams,
 )
-from jaxserve.scheduler import Chunk, Pace, make_scheduler
+from jaxserve.scheduler import Batch, Chunk, Pace, make_scheduler
 from jaxserve.scheduler.buckets import bubble_share
 from jaxserve.scheduler.step_time import Profile
 from jaxserve.sharding.mesh import make_mesh
@@ -49,6 +48,9 @@ from jaxserve.tokenizer import Tokenizer
 from jaxserve.tracing import StepTracer
 
 logger = logging.getLogger(__name__)
+
+HELD_POLL_SECONDS = 0.01
+"""How long an idle engine may wait for programs before it looks for other requests."""
 
 
 @dataclass
@@ -66,7 +68,8 @@ class Engine:
     """Serves one model. One thread calls ``add_request``, ``abort`` and ``step``; ``validate`` may be called from any.
 
     Raises ConfigError and ModelError from the constructor, which loads, compiles and warms up. ``mesh``: by default of
-    the first devices. ``followers``: the other processes of a mesh that spans several.
+    the first devices. ``make_executor``: a ``Leader`` where the mesh spans several processes. ``imports_seconds``: what
+    the caller has spent on importing this, for ``startup``.
     """
 
     def __init__(
@@ -74,10 +77,12 @@ class Engine:
         config: EngineConfig,
         *,
         mesh: Mesh | None = None,
-        followers: Followers | None = None,
+        make_executor: Callable[..., Executor] = Executor,
         show_progress: bool = True,
+        imports_seconds: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        started_seconds = time.monotonic()
         self._tracer = StepTracer(Path(config.trace)) if config.trace else None
         checkpoint, self.config = prepare(config)
         self.model_config = checkpoint.config
@@ -98,10 +103,13 @@ class Engine:
             ", ".join(self.sampling_defaults) or "none",
         )
         mesh = mesh or make_mesh(config.tensor_parallel, config.pipeline_parallel)
-        executor_class = Executor if followers is None else partial(Leader, followers)
-        self.runner = ModelRunner(executor_class(self.config, checkpoint, mesh, show_progress=show_progress))
+        executor = make_executor(self.config, checkpoint, mesh, show_progress=show_progress)
+        self.runner = ModelRunner(executor)
         pace = self._settle_pace(stored, auto=config.token_budget == "auto") if config.needs_step_times else None
-        self.blocks = BlockManager(self.runner.num_blocks, self.config.block_size)
+        self.blocks = BlockManager(
+            self.runner.num_blocks, self.config.block_size, config.max_num_seqs, self.max_model_len
+        )
+        self._packer = Packer(self.blocks)
         self.scheduler = make_scheduler(
             config.scheduler,
             chunk_schedule=config.chunk_budgets,
@@ -121,6 +129,8 @@ class Engine:
         self._clock = clock
         self._random = np.random.default_rng(config.seed)
         self._streams: dict[str, OutputStream] = {}
+        self._held: dict[str, Request] = {}
+        """Requests for prompt logprobs that wait for the programs of those, where nobody queues behind them."""
         now = clock()
         self._in_stages: deque[tuple[list[Chunk], StepRecord]] = deque(
             ([], StepRecord(now, now, now, num_tokens=0, num_decode_tokens=0, num_rows=0))
@@ -131,6 +141,18 @@ class Engine:
         self._device_free_seconds = -math.inf
         self._aborted: list[RequestDelta] = []
         self.compiles = CompileCounter()
+        self.runner.prepare_scores()
+        self.startup = StartupTimes(
+            imports_seconds,
+            executor.weights_seconds,
+            executor.compile_seconds,
+            self.runner.warm_up_seconds,
+            imports_seconds + time.monotonic() - started_seconds,
+        )
+        self.metrics.observe_startup(self.startup)
+        logger.info("%s", self.startup)
+        if not config.warmup:
+            logger.warning("no warm-up: steps stall while programs compile at their first use; for development only")
 
     def validate(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raise RequestError, naming the field and the limit, if the request cannot be served."""
@@ -142,8 +164,8 @@ class Engine:
                 f"prompt of {len(prompt_token_ids)} tokens leaves no room for output: max_model_len is {limit}"
             )
         for name, token_ids in (("prompt", prompt_token_ids), ("stop_token_ids", params.stop_token_ids or ())):
-            wrong = next((t for t in token_ids if not 0 <= t < vocab), None)
-            if wrong is not None:
+            if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab):
+                wrong = next(t for t in token_ids if not 0 <= t < vocab)
                 raise RequestError(f"{name} holds token id {wrong}, outside the vocabulary [0, {vocab})")
         if params.max_tokens is not None and len(prompt_token_ids) + params.max_tokens > limit:
             raise RequestError(
@@ -166,7 +188,7 @@ class Engine:
         eos = () if params.ignore_eos else self.eos_token_ids
         request = Request(
             request_id=request_id,
-            prompt_token_ids=list(prompt_token_ids),
+            prompt_token_ids=tuple(prompt_token_ids),
             params=params,
             max_tokens=room if params.max_tokens is None else params.max_tokens,
             metrics=RequestMetrics(self._clock() if arrival_seconds is None else arrival_seconds),
@@ -174,7 +196,10 @@ class Engine:
             seed=params.seed if params.seed is not None else int(self._random.integers(2**31)),
         )
         self._streams[request_id] = OutputStream(request, self.tokenizer)
-        self.scheduler.add(request)
+        if params.prompt_logprobs is None or self.runner.can_score():
+            self.scheduler.add(request)
+        else:
+            self._held[request_id] = request
 
     def abort(self, request_id: str) -> bool:
         """End a request now: its blocks are free when this returns, and a last delta comes with the next step."""
@@ -196,17 +221,18 @@ class Engine:
 
         The stages of a pipeline move on together, so where they have work and no batch is there, an empty one enters.
         """
+        self._add_held()
         start = self._clock()
         batch = self.scheduler.schedule()
         self.metrics.preemptions.inc(len(batch.preempted))
         with self.compiles:
             working = batch.chunks or self._has_steps_in_stages
-            launched = self._launch(list(batch.chunks.values()), start) if working else None
+            launched = self._launch(batch, start) if working else None
         previous, self._launched = self._launched, launched
         deltas, self._aborted = self._aborted, []
         if previous is not None:
             deltas += self._process(previous)
-        self.metrics.observe_queues(self.scheduler, self.blocks, self.compiles.count)
+        self.metrics.observe_queues(self.scheduler, len(self._held), self.blocks, self.compiles.count)
         return deltas
 
     def close(self) -> None:
@@ -216,6 +242,16 @@ class Engine:
         self.compiles.close()
         if self._tracer is not None:
             self._tracer.close()
+
+    def _add_held(self) -> None:
+        """Queue the requests that were held, once they can be served; until then an idle engine waits a little."""
+        if not self._held:
+            return
+        idle = not (self.scheduler.has_unfinished() or self._launched or self._has_steps_in_stages)
+        if self.runner.can_score(HELD_POLL_SECONDS if idle else 0.0):
+            for request in self._held.values():
+                self.scheduler.add(request)
+            self._held.clear()
 
     def _settle_pace(self, stored: Profile | None, *, auto: bool) -> Pace:
         """The objective, and step times from the stored profile or measured now; an ``auto`` budget goes by them.
@@ -234,21 +270,22 @@ class Engine:
         )  # fmt: skip
         return Pace.of(slo_tbt_seconds, profile.step_time, profile.error)
 
-    def _launch(self, chunks: list[Chunk], start: float) -> _LaunchedStep:
+    def _launch(self, batch: Batch, start: float) -> _LaunchedStep:
         """Launch a batch; returns the step that enters the last stage with it: without a pipeline, the batch itself."""
         scheduled = self._clock()
-        num_tokens = sum(chunk.num_tokens for chunk in chunks)
-        layout = self.runner.layout(num_tokens)
-        outputs = self.runner.launch(layout, pack(layout, chunks, self.blocks))
-        for chunk in chunks:
+        chunks = list(batch.chunks.values())
+        layout = self.runner.layout(batch.num_tokens)
+        outputs = self.runner.launch(layout, self._packer.pack(layout, chunks) if chunks else empty_step(layout))
+        prefills = _prefills(chunks)
+        for chunk in prefills:
             if chunk.request.metrics.first_scheduled_seconds is None:
                 chunk.request.metrics.first_scheduled_seconds = scheduled
         record = StepRecord(
             start_seconds=start,
             scheduled_seconds=scheduled,
             launched_seconds=self._clock(),
-            num_tokens=num_tokens,
-            num_decode_tokens=sum(chunk.start >= chunk.request.num_prompt_tokens for chunk in chunks),
+            num_tokens=batch.num_tokens,
+            num_decode_tokens=len(chunks) - len(prefills),
             num_rows=outputs.num_rows,
         )
         self._in_stages.append((chunks, record))
@@ -261,7 +298,7 @@ class Engine:
         chunks, record = self._in_stages.popleft()
         self.scheduler.sampled(chunks)
         prompt_logprobs = None
-        if any(wants_prompt_logprobs(chunk) for chunk in chunks):
+        if any(wants_prompt_logprobs(chunk) for chunk in _prefills(chunks)):
             prompt_logprobs = self.runner.score(prompt_targets(num_rows, chunks))
         record.num_rows = num_rows
         record.device_start_seconds = self._clock()
@@ -277,16 +314,17 @@ class Engine:
         step.record.device_start_seconds = max(step.record.device_start_seconds, self._device_free_seconds)
         step.record.waited_seconds, step.record.ready_seconds = waiting, ready
         self._device_free_seconds = ready
-        live = [chunk for chunk in step.chunks if chunk.request.status is not RequestStatus.FINISHED]
         if step.prompt_logprobs is not None:
             self._collect_prompt_logprobs(step.chunks, host_logprobs(step.prompt_logprobs))
-        wants_logprobs = any(chunk.samples and chunk.request.params.logprobs is not None for chunk in live)
-        logprobs = host_logprobs(step.outputs.logprobs) if wants_logprobs else None
-        deltas = [
-            self._append(chunk.request, int(tokens[chunk.slot]), logprobs, chunk.slot, ready)
-            for chunk in live
-            if chunk.samples
+        live = [
+            (chunk.request, chunk.slot)
+            for chunk in step.chunks
+            if chunk.samples and chunk.request.status is not RequestStatus.FINISHED
         ]
+        wants_logprobs = any(request.params.logprobs is not None for request, _ in live)
+        logprobs = host_logprobs(step.outputs.logprobs) if wants_logprobs else None
+        token_ids = tokens.tolist()
+        deltas = [self._append(request, token_ids[slot], logprobs, slot, ready) for request, slot in live]
         step.record.processed_seconds = self._clock()
         for observe in self.on_step:
             observe(step.record, step.chunks)
@@ -296,7 +334,6 @@ class Engine:
         self, request: Request, token_id: int, logprobs: TokenLogprobs[np.ndarray] | None, slot: int, now: float
     ) -> RequestDelta:
         stream = self._streams[request.request_id]
-        request.num_pending_tokens -= 1
         request.metrics.token_seconds.append(now)
         text, reason = stream.push(token_id)
         entry = None
@@ -315,6 +352,7 @@ class Engine:
         reason: FinishReason,
     ) -> RequestDelta:
         request = stream.request
+        self._held.pop(request.request_id, None)
         self.scheduler.finish(request, reason)
         request.metrics.finished_seconds = self._clock()
         del self._streams[request.request_id]
@@ -350,3 +388,8 @@ class Engine:
                     token_id = request.prompt_token_ids[chunk.start + i + 1]
                     stream.prompt_logprobs[chunk.start + i + 1] = logprob_entry(logprobs, row + i, token_id, num_top)
             row += chunk.num_tokens
+
+
+def _prefills(chunks: list[Chunk]) -> list[Chunk]:
+    """Those that hold a part of the prompt."""
+    return [chunk for chunk in chunks if chunk.start < chunk.request.num_prompt_tokens]

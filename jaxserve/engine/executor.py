@@ -12,9 +12,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxserve.config import EngineConfig, ResolvedConfig, cache_dir
-from jaxserve.engine.compile import compile_all, use_persistent_cache
+from jaxserve.engine.compile import Programs, use_persistent_cache
 from jaxserve.engine.programs import DeviceState, StepOutputs
 from jaxserve.engine.sampler import TokenLogprobs
+from jaxserve.engine.startup import timed
 from jaxserve.engine.ticks import programs_of
 from jaxserve.models.config import ModelError
 from jaxserve.models.loading.checkpoint import Checkpoint, OrbaxCheckpoint, open_checkpoint
@@ -51,14 +52,16 @@ class Executor:
         self.layouts = programs.layouts
         self.num_blocks = programs.num_blocks
         self._replicated, self._staged = programs.replicated, programs.staged
-        lower = {("step", rows): partial(programs.lower_step, rows) for rows in self.layouts} | {
-            ("score", rows): partial(programs.lower_score, rows) for rows in self.layouts
-        }
+        self._programs = Programs(
+            {("step", rows): partial(programs.lower_step, rows) for rows in self.layouts}
+            | {("score", rows): partial(programs.lower_score, rows) for rows in self.layouts}
+        )
+        ahead = [("step", rows) for rows in self.layouts] if config.warmup else []
         with ThreadPoolExecutor(max_workers=1) as pool:
             # Programs need the shapes of the weights only, so both come at once.
-            loading = pool.submit(checkpoint.load, abstract, weights)
-            self._programs = compile_all(lower, show_progress=show_progress)
-            self._parameters = programs.take(loading.result())
+            loading = pool.submit(timed, lambda: programs.take(checkpoint.load(abstract, weights)))
+            _, self.compile_seconds = timed(partial(self._programs.compile, ahead, show_progress=show_progress))
+            self._parameters, self.weights_seconds = loading.result()
         self._state = _new_state(programs.abstract_state())
         self._hidden: jax.Array | None = None
 
@@ -73,6 +76,15 @@ class Executor:
         outputs.tokens.copy_to_host_async()
         return outputs
 
+    def prepare_scores(self) -> None:
+        """Compile the programs of ``score`` in the background: rare, so nobody's start waits for them."""
+        if self.config.warmup:
+            self._programs.compile_in_background([("score", rows) for rows in self.layouts])
+
+    def can_score(self, timeout_seconds: float) -> bool:
+        """Whether they are there, after waiting for at most ``timeout_seconds``; ``score`` would wait for them."""
+        return self._programs.wait(timeout_seconds)
+
     def score(self, targets: np.ndarray) -> TokenLogprobs[jax.Array]:
         """Log-probabilities of ``targets`` ``int32[T]`` after the rows of the last step. Rare: a program of its own."""
         program = self._programs["score", len(targets)]
@@ -82,7 +94,7 @@ class Executor:
         """Wait for the devices and give their memory back."""
         for array in jax.tree.leaves((self._parameters, self._state)):
             array.block_until_ready().delete()
-        self._programs.clear()
+        self._programs.close()
 
 
 def _put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

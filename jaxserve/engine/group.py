@@ -175,6 +175,7 @@ class Follower:
 
     def run(self) -> None:
         """Run what the leader runs, until it stops. Raises ConfigError where this one has other settings."""
+        self._executor.prepare_scores()
         while True:
             message = self._messages.get()
             if isinstance(message, ConfigError):

@@ -20,7 +20,9 @@ class OutputStream:
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
         self.request = request
         self.stop_reason: int | str | None = None
-        self.prompt_logprobs: list[dict[int, Logprob] | None] = [None] * request.num_prompt_tokens
+        num_scored = 0 if request.params.prompt_logprobs is None else request.num_prompt_tokens
+        self.prompt_logprobs: list[dict[int, Logprob] | None] = [None] * num_scored
+        """By prompt token; empty where they were not asked for."""
         self._decoder = tokenizer.decode_stream(skip_special_tokens=request.params.skip_special_tokens)
         self._held = ""
 
@@ -49,7 +51,10 @@ class OutputStream:
 
     def _cut_at_stop_string(self) -> str | None:
         """The text up to the earliest stop string in what is held, or None."""
-        found = [(at, stop) for stop in self.request.params.stop or () if (at := self._held.find(stop)) >= 0]
+        stops = self.request.params.stop
+        if not stops:
+            return None
+        found = [(at, stop) for stop in stops if (at := self._held.find(stop)) >= 0]
         if not found:
             return None
         at, stop = min(found)
@@ -58,7 +63,8 @@ class OutputStream:
 
     def _release(self) -> str:
         """Give out what can no longer become a stop string."""
-        keep = max((_overlap(self._held, stop) for stop in self.request.params.stop or ()), default=0)
+        stops = self.request.params.stop
+        keep = max(_overlap(self._held, stop) for stop in stops) if stops else 0
         split = len(self._held) - keep
         text, self._held = self._held[:split], self._held[split:]
         return text

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxserve.config import ConfigError, ResolvedConfig
-from jaxserve.engine.batch import pack
+from jaxserve.engine.batch import Packer
 from jaxserve.engine.blocks import BlockManager
 from jaxserve.engine.runner import ModelRunner
 from jaxserve.request import Request, RequestMetrics, SamplingParams
@@ -98,11 +98,12 @@ class Profiler:
 
     def _seconds(self, batch: list[Chunk]) -> float:
         """Median time from a launch to its tokens, after a run that is not counted."""
-        blocks = BlockManager(self._runner.num_blocks, self._runner.config.block_size)
+        config = self._runner.config
+        blocks = BlockManager(self._runner.num_blocks, config.block_size, config.max_num_seqs, config.max_model_len)
         for chunk in batch:
-            blocks.grow(chunk.request.request_id, chunk.start + chunk.num_tokens)
+            blocks.grow(chunk.slot, chunk.start + chunk.num_tokens)
         layout = self._runner.layout(sum(chunk.num_tokens for chunk in batch))
-        step = pack(layout, batch, blocks)
+        step = Packer(blocks).pack(layout, batch)
         times = []
         for _ in range(1 + NUM_REPEATS):
             start = time.perf_counter()

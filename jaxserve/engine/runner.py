@@ -12,6 +12,7 @@ from jaxserve.engine.batch import PackedStep, StepLayout, empty_step
 from jaxserve.engine.executor import Executor
 from jaxserve.engine.programs import StepOutputs
 from jaxserve.engine.sampler import TokenLogprobs
+from jaxserve.engine.startup import timed
 from jaxserve.scheduler.buckets import bucket_of
 
 
@@ -24,7 +25,7 @@ class ModelRunner:
         self.num_stages, self.num_blocks = executor.num_stages, executor.num_blocks
         self._layouts = executor.layouts
         self.buckets = list(self._layouts)
-        self._warm_up()
+        self.warm_up_seconds = timed(self._warm_up)[1] if self.config.warmup else 0.0
         smallest = self._layouts[self.buckets[0]]
         self._in_stages = deque([(smallest, empty_step(smallest))] * self.num_stages, maxlen=self.num_stages)
         """The steps of the last launch, by stage."""
@@ -39,6 +40,14 @@ class ModelRunner:
         """
         self._in_stages.appendleft((layout, step))
         return self._run(self._in_stages)
+
+    def prepare_scores(self) -> None:
+        """Compile in the background what ``score`` runs."""
+        self._executor.prepare_scores()
+
+    def can_score(self, timeout_seconds: float = 0.0) -> bool:
+        """Whether ``score`` would start at once, after waiting for that for at most ``timeout_seconds``."""
+        return self._executor.can_score(timeout_seconds)
 
     def score(self, targets: np.ndarray) -> TokenLogprobs[jax.Array]:
         """Log-probabilities of ``targets`` ``int32[T]`` after the rows of the last launch's outputs."""
@@ -56,7 +65,6 @@ class ModelRunner:
         return self._executor.step(layout.limits.num_rows, ints, leaving.floats)
 
     def _warm_up(self) -> None:
-        """Run every program once on padding, so that first-run costs are paid before the first request."""
-        for rows, layout in self._layouts.items():
-            self._run([(layout, empty_step(layout))] * self.num_stages)
-            jax.block_until_ready(self.score(np.zeros(rows, np.int32)))
+        """Run every step program once on padding, so that first-run costs are paid before the first request."""
+        for layout in self._layouts.values():
+            jax.block_until_ready(self._run([(layout, empty_step(layout))] * self.num_stages))

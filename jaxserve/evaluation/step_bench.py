@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.engine.batch import pack
+from jaxserve.engine.batch import Packer
 from jaxserve.engine.blocks import BlockManager
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.programs import StepPrograms
@@ -141,13 +141,13 @@ class StepBench:
         return StepRow(case, num_rows, seconds, work, self._launches[num_rows])
 
     def _launcher(self, case: StepCase) -> Callable[[], jax.Array]:
-        runner = self.runner
-        blocks = BlockManager(runner.num_blocks, runner.config.block_size)
+        runner, config = self.runner, self.runner.config
+        blocks = BlockManager(runner.num_blocks, config.block_size, config.max_num_seqs, config.max_model_len)
         chunks = [_chunk(runner.model_config, slot, *span) for slot, span in enumerate(case.spans)]
         for chunk in chunks:
-            blocks.grow(chunk.request.request_id, chunk.start + chunk.num_tokens)
+            blocks.grow(chunk.slot, chunk.start + chunk.num_tokens)
         layout = runner.layout(case.num_tokens)
-        step = pack(layout, chunks, blocks)
+        step = Packer(blocks).pack(layout, chunks)
         return lambda: runner.launch(layout, step).tokens
 
 

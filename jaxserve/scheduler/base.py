@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import repeat
 from typing import NamedTuple, NotRequired, TypedDict, Unpack
 
 from jaxserve.engine.blocks import BlockManager
@@ -24,11 +26,19 @@ class Chunk(NamedTuple):
     """True when the chunk reaches the request's last token, so the step samples the next one."""
 
 
+_new_chunk = partial(tuple.__new__, Chunk)
+"""Chunk._make without its checks, a third of the time."""
+
+
 @dataclass
 class Batch:
     """One step's work: at most ``budget`` tokens."""
 
     budget: int
+    decodes: list[Request] = field(default_factory=list)
+    """Running requests that are ready to decode."""
+    prefills: list[Request] = field(default_factory=list)
+    """Running requests with more to compute than one token after an output token."""
     chunks: dict[str, Chunk] = field(default_factory=dict)
     """By request id."""
     preempted: list[Request] = field(default_factory=list)
@@ -98,23 +108,27 @@ class Scheduler(ABC):
 
     def schedule(self) -> Batch:
         """The next step's batch. Its requests count as computed from now on, so the next call can run ahead."""
-        ready = self._decodes()
         self._release_unseen()
-        batch = Batch(self.token_budget)
+        batch = Batch(self.token_budget, *self._ready())
         self._fill(batch)
-        for chunk in batch.chunks.values():
-            chunk.request.num_computed_tokens += chunk.num_tokens
-            chunk.request.num_pending_tokens += chunk.samples
-            chunk.request.num_unsampled_tokens += chunk.samples
-        for request in ready:
-            if request.status is RequestStatus.RUNNING and request.request_id not in batch.chunks:
+        chunks = batch.chunks
+        for request, _, num_tokens, _, samples in chunks.values():
+            request.num_computed_tokens += num_tokens
+            if samples:
+                request.num_tokens += 1
+        if self.pipeline_depth > 1:
+            for chunk in chunks.values():
+                chunk.request.num_unsampled_tokens += chunk.samples
+        for request in batch.decodes:
+            if request.request_id not in chunks and request.status is RequestStatus.RUNNING:
                 request.metrics.num_stalls += 1
         return batch
 
     def sampled(self, batch: Iterable[Chunk]) -> None:
         """Note that a batch has left the last stage of the pipeline: its tokens exist, on the device at least."""
-        for chunk in batch:
-            chunk.request.num_unsampled_tokens -= chunk.samples
+        if self.pipeline_depth > 1:
+            for chunk in batch:
+                chunk.request.num_unsampled_tokens -= chunk.samples
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request wherever it is; its blocks and slot are free at once.
@@ -131,37 +145,50 @@ class Scheduler(ABC):
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
 
-    def _decodes(self) -> list[Request]:
-        decodes = [r for r in self.running if r.decoding and not r.exhausted]
-        if self.pipeline_depth == 1:
-            return decodes
-        share = -(-len(self.running) // self.pipeline_depth)
-        return [r for r in decodes if not r.num_unsampled_tokens][:share]
-
-    def _prefills(self) -> list[Request]:
-        return [r for r in self.running if not r.decoding and not r.exhausted]
+    def _ready(self) -> tuple[list[Request], list[Request]]:
+        """Running requests that may decode in the next batch, and those whose prefill is under way."""
+        decodes, prefills = list[Request](), list[Request]()
+        for request in self.running:
+            if not request.exhausted:
+                (decodes if request.decoding else prefills).append(request)
+        if self.pipeline_depth > 1:
+            share = -(-len(self.running) // self.pipeline_depth)
+            decodes = [r for r in decodes if not r.num_unsampled_tokens][:share]
+        return decodes, prefills
 
     def _grant_decodes(self, batch: Batch) -> None:
-        for request in self._decodes():
-            self._grant(batch, request, 1)
+        """A token for each, as ``_grant`` would, but all at once: most of a large batch."""
+        decodes, held_tokens = batch.decodes[: batch.budget_left], self.blocks.held_tokens
+        for request in [r for r in decodes if r.num_computed_tokens >= held_tokens[r.slot]]:
+            self._make_room(batch, request, 1)
+        if batch.preempted:
+            decodes = [r for r in decodes if r.slot >= 0]
+        starts, slots = [r.num_computed_tokens for r in decodes], [r.slot for r in decodes]
+        chunks = map(_new_chunk, zip(decodes, starts, repeat(1), slots, repeat(True)))
+        batch.chunks.update(zip([r.request_id for r in decodes], chunks, strict=True))
+        batch.num_tokens += len(decodes)
 
     def _grant(self, batch: Batch, request: Request, wanted: int) -> None:
-        """Schedule up to ``wanted`` tokens of a running request, as far as budget and blocks go.
+        """Schedule up to ``wanted`` tokens of a running request, as far as budget and blocks go."""
+        num_tokens = self._make_room(batch, request, min(wanted, batch.budget_left))
+        if num_tokens:
+            start = request.num_computed_tokens
+            samples = start + num_tokens == request.num_tokens
+            batch.add(Chunk(request, start, num_tokens, request.slot, samples))
+
+    def _make_room(self, batch: Batch, request: Request, wanted: int) -> int:
+        """Give a running request blocks for up to ``wanted`` more tokens; returns for how many.
 
         Where not even one token fits, later arrivals are preempted, the request itself last.
         """
-        wanted = min(wanted, batch.budget_left)
         if wanted <= 0 or request.status is not RequestStatus.RUNNING:
-            return
+            return 0
         start = request.num_computed_tokens
-        while (num_tokens := min(wanted, self.blocks.room(request.request_id) - start)) <= 0:
-            victim = self.running[-1]
-            self._preempt(batch, victim)
-            if victim is request:
-                return
-        self.blocks.grow(request.request_id, start + num_tokens)
-        samples = start + num_tokens == request.num_tokens
-        batch.add(Chunk(request, start, num_tokens, request.slot, samples))
+        while (num_tokens := min(wanted, self.blocks.room(request.slot) - start)) <= 0:
+            if self._preempt_latest(batch) is request:
+                return 0
+        self.blocks.grow(request.slot, start + num_tokens)
+        return num_tokens
 
     def _release_unseen(self) -> None:
         """Free the blocks out of every running request's window, before anyone is preempted for want of a block.
@@ -174,7 +201,7 @@ class Scheduler(ABC):
         """
         if self.window is not None:
             for request in self.running:
-                self.blocks.release_before(request.request_id, request.num_computed_tokens - self.window + 1)
+                self.blocks.release_before(request.slot, request.num_computed_tokens - self.window + 1)
 
     def _next_waiting(self, batch: Batch) -> Request | None:
         """The head of the queue, where a batch in which nobody was preempted and a free slot could take it.
@@ -200,18 +227,19 @@ class Scheduler(ABC):
         request.slot = self._free_slots.pop()
         self.running.append(request)
 
-    def _preempt(self, batch: Batch, victim: Request) -> None:
+    def _preempt_latest(self, batch: Batch) -> Request:
+        victim = self.running.pop()
         batch.drop(victim)
         batch.preempted.append(victim)
-        self.running.remove(victim)
         self._release(victim)
         victim.status = RequestStatus.WAITING
         victim.num_computed_tokens = 0
         victim.metrics.num_preemptions += 1
         self.waiting[victim.request_id] = victim
         self.waiting.move_to_end(victim.request_id, last=False)
+        return victim
 
     def _release(self, request: Request) -> None:
-        self.blocks.release(request.request_id)
+        self.blocks.release(request.slot)
         self._free_slots.append(request.slot)
         request.slot = -1

@@ -15,7 +15,7 @@ class ChunkedPrefillScheduler(Scheduler):
 
     def _grant_chunks(self, batch: Batch) -> None:
         """Prefills under way, then new requests, in what is left of the budget."""
-        for request in self._prefills():
+        for request in batch.prefills:
             self._grant(batch, request, self._chunk_tokens(batch, request))
         while (waiting := self._next_waiting(batch)) is not None and self._has_room(1):
             num_tokens = self._chunk_tokens(batch, waiting)

@@ -16,7 +16,7 @@ class ChunkedOnlyScheduler(ChunkedPrefillScheduler):
         self._decodes_are_next = False
 
     def _fill(self, batch: Batch) -> None:
-        if not (self._decodes_are_next and self._decodes()):
+        if not (self._decodes_are_next and batch.decodes):
             self._grant_chunks(batch)
         self._decodes_are_next = bool(batch.chunks)
         if not batch.chunks:

@@ -29,7 +29,7 @@ class WholePromptScheduler(Scheduler):
                 break
             self._admit(request)
             if self.reserves:
-                self.blocks.grow(request.request_id, self.max_model_len)
+                self.blocks.grow(request.slot, self.max_model_len)
             self._grant(batch, request, num_tokens)
 
     def _has_room(self, num_tokens: int) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import gc
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,13 +82,24 @@ class GrpcServer:
 def build_engines(config: EngineConfig, num_engines: int = 1, followers: Followers | None = None) -> list[Engine]:
     """Engines on devices of their own. Raises ConfigError and ModelError."""
     # Imported late: jax takes seconds to load, and a port in use should be told before.
+    started_seconds = time.monotonic()
     from jaxserve.engine.engine import Engine
+    from jaxserve.engine.group import Leader
     from jaxserve.sharding.mesh import make_meshes
 
+    make = partial(Engine, config, imports_seconds=time.monotonic() - started_seconds)
+    if followers is not None:
+        return [make(make_executor=partial(Leader, followers))]
     if num_engines == 1:
-        return [Engine(config, followers=followers)]
+        return [make()]
     meshes = make_meshes(num_engines, config.tensor_parallel, config.pipeline_parallel)
-    return [Engine(config, mesh=mesh) for mesh in meshes]
+    return [make(mesh=mesh) for mesh in meshes]
+
+
+def freeze_start_up() -> None:
+    """Let no later garbage collection look through what start-up made, which stays: a full one stalls all requests."""
+    gc.collect()
+    gc.freeze()
 
 
 async def in_daemon_thread[Result](function: Callable[..., Result], *args: Any) -> Result:
@@ -128,6 +141,7 @@ async def serve(
         await asyncio.wait((warm_up, stopping), return_when=asyncio.FIRST_COMPLETED)
         if warm_up.done():
             engines = warm_up.result()
+            freeze_start_up()
             if registry is not None:
                 registries = [engine.metrics.registry for engine in engines]
                 registry.register(registries[0] if len(engines) == 1 else ReplicaMetrics(registries))

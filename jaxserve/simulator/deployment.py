@@ -94,7 +94,7 @@ class Deployment:
             token_budget=self.token_budget,
             max_num_seqs=self.max_num_seqs,
             max_model_len=self.max_model_len,
-            blocks=BlockManager(self.num_blocks, self.block_size),
+            blocks=BlockManager(self.num_blocks, self.block_size, self.max_num_seqs, self.max_model_len),
             window=self.model.window,
         )
         return Simulator(scheduler, self.cost, lock_step=self.lock_step).run(workload)

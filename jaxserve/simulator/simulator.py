@@ -95,7 +95,7 @@ class Simulator:
             raise RequestError(f"request {index} needs {num_tokens} KV tokens, the device's memory holds {capacity}")
         return Request(
             request_id=str(index),
-            prompt_token_ids=[0] * asked.num_prompt_tokens,
+            prompt_token_ids=(0,) * asked.num_prompt_tokens,
             params=SamplingParams(max_tokens=asked.num_output_tokens, ignore_eos=True),
             max_tokens=asked.num_output_tokens,
             metrics=RequestMetrics(asked.arrival_seconds),
@@ -134,7 +134,6 @@ class Simulator:
             request = chunk.request
             if not chunk.samples or request.status is RequestStatus.FINISHED:
                 continue
-            request.num_pending_tokens -= 1
             request.output_token_ids.append(0)
             request.metrics.token_seconds.append(now)
             if len(request.output_token_ids) == request.max_tokens:

@@ -91,7 +91,12 @@ def _simulate(policy: str, engine: EngineConfig, workload: WorkloadConfig, profi
         token_budget=config.token_budget,
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
-        blocks=BlockManager(config.num_blocks or 1 + config.max_num_seqs * blocks_per_seq, config.block_size),
+        blocks=BlockManager(
+            config.num_blocks or 1 + config.max_num_seqs * blocks_per_seq,
+            config.block_size,
+            config.max_num_seqs,
+            config.max_model_len,
+        ),
     )
     requests = make_workload(workload, max_model_len=config.max_model_len)
     return Simulator(scheduler, FittedCost(profile.step_time)).run(requests)

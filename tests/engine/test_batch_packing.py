@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.engine.batch import StepLayout, empty_step, pack, prompt_targets, wants_prompt_logprobs
+from jaxserve.engine.batch import Packer, StepLayout, empty_step, prompt_targets, wants_prompt_logprobs
 from jaxserve.engine.blocks import BlockManager
 from jaxserve.kernels.backend import CPU_TILING
 from jaxserve.kernels.plan import PlanLimits
@@ -45,9 +45,9 @@ def chunks(draw: st.DrawFn, slot: int) -> Chunk:
         metrics=RequestMetrics(arrival_seconds=0.0),
         seed=draw(st.integers(0, 2**31 - 1)),
         output_token_ids=draw(st.lists(tokens, max_size=15)),
-        num_pending_tokens=draw(st.integers(0, 1)),
         slot=slot,
     )
+    request.num_tokens += draw(st.integers(0, 1))
     last = request.num_tokens - 1
     start = draw(st.one_of(st.just(last), st.integers(0, last)))
     stop = draw(st.one_of(st.just(last + 1), st.integers(start + 1, last + 1)))
@@ -61,13 +61,17 @@ def batches(draw: st.DrawFn) -> list[Chunk]:
 
 
 def make_blocks(batch: list[Chunk], order: np.random.Generator) -> BlockManager:
-    """Blocks taken in turns, so that no request's lie side by side."""
-    blocks = BlockManager(NUM_BLOCKS, BLOCK_SIZE)
-    goals = {chunk.request.request_id: chunk.start + chunk.num_tokens for chunk in batch}
-    wanted = [(n, request_id) for request_id, goal in goals.items() for n in range(1, goal + 1)]
-    for n, request_id in (wanted[i] for i in order.permutation(len(wanted))):
-        blocks.grow(request_id, max(n, len(blocks.table(request_id)) * BLOCK_SIZE))
+    blocks = BlockManager(NUM_BLOCKS, BLOCK_SIZE, MAX_NUM_SEQS, MAX_MODEL_LEN)
+    take_blocks(blocks, batch, order)
     return blocks
+
+
+def take_blocks(blocks: BlockManager, batch: list[Chunk], order: np.random.Generator) -> None:
+    """In turns, so that no request's lie side by side."""
+    goals = {chunk.slot: chunk.start + chunk.num_tokens for chunk in batch}
+    wanted = [(n, slot) for slot, goal in goals.items() for n in range(1, goal + 1)]
+    for n, slot in (wanted[i] for i in order.permutation(len(wanted))):
+        blocks.grow(slot, max(n, blocks.held_tokens[slot]))
 
 
 def layout_for(batch: list[Chunk], padding: int, window: int | None = None) -> StepLayout:
@@ -86,7 +90,7 @@ def reference(layout: StepLayout, batch: list[Chunk], blocks: BlockManager) -> d
     for chunk in batch:
         request, slot = chunk.request, chunk.slot
         known = request.prompt_token_ids + request.output_token_ids
-        table = blocks.table(request.request_id)
+        table = blocks.table(slot)
         for index, block in enumerate(table):
             out["block_tables"][slot, index] = block
         for position in range(chunk.start, chunk.start + chunk.num_tokens):
@@ -112,8 +116,8 @@ def test_pack(batch: list[Chunk], padding: int, window: int | None, seed: int) -
     layout, blocks = layout_for(batch, padding, window), make_blocks(batch, np.random.default_rng(seed))
     if window is not None:
         for chunk in batch:
-            blocks.release_before(chunk.request.request_id, chunk.start - window + 1)
-    step = pack(layout, batch, blocks)
+            blocks.release_before(chunk.slot, chunk.start - window + 1)
+    step = Packer(blocks).pack(layout, batch)
     assert step.ints.shape == (layout.num_ints,)
     assert step.ints.dtype == np.int32
     fields = layout.split(step.ints)
@@ -130,6 +134,22 @@ def test_pack(batch: list[Chunk], padding: int, window: int | None, seed: int) -
     written = fields["kv_slots"][:num_tokens]
     assert len(set(written.tolist())) == num_tokens, "no two rows write to one place"
     assert (written >= BLOCK_SIZE).all(), "and none to the dummy page"
+
+
+@settings(max_examples=50, deadline=None)
+@given(batches(), batches(), st.integers(0, 2**32))
+def test_slots_forget_the_requests_before(first: list[Chunk], second: list[Chunk], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    blocks = make_blocks(first, rng)
+    packer = Packer(blocks)
+    packer.pack(layout_for(first, 0), first)
+    for slot in range(MAX_NUM_SEQS):
+        blocks.release(slot)
+    take_blocks(blocks, second, rng)
+    layout = layout_for(second, 0)
+    step, expected = packer.pack(layout, second), Packer(blocks).pack(layout, second)
+    np.testing.assert_array_equal(step.ints, expected.ints)
+    np.testing.assert_array_equal(step.floats, expected.floats)
 
 
 @settings(max_examples=100, deadline=None)

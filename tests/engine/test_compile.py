@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxserve.engine.compile import CompileCounter, compile_all
+from jaxserve.engine.compile import CompileCounter, Programs, compile_all
 
 
 def test_compile_all() -> None:
@@ -29,6 +29,58 @@ def test_compile_all_passes_errors_on() -> None:
             {"bad": partial(jax.jit(lambda x: x + np.ones(3)).lower, np.ones(2))},
             show_progress=False,
         )
+
+
+def times(n: int, calls: list[int] | None = None, go_on: threading.Event | None = None) -> jax.stages.Lowered:
+    """A program that multiplies ``n`` numbers by ``n``; notes that it was asked for, and waits for ``go_on``."""
+    if calls is not None:
+        calls.append(n)
+    if go_on is not None:
+        go_on.wait()
+    return jax.jit(lambda x: x * n).lower(np.ones(n, np.float32))
+
+
+def test_programs_ahead_in_the_background_and_on_demand(counter: CompileCounter) -> None:
+    calls: list[int] = []
+    go_on = threading.Event()
+    programs = Programs({n: partial(times, n, calls, go_on if n == 3 else None) for n in (2, 3, 5)})
+    assert programs.wait(0), "nothing is being compiled"
+    programs.compile([2], show_progress=False)
+    programs.compile_in_background([3])
+    assert not programs.wait(0)
+    with counter:
+        np.testing.assert_array_equal(programs[2](np.ones(2, np.float32)), [2, 2])
+        go_on.set()
+        np.testing.assert_array_equal(programs[3](np.ones(3, np.float32)), [3, 3, 3])
+        assert counter.count == 0
+        assert programs.wait(0)
+        for _ in range(2):
+            np.testing.assert_array_equal(programs[5](np.ones(5, np.float32)), np.full(5, 5))
+        assert counter.count == 1
+    assert calls == [2, 3, 5]
+    programs.close()
+
+
+def test_closing_programs_leaves_out_what_has_not_begun() -> None:
+    calls: list[int] = []
+    go_on = threading.Event()
+    programs = Programs({n: partial(times, n, calls, go_on) for n in (2, 3)})
+    programs.compile_in_background([2, 3])
+    threading.Timer(0.05, go_on.set).start()
+    programs.close()
+    assert 3 not in calls
+
+
+def test_errors_in_the_background_reach_who_needs_the_program() -> None:
+    def fail() -> jax.stages.Lowered:
+        raise TypeError("no such program")
+
+    programs = Programs({1: fail})
+    programs.compile_in_background([1])
+    assert programs.wait(10)
+    with pytest.raises(TypeError, match="no such program"):
+        programs[1]
+    programs.close()
 
 
 @pytest.fixture

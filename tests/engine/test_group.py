@@ -30,6 +30,9 @@ class FakeExecutor:
         self.layouts = {16: StepLayout(PlanLimits(16, 4, 64, 16, 10, CPU_TILING, None))}
         self.calls: list[tuple[Any, ...]] = []
 
+    def prepare_scores(self) -> None:
+        """Has no programs."""
+
     def step(self, rows: int, ints: np.ndarray, floats: np.ndarray) -> None:
         self.calls.append((rows, ints, floats))
 

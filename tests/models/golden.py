@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxserve.engine.batch import StepLayout, pack, plan_of
+from jaxserve.engine.batch import Packer, StepLayout, plan_of
 from jaxserve.engine.blocks import BlockManager
 from jaxserve.kernels.attention import AttentionInputs, KVCache
 from jaxserve.kernels.backend import CPU_TILING
@@ -94,17 +94,18 @@ def paged_logits(model: Decoder, token_ids: list[int], chunk_sizes: Sequence[int
     # Placed like the weights: otherwise the first step would be compiled for itself.
     pages, scales = jnp.zeros((2, *shape)), jnp.ones((config.num_layers, 2))
     cache = KVCache(*(jax.device_put(array, jax.devices()[0]) for array in (*pages, scales)))
-    blocks = BlockManager(NUM_PAGES, PAGE_SIZE)
-    blocks.grow("other", 17)  # so that pages are not simply 1, 2, 3
+    blocks = BlockManager(NUM_PAGES, PAGE_SIZE, 3, max(len(token_ids), 17))
+    blocks.grow(0, 17)  # so that pages are not simply 1, 2, 3
+    packer = Packer(blocks)
     request = Request("r", token_ids, SamplingParams(), 1, RequestMetrics(0.0), slot=1)
     start, rows = 0, []
     for size in chunk_sizes:
         if config.window is not None:
-            blocks.release_before("r", start - config.window + 1)
-        blocks.grow("r", start + size)
+            blocks.release_before(1, start - config.window + 1)
+        blocks.grow(1, start + size)
         limits = PlanLimits(NUM_ROWS, 3, len(token_ids), PAGE_SIZE, NUM_PAGES, CPU_TILING, config.window)
         layout = StepLayout(limits)
-        step = pack(layout, [Chunk(request, start, size, slot=1, samples=False)], blocks)
+        step = packer.pack(layout, [Chunk(request, start, size, slot=1, samples=False)])
         logits, cache = _run(layout, model, cache, step.ints)
         rows.append(np.asarray(logits)[:size])
         start += size

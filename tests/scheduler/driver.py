@@ -54,16 +54,13 @@ class Driver:
                 assert self._cache[place] == (chunk.request.request_id, position)
 
     def _place(self, request: Request, position: int) -> int:
-        return self.scheduler.blocks.table(request.request_id)[position // BLOCK_SIZE] * BLOCK_SIZE + (
-            position % BLOCK_SIZE
-        )
+        return self.scheduler.blocks.tables[request.slot, position // BLOCK_SIZE] * BLOCK_SIZE + (position % BLOCK_SIZE)
 
     def process(self, batch: Batch) -> None:
         for chunk in batch.chunks.values():
             request = chunk.request
             if request.status is RequestStatus.FINISHED or not chunk.samples:
                 continue
-            request.num_pending_tokens -= 1
             request.output_token_ids.append(7)
             if len(request.output_token_ids) >= request.max_tokens:
                 self.scheduler.finish(request, FinishReason.LENGTH)
@@ -107,7 +104,7 @@ def workloads(draw: st.DrawFn, *, whole_prompts: bool = False) -> Workload:
             "max_num_seqs": max_num_seqs,
             "max_model_len": MAX_LEN,
             # From barely one full-length request, or one window, to plenty.
-            "blocks": BlockManager(1 + least_blocks + draw(st.integers(0, 60)), BLOCK_SIZE),
+            "blocks": BlockManager(1 + least_blocks + draw(st.integers(0, 60)), BLOCK_SIZE, max_num_seqs, MAX_LEN),
             "window": window,
         },
         requests=[make_request(index, prompt, output) for index, (_, prompt, output, _) in enumerate(arrivals)],
@@ -172,8 +169,8 @@ def check_batch(scheduler: Scheduler, batch: Batch) -> None:
     assert len(set(slots)) == len(slots)
     for chunk in batch.chunks.values():
         assert chunk.num_tokens > 0
-        assert scheduler.blocks.room(chunk.request.request_id) >= chunk.start + chunk.num_tokens
+        assert scheduler.blocks.room(chunk.slot) >= chunk.start + chunk.num_tokens
     for request in scheduler.running:
-        held = [block for block in scheduler.blocks.table(request.request_id) if block]
+        held = [block for block in scheduler.blocks.table(request.slot) if block]
         assert len(held) <= MAX_LEN // BLOCK_SIZE
     scheduler.blocks.check()

@@ -31,7 +31,7 @@ def make(
         token_budget=token_budget,
         max_num_seqs=max_num_seqs,
         max_model_len=MAX_LEN,
-        blocks=BlockManager(num_blocks, BLOCK_SIZE),
+        blocks=BlockManager(num_blocks, BLOCK_SIZE, max_num_seqs, MAX_LEN),
         window=window,
     )
 
@@ -54,7 +54,7 @@ def test_sarathi_leaves_no_decode_out(workload: Workload) -> None:
         for request in step.decodes:
             assert request.request_id in step.batch.chunks or request in step.batch.preempted
         for request in scheduler.running:
-            held = [block for block in scheduler.blocks.table(request.request_id) if block]
+            held = [block for block in scheduler.blocks.table(request.slot) if block]
             assert len(held) <= most_blocks(scheduler.window, scheduler.token_budget)
     assert all(r.metrics.num_stalls == 0 for r in workload.requests)
 
@@ -102,7 +102,7 @@ def test_adaptive_uses_the_slack(num_decodes: int, prompt: int, slo_tbt_seconds:
         token_budget=48,
         max_num_seqs=8,
         max_model_len=MAX_LEN,
-        blocks=BlockManager(500, BLOCK_SIZE),
+        blocks=BlockManager(500, BLOCK_SIZE, 8, MAX_LEN),
     )
     assert isinstance(scheduler, AdaptiveScheduler)
     driver = Driver(scheduler)
@@ -152,7 +152,7 @@ def test_reservation(name: str, workload: Workload) -> None:
     for step in run(scheduler, workload):
         assert not step.batch.preempted
         for request in scheduler.running:
-            table = scheduler.blocks.table(request.request_id)
+            table = scheduler.blocks.table(request.slot)
             assert len(table) == MAX_LEN // BLOCK_SIZE
             assert scheduler.window is not None or all(table)
 

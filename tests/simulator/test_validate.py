@@ -34,7 +34,7 @@ def report(step_time: StepTimeModel) -> dict:
 
     def measure(policy: str, budget: int, rate: float, seed: int) -> RunResult:
         scheduler = make_scheduler(
-            policy, token_budget=budget, max_num_seqs=8, max_model_len=256, blocks=BlockManager(200, 16)
+            policy, token_budget=budget, max_num_seqs=8, max_model_len=256, blocks=BlockManager(200, 16, 8, 256)
         )
         workload = WorkloadConfig(**WORKLOAD, rate=rate, workload_seed=seed)
         return Simulator(scheduler, FittedCost(step_time)).run(make_workload(workload, max_model_len=256))

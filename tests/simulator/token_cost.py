@@ -28,7 +28,7 @@ def scheduler_for(policy: str, *, budget: int, num_blocks: int = 1000, max_num_s
         token_budget=budget,
         max_num_seqs=max_num_seqs,
         max_model_len=700,
-        blocks=BlockManager(num_blocks, block_size=8),
+        blocks=BlockManager(num_blocks, 8, max_num_seqs, 700),
     )
 
 
