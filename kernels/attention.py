@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from jaxserve.kernels import cpu, xla
+from jaxserve.kernels import cpu_attention, xla
 from jaxserve.kernels.backend import Backend
 from jaxserve.kernels.plan import AttentionPlan
 
@@ -124,7 +124,7 @@ def _paged_attention(
         return triton_attention.paged_attention(q, cache, inputs, layer, **masking)
     tables = inputs.block_tables + layer * inputs.num_pages
     if inputs.backend.name == "native":
-        return cpu.paged_attention(q, cache.k, cache.v, tables, inputs.plan, **masking)
+        return cpu_attention.paged_attention(q, cache.k, cache.v, tables, inputs.plan, **masking)
     return xla.paged_attention(
         q, cache.k, cache.v, tables, cache.scales[layer], inputs.plan, tiling=inputs.backend.tiling, **masking
     )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxserve.kernels import cpu
+from jaxserve.kernels import native
 from jaxserve.kernels.plan import BusyItems, Tiling
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Backend:
 def choose_backend(name: str, target: Target, shape: AttentionShape) -> Backend:
     """The backend ``name``, one of config.ATTENTION_BACKENDS; ValueError where it cannot serve.
 
-    auto: native on CPUs in float32 with a C++ compiler, triton on GPUs with jax-triton, xla otherwise.
+    auto: native on CPUs in float32 or bfloat16 with a C++ compiler, triton on GPUs with jax-triton, xla otherwise.
     """
     if name == "auto":
         name = _automatic(target, shape)
@@ -80,9 +80,14 @@ def choose_backend(name: str, target: Target, shape: AttentionShape) -> Backend:
     return Backend(name, _gpu_tiling(target, shape), target)
 
 
+def has_native_kernels(target: Target, dtype: jnp.dtype) -> bool:
+    """Whether C++ computes in ``dtype`` here. Where it can be built, it is."""
+    return target.platform == "cpu" and dtype in (jnp.float32, jnp.bfloat16) and native.available()
+
+
 def _automatic(target: Target, shape: AttentionShape) -> str:
     if target.platform == "cpu":
-        return "native" if shape.dtype == shape.cache_dtype == jnp.float32 and cpu.available() else "xla"
+        return "xla" if _native_needs(target, shape) else "native"
     missing = _triton_needs(target, shape)
     if missing:
         logger.warning("attention runs in plain XLA, which is slow on GPUs: its kernels need %s", missing)
@@ -90,9 +95,12 @@ def _automatic(target: Target, shape: AttentionShape) -> str:
 
 
 def _native_needs(target: Target, shape: AttentionShape) -> str | None:
-    if target.platform == "cpu" and shape.dtype == shape.cache_dtype == jnp.float32 and cpu.available():
+    if shape.dtype == shape.cache_dtype and has_native_kernels(target, shape.dtype):
         return None
-    return f"a CPU, float32 and a C++ compiler, got {target.platform} and {shape.dtype.name}"
+    return (
+        "a CPU, float32 or bfloat16 with a KV cache of the same, and a C++ compiler, "
+        f"got {target.platform}, {shape.dtype.name} and {shape.cache_dtype.name}"
+    )
 
 
 def _triton_needs(target: Target, shape: AttentionShape) -> str | None:

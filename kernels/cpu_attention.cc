@@ -1,24 +1,14 @@
-// Paged attention on a CPU, over the work list of kernels/plan.py: the native twin of kernels/xla.py, in float32.
+// Paged attention on a CPU, over the work list of kernels/plan.py: the native twin of kernels/xla.py. Queries,
+// cache and outputs are float32 or bfloat16; everything in between is float32.
 //
 // Decode items hold a partial softmax over one KV tile (split-KV, as in Flash-Decoding) and are combined per sequence;
 // prefill items walk their pages with an online softmax (as in FlashAttention). A task is one item for one KV head, whose
 // `group` query heads share every key and value that is loaded.
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <condition_variable>
-#include <cstdint>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <mutex>
-#include <utility>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "cpu_common.h"
 
 namespace {
 
@@ -28,26 +18,18 @@ enum { kSequence, kRow, kNumRows, kPosition, kFirstPage, kEndPage, kKvLength, kP
 // The greatest score of a row that has seen no key yet. Finite, so that the compiler may assume finite numbers: that is
 // what lets it vectorise std::exp.
 constexpr float kUnseen = -1e30f;
-#ifdef __AVX512F__
-constexpr int kLanes = 16;
-#else
-constexpr int kLanes = 8;  // wider vectors than the processor's would spill
-#endif
 constexpr int kBlock = 64;  // keys that a prefill task scores together
 constexpr int kRows = 4;    // query rows of a register tile
-typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
-
-inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
-inline Vec splat(float x) { return x - Vec{}; }
+constexpr int64_t kAhead = 16;  // keys that a decode task has under way from memory
 
 struct Shape {
   int64_t heads, kv_heads, group, dim, page_size, table_stride;
 };
 
+template <typename T>
 struct Inputs {
   Shape shape;
-  const float *q, *k_pages, *v_pages;  // [T, heads, dim], [pages, page_size, kv_heads, dim]
+  const T *q, *k_pages, *v_pages;  // [T, heads, dim], [pages, page_size, kv_heads, dim]
   const int32_t* tables;               // [sequences, pages]
   float scale;
   int64_t window;  // a query at position i sees the keys i - window < j <= i
@@ -59,20 +41,42 @@ struct Inputs {
   }
 };
 
-float dot(const float* a, const float* b, int64_t dim) {
+template <typename T>
+float dot(const float* a, const T* b, int64_t dim) {
   Vec sum = {};
   int64_t d = 0;
   for (; d + kLanes <= dim; d += kLanes) sum += load(a + d) * load(b + d);
   float total = 0;
   for (int i = 0; i < kLanes; ++i) total += sum[i];
-  for (; d < dim; ++d) total += a[d] * b[d];
+  for (; d < dim; ++d) total += a[d] * to_float(b[d]);
   return total;
 }
 
 void add_scaled(float* out, const float* x, float factor, int64_t dim) {
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) store(out + d, load(out + d) + splat(factor) * load(x + d));
-  for (; d < dim; ++d) out[d] += factor * x[d];
+  for (int64_t d = 0; d < dim; ++d) out[d] += factor * x[d];
+}
+
+// sum[d] = the weighted sum of values[offset + d] over the offsets; returns up to which d, from d on.
+template <int kVecs, typename T>
+int64_t sum_columns(const float* weights, const T* values, const std::vector<int64_t>& offsets, int64_t d, int64_t dim,
+                    float* sum) {
+  for (; d + kVecs * kLanes <= dim; d += kVecs * kLanes) {
+    Vec sums[kVecs] = {};
+    for (size_t t = 0; t < offsets.size(); ++t)
+      for (int c = 0; c < kVecs; ++c) sums[c] += splat(weights[t]) * load(values + offsets[t] + d + c * kLanes);
+    for (int c = 0; c < kVecs; ++c) store(sum + d + c * kLanes, sums[c]);
+  }
+  return d;
+}
+
+template <typename T>
+void sum_values(const float* weights, const T* values, const std::vector<int64_t>& offsets, int64_t dim, float* sum) {
+  int64_t d = sum_columns<4>(weights, values, offsets, 0, dim, sum);
+  d = sum_columns<1>(weights, values, offsets, d, dim, sum);
+  for (; d < dim; ++d) {
+    sum[d] = 0;
+    for (size_t t = 0; t < offsets.size(); ++t) sum[d] += weights[t] * to_float(values[offsets[t] + d]);
+  }
 }
 
 // softcap * tanh(x / softcap), through exp of a negative number: it vectorises, and cannot overflow.
@@ -83,19 +87,33 @@ void soft_cap(float* x, int64_t count, float softcap) {
   }
 }
 
+template <typename T>
+void prefetch(const T* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
+}
+
 // Partial softmax of one decode item: per query head of the group its maximum, its sum, and the weighted values. Where
 // the window hides the whole item, they are kUnseen, 0 and 0.
-void decode_item(const Inputs& in, const int32_t* item, int64_t kv_head, float* top, float* total, float* value) {
+template <typename T>
+void decode_item(const Inputs<T>& in, const int32_t* item, int64_t kv_head, float* top, float* total, float* value) {
   const Shape& s = in.shape;
   const int64_t begin = std::max<int64_t>(item[kFirstPage] * s.page_size, item[kKvLength] - in.window);
   const int64_t end = std::min<int64_t>(item[kEndPage] * s.page_size, item[kKvLength]);
   const int64_t length = std::max<int64_t>(end - begin, 0);
-  const float* q = in.q + (item[kRow] * s.heads + kv_head * s.group) * s.dim;
-  thread_local std::vector<float> scores;
+  thread_local std::vector<float> q, scores;
+  thread_local std::vector<int64_t> offsets;
+  q.resize(s.group * s.dim);
   scores.resize(s.group * length);
+  convert(q.data(), in.q + (item[kRow] * s.heads + kv_head * s.group) * s.dim, s.group * s.dim);
+  offsets.resize(length);
+  for (int64_t t = 0; t < length; ++t) offsets[t] = in.token_offset(item[kSequence], begin + t, kv_head);
+  // One head's keys are too far apart for the processor to foresee the next, and each is met by few queries.
+  for (int64_t t = 0; t < std::min(kAhead, length); ++t) prefetch(in.k_pages + offsets[t], s.dim);
   for (int64_t t = 0; t < length; ++t) {
-    const float* key = in.k_pages + in.token_offset(item[kSequence], begin + t, kv_head);
-    for (int64_t g = 0; g < s.group; ++g) scores[g * length + t] = in.scale * dot(q + g * s.dim, key, s.dim);
+    if (t + kAhead < length) prefetch(in.k_pages + offsets[t + kAhead], s.dim);
+    prefetch(in.v_pages + offsets[t], s.dim);
+    const T* key = in.k_pages + offsets[t];
+    for (int64_t g = 0; g < s.group; ++g) scores[g * length + t] = in.scale * dot(q.data() + g * s.dim, key, s.dim);
   }
   if (in.softcap > 0) soft_cap(scores.data(), s.group * length, in.softcap);
   for (int64_t g = 0; g < s.group; ++g) {
@@ -107,11 +125,8 @@ void decode_item(const Inputs& in, const int32_t* item, int64_t kv_head, float* 
     top[g] = best;
     total[g] = sum;
   }
-  std::memset(value, 0, s.group * s.dim * sizeof(float));
-  for (int64_t t = 0; t < length; ++t) {
-    const float* v = in.v_pages + in.token_offset(item[kSequence], begin + t, kv_head);
-    for (int64_t g = 0; g < s.group; ++g) add_scaled(value + g * s.dim, v, scores[g * length + t], s.dim);
-  }
+  for (int64_t g = 0; g < s.group; ++g)
+    sum_values(scores.data() + g * length, in.v_pages, offsets, s.dim, value + g * s.dim);
 }
 
 // Scores of kRows queries [kRows, dim] against kBlock keys, transposed to [dim, kBlock].
@@ -155,7 +170,8 @@ void value_tile(const float* weights, const float* values, const float* decay, i
 }
 
 // One prefill item for one KV head. Its queries are the item's rows times the group's heads, padded to kRows.
-void prefill_item(const Inputs& in, const int32_t* item, int64_t kv_head, float* out) {
+template <typename T>
+void prefill_item(const Inputs<T>& in, const int32_t* item, int64_t kv_head, T* out) {
   const Shape& s = in.shape;
   const int64_t num_queries = item[kNumRows] * s.group;
   const int64_t padded = (num_queries + kRows - 1) / kRows * kRows;
@@ -172,15 +188,15 @@ void prefill_item(const Inputs& in, const int32_t* item, int64_t kv_head, float*
   const auto row_of = [&](int64_t query) {
     return ((item[kRow] + query / s.group) * s.heads + kv_head * s.group + query % s.group) * s.dim;
   };
-  for (int64_t m = 0; m < num_queries; ++m) std::memcpy(q + m * s.dim, in.q + row_of(m), s.dim * sizeof(float));
+  for (int64_t m = 0; m < num_queries; ++m) convert(q + m * s.dim, in.q + row_of(m), s.dim);
   for (int64_t m = 0; m < padded; ++m) top[m] = kUnseen;
 
   for (int64_t begin = first; begin < end; begin += kBlock) {
     const int64_t length = std::min<int64_t>(kBlock, end - begin);
     for (int64_t t = 0; t < length; ++t) {
       const int64_t offset = in.token_offset(item[kSequence], begin + t, kv_head);
-      for (int64_t d = 0; d < s.dim; ++d) keys[d * kBlock + t] = in.k_pages[offset + d];
-      std::memcpy(values + t * s.dim, in.v_pages + offset, s.dim * sizeof(float));
+      for (int64_t d = 0; d < s.dim; ++d) keys[d * kBlock + t] = to_float(in.k_pages[offset + d]);
+      convert(values + t * s.dim, in.v_pages + offset, s.dim);
     }
     for (int64_t m = 0; m < padded; m += kRows) {
       const int64_t earliest = item[kPosition] + m / s.group;
@@ -210,53 +226,16 @@ void prefill_item(const Inputs& in, const int32_t* item, int64_t kv_head, float*
     }
   }
   for (int64_t m = 0; m < num_queries; ++m) {
-    float* row = out + row_of(m);
-    for (int64_t d = 0; d < s.dim; ++d) row[d] = value[m * s.dim + d] / total[m];
+    for (int64_t d = 0; d < s.dim; ++d) value[m * s.dim + d] /= total[m];
+    convert(out + row_of(m), value + m * s.dim, s.dim);
   }
 }
 
-// Runs task(0) ... task(count - 1) on the caller and the pool's threads; returns when all are done. A pool thread that
-// comes late finds nothing to do, so a busy pool cannot block the caller.
-void parallel_for(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& task) {
-  struct State {
-    std::atomic<int64_t> next{0}, done{0};
-    std::mutex mutex;
-    std::condition_variable finished;
-  };
-  auto state = std::make_shared<State>();
-  const auto work = [state, count, &task] {
-    for (int64_t i; (i = state->next.fetch_add(1)) < count;) {
-      task(i);
-      if (state->done.fetch_add(1) + 1 == count) {
-        std::lock_guard<std::mutex> lock(state->mutex);
-        state->finished.notify_all();
-      }
-    }
-  };
-  const int64_t helpers = std::min<int64_t>(pool.num_threads() - 1, count - 1);
-  for (int64_t i = 0; i < helpers; ++i) {
-    auto copy = work;
-    pool.Schedule(std::move(copy));
-  }
-  work();
-  std::unique_lock<std::mutex> lock(state->mutex);
-  state->finished.wait(lock, [&] { return state->done.load() == count; });
-}
-
-ffi::Error PagedAttention(ffi::ThreadPool pool, float scale, int64_t window, float softcap, ffi::Buffer<ffi::F32> q,
-                          ffi::Buffer<ffi::F32> k_pages, ffi::Buffer<ffi::F32> v_pages, ffi::Buffer<ffi::S32> tables,
-                          ffi::Buffer<ffi::S32> decode, ffi::Buffer<ffi::S32> prefill, ffi::Buffer<ffi::S32> counts,
-                          ffi::ResultBuffer<ffi::F32> result) {
-  const auto q_dims = q.dimensions(), kv_dims = k_pages.dimensions();
-  const int64_t heads = q_dims[1], kv_heads = kv_dims[2], dim = q_dims[2];
-  const Shape shape{heads, kv_heads, heads / kv_heads, dim, kv_dims[1], tables.dimensions()[1]};
-  const Inputs in{shape, q.typed_data(), k_pages.typed_data(), v_pages.typed_data(), tables.typed_data(),
-                  scale, window,         softcap};
-  const int32_t *decode_items = decode.typed_data(), *prefill_items = prefill.typed_data();
-  const int64_t num_decode = counts.typed_data()[0], num_prefill = counts.typed_data()[1];
-  float* out = result->typed_data();
-  std::memset(out, 0, q.element_count() * sizeof(float));  // rows of no sequence are zero
-
+template <typename T>
+void paged_attention(ffi::ThreadPool& pool, const Inputs<T>& in, const int32_t* decode_items, int64_t num_decode,
+                     const int32_t* prefill_items, int64_t num_prefill, T* out) {
+  const Shape& shape = in.shape;
+  const int64_t heads = shape.heads, kv_heads = shape.kv_heads, dim = shape.dim;
   // Per decode item: tops [heads], totals [heads], values [heads, dim].
   const int64_t partial = heads * (dim + 2);
   static thread_local std::vector<float> partials;
@@ -273,6 +252,7 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, float scale, int64_t window, flo
   });
 
   // A sequence's items follow each other: combine the run.
+  std::vector<float> combined(dim);
   for (int64_t begin = 0, end; begin < num_decode; begin = end) {
     const int32_t row = decode_items[begin * kItemFields + kRow];
     for (end = begin + 1; end < num_decode && decode_items[end * kItemFields + kRow] == row; ++end) {
@@ -282,11 +262,36 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, float scale, int64_t window, flo
       for (int64_t i = begin; i < end; ++i) best = std::max(best, base[i * partial + h]);
       for (int64_t i = begin; i < end; ++i)
         total += std::exp(base[i * partial + h] - best) * base[i * partial + heads + h];
+      std::fill(combined.begin(), combined.end(), 0.0f);
       for (int64_t i = begin; i < end; ++i) {
         const float weight = std::exp(base[i * partial + h] - best) / total;
-        add_scaled(out + (row * heads + h) * dim, base + i * partial + 2 * heads + h * dim, weight, dim);
+        add_scaled(combined.data(), base + i * partial + 2 * heads + h * dim, weight, dim);
       }
+      convert(out + (row * heads + h) * dim, combined.data(), dim);
     }
+  }
+}
+
+ffi::Error PagedAttention(ffi::ThreadPool pool, float scale, int64_t window, float softcap, ffi::AnyBuffer q,
+                          ffi::AnyBuffer k_pages, ffi::AnyBuffer v_pages, ffi::Buffer<ffi::S32> tables,
+                          ffi::Buffer<ffi::S32> decode, ffi::Buffer<ffi::S32> prefill, ffi::Buffer<ffi::S32> counts,
+                          ffi::Result<ffi::AnyBuffer> result) {
+  const auto q_dims = q.dimensions(), kv_dims = k_pages.dimensions();
+  const int64_t heads = q_dims[1], kv_heads = kv_dims[2], dim = q_dims[2];
+  const Shape shape{heads, kv_heads, heads / kv_heads, dim, kv_dims[1], tables.dimensions()[1]};
+  std::memset(result->untyped_data(), 0, result->size_bytes());  // rows of no sequence are zero
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const auto typed = [](const ffi::AnyBuffer& buffer) { return static_cast<const T*>(buffer.untyped_data()); };
+    const Inputs<T> in{shape, typed(q), typed(k_pages), typed(v_pages), tables.typed_data(), scale, window, softcap};
+    const int32_t* num_items = counts.typed_data();
+    paged_attention(pool, in, decode.typed_data(), num_items[0], prefill.typed_data(), num_items[1],
+                    static_cast<T*>(result->untyped_data()));
+  };
+  if (q.element_type() == ffi::F32) {
+    run(float{});
+  } else {
+    run(BFloat16{});
   }
   return ffi::Error::Success();
 }
@@ -299,11 +304,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_paged_attention, PagedAttention,
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("window")
                                   .Attr<float>("softcap")
-                                  .Arg<ffi::Buffer<ffi::F32>>()   // q
-                                  .Arg<ffi::Buffer<ffi::F32>>()   // k_pages
-                                  .Arg<ffi::Buffer<ffi::F32>>()   // v_pages
+                                  .Arg<ffi::AnyBuffer>()           // q
+                                  .Arg<ffi::AnyBuffer>()           // k_pages
+                                  .Arg<ffi::AnyBuffer>()           // v_pages
                                   .Arg<ffi::Buffer<ffi::S32>>()   // tables
                                   .Arg<ffi::Buffer<ffi::S32>>()   // decode items
                                   .Arg<ffi::Buffer<ffi::S32>>()   // prefill items
                                   .Arg<ffi::Buffer<ffi::S32>>()   // counts
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .Ret<ffi::AnyBuffer>());

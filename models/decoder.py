@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxserve.kernels.attention import AttentionInputs, KVCache, Rotation
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import MLP, Attention, GatedMLP, linear, make_norm, parameter
+from jaxserve.models.layers import MLP, Attention, GatedMLP, linear, lookup, make_norm, matrix, parameter
 from jaxserve.models.moe import MoE
 from jaxserve.models.rope import rope_frequencies, rope_tables
 
@@ -61,14 +61,13 @@ class Decoder(nnx.Module):
         self.config = config
         self.max_len = max_len
         vocab, hidden = config.vocab_size, config.hidden_size
-        self.embedding = parameter((vocab, hidden), ("vocab", "embed"), dtype, rngs)
+        tied = config.tie_word_embeddings
+        self.embedding = (matrix if tied else parameter)((vocab, hidden), ("vocab", "embed"), dtype, rngs)
         positions = config.max_position_embeddings
         self.positions = None if config.rope else parameter((positions, hidden), (None, "embed"), dtype, rngs)
         self.layers = nnx.List([self.layer_class(config, i, dtype, rngs) for i in range(config.num_layers)])
         self.norm = make_norm(config, dtype)
-        self.lm_head = (
-            None if config.tie_word_embeddings else parameter((vocab, hidden), ("vocab", "embed"), dtype, rngs)
-        )
+        self.lm_head = None if tied else matrix((vocab, hidden), ("vocab", "embed"), dtype, rngs)
 
     def __call__(
         self, token_ids: jax.Array, positions: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs
@@ -84,7 +83,7 @@ class Decoder(nnx.Module):
 
     def embed(self, token_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """``int32[T]`` each -> what the first layer takes, ``[T, hidden]``."""
-        x = self.embedding[...][token_ids]
+        x = lookup(self.embedding, token_ids)
         if self.config.embedding_scale != 1:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         return x if self.positions is None else x + self.positions[...][positions]
@@ -92,7 +91,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """``[R, hidden]`` -> ``float32[R, vocab]``."""
         head = self.embedding if self.lm_head is None else self.lm_head
-        logits = linear(hidden, head[...], out_dtype=jnp.dtype("float32"))
+        logits = linear(hidden, head, out_dtype=jnp.dtype("float32"))
         cap = self.config.logits_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -33,7 +33,8 @@ class FalconLayer(nnx.Module):
     ) -> tuple[jax.Array, KVCache[jax.Array]]:
         normed = self.attention_norm(x)
         attended, cache = self.attention(normed, rope, cache, inputs, layer)
-        return x + attended + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x)), cache
+        # Added up first: under tensor parallelism both are partial sums, which one all-reduce then completes.
+        return x + (attended + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))), cache
 
 
 class Falcon(Decoder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -12,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxserve.kernels.attention import AttentionInputs, KVCache, Rotation, paged_attention, rotate_and_write
+from jaxserve.kernels.cpu_gemm import PackedMatrix
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.weights import Part, Weight, unchanged, whole
 
@@ -24,20 +26,35 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def parameter(shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Param:
+def parameter(shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs, **metadata: int) -> nnx.Param:
     """A normally distributed parameter whose dimensions carry logical axis names (sharding/rules.py maps them)."""
     values = jax.random.normal(rngs.params(), shape, dtype) * 0.02
-    return nnx.Param(values, axes=axes)
+    return nnx.Param(values, axes=axes, **metadata)
 
 
-def linear(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-    """``[T, in]`` by ``[out, ...in]`` -> ``[T, out]``, in the operands' type or ``out_dtype``.
+def matrix(shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs, num_outputs: int = 1) -> nnx.Param:
+    """A parameter for ``linear``: its first ``num_outputs`` dimensions are outputs, the others inputs."""
+    return parameter(shape, axes, dtype, rngs, num_outputs=num_outputs)
+
+
+def linear(x: jax.Array, weight: nnx.Param, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    """``[T, in]`` by a ``matrix`` -> ``[T, out]``, in the operands' type or ``out_dtype``.
 
     Weights stay as Hugging Face stores them, outputs first: nothing is transposed at load, XLA's CPU products of few
-    rows are up to 1.4 times faster than with ``[in, out]``, and GPU libraries take either.
+    rows are up to 1.4 times faster than with ``[in, out]``, and GPU libraries take either. Where native kernels
+    multiply, they are packed (models/packing.py).
     """
-    matrix = weight.reshape(weight.shape[0], -1)
-    return jax.lax.dot_general(x, matrix, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype)
+    value = weight.get_value()
+    if isinstance(value, PackedMatrix):
+        return value.multiply(x, out_dtype)
+    value = value.reshape(math.prod(value.shape[: weight.get_metadata("num_outputs")]), -1)
+    return jax.lax.dot_general(x, value, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype)
+
+
+def lookup(table: nnx.Param, numbers: jax.Array) -> jax.Array:
+    """Rows ``numbers`` ``int32[T]`` of ``[vocab, hidden]`` -> ``[T, hidden]``."""
+    value = table.get_value()
+    return value.rows(numbers) if isinstance(value, PackedMatrix) else value[numbers]
 
 
 class RMSNorm(nnx.Module):
@@ -94,8 +111,8 @@ class Attention(nnx.Module):
         self.config = config
         self.window = window
         kv, group, dim, hidden = config.num_held_kv_heads, config.group_size, config.head_dim, config.hidden_size
-        self.qkv = parameter((kv, group + 2, dim, hidden), ("kv_heads", None, None, "embed"), dtype, rngs)
-        self.out = parameter((hidden, kv, group, dim), ("embed", "kv_heads", None, None), dtype, rngs)
+        self.qkv = matrix((kv, group + 2, dim, hidden), ("kv_heads", None, None, "embed"), dtype, rngs, num_outputs=3)
+        self.out = matrix((hidden, kv, group, dim), ("embed", "kv_heads", None, None), dtype, rngs)
         self.qkv_bias = (
             parameter((kv, group + 2, dim), ("kv_heads", None, None), dtype, rngs) if config.qkv_bias else None
         )
@@ -113,7 +130,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, KVCache[jax.Array]]:
         """``[T, hidden]`` -> ``[T, hidden]`` and the cache with this step's keys and values of ``layer``."""
         c, rows = self.config, x.shape[0]
-        qkv = linear(x, self.qkv[...].reshape(-1, c.hidden_size))
+        qkv = linear(x, self.qkv)
         qkv = qkv.reshape(rows, c.num_held_kv_heads, c.group_size + 2, c.head_dim)
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...]
@@ -125,7 +142,7 @@ class Attention(nnx.Module):
             q, cache, inputs, layer,
             scale=c.attention_scale or c.head_dim**-0.5, window=self.window, softcap=c.attention_softcap,
         )  # fmt: skip
-        y = linear(attended.reshape(rows, -1), self.out[...])
+        y = linear(attended.reshape(rows, -1), self.out)
         return (y if self.out_bias is None else y + self.out_bias[...]), cache
 
 
@@ -136,8 +153,8 @@ class GatedMLP(nnx.Module):
         self.is_divided = config.tensor_parallel > 1
         self.activation = config.activation
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_up = parameter((2, inner, hidden), (None, "mlp", "embed"), dtype, rngs)
-        self.down = parameter((hidden, inner), ("embed", "mlp"), dtype, rngs)
+        self.gate_up = matrix((2, inner, hidden), (None, "mlp", "embed"), dtype, rngs, num_outputs=2)
+        self.down = matrix((hidden, inner), ("embed", "mlp"), dtype, rngs)
         bias = config.mlp_bias
         self.gate_up_bias = parameter((2, inner), (None, "mlp"), dtype, rngs) if bias else None
         self.down_bias = parameter((hidden,), ("embed",), dtype, rngs) if bias else None
@@ -148,11 +165,11 @@ class GatedMLP(nnx.Module):
             gate_up = jnp.einsum("th,gih->tgi", x, self.gate_up[...])
         else:
             # As one matrix: of three dimensions, XLA on CPUs transposes the weights in every step.
-            _, inner, hidden = self.gate_up.shape
-            gate_up = linear(x, self.gate_up[...].reshape(2 * inner, hidden)).reshape(-1, 2, inner)
+            gate_up = linear(x, self.gate_up)
+            gate_up = gate_up.reshape(len(x), 2, -1)
         if self.gate_up_bias is not None:
             gate_up = gate_up + self.gate_up_bias[...]
-        y = linear(ACTIVATIONS[self.activation](gate_up[:, 0]) * gate_up[:, 1], self.down[...])
+        y = linear(ACTIVATIONS[self.activation](gate_up[:, 0]) * gate_up[:, 1], self.down)
         return y if self.down_bias is None else y + self.down_bias[...]
 
 
@@ -162,14 +179,14 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.activation = config.activation
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.up = parameter((inner, hidden), ("mlp", "embed"), dtype, rngs)
-        self.down = parameter((hidden, inner), ("embed", "mlp"), dtype, rngs)
+        self.up = matrix((inner, hidden), ("mlp", "embed"), dtype, rngs)
+        self.down = matrix((hidden, inner), ("embed", "mlp"), dtype, rngs)
         self.up_bias = parameter((inner,), ("mlp",), dtype, rngs) if config.mlp_bias else None
         self.down_bias = parameter((hidden,), ("embed",), dtype, rngs) if config.mlp_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        up = linear(x, self.up[...])
-        y = linear(ACTIVATIONS[self.activation](up if self.up_bias is None else up + self.up_bias[...]), self.down[...])
+        up = linear(x, self.up)
+        y = linear(ACTIVATIONS[self.activation](up if self.up_bias is None else up + self.up_bias[...]), self.down)
         return y if self.down_bias is None else y + self.down_bias[...]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import ACTIVATIONS, linear, parameter
+from jaxserve.models.layers import ACTIVATIONS, linear, matrix, parameter
 from jaxserve.models.weights import Part, Weight, whole
 
 
@@ -25,13 +25,13 @@ class MoE(nnx.Module):
         self.experts = config.experts
         self.activation = config.activation
         count, inner, hidden = self.experts.count, self.experts.intermediate_size, config.hidden_size
-        self.router = parameter((count, hidden), (None, "embed"), dtype, rngs)
+        self.router = matrix((count, hidden), (None, "embed"), dtype, rngs)
         self.gate_up = parameter((2, count, hidden, inner), (None, "experts", "embed", "mlp"), dtype, rngs)
         self.down = parameter((count, inner, hidden), ("experts", "mlp", "embed"), dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         count, per_token = self.experts.count, self.experts.per_token
-        shares = jax.nn.softmax(linear(x, self.router[...], out_dtype=jnp.dtype("float32")))
+        shares = jax.nn.softmax(linear(x, self.router, out_dtype=jnp.dtype("float32")))
         weights, chosen = jax.lax.top_k(shares, per_token)
         if self.experts.normalise:
             weights = weights / weights.sum(axis=-1, keepdims=True)

@@ -1,9 +1,10 @@
 """Compile the engine's step programs for a GPU on a machine without one, and say what came out.
 
 aot_report.py --device h100 --model mistral-7b --token-budget 2048 --output report.json
+aot_report.py --model falcon-180b --max-model-len 2048 --tensor-parallel 4 --pipeline-parallel 2 --hosts 2
 
-For every token bucket: whether the KV cache is changed in place, temporary memory, CUDA graphs; and the registers that
-the kernels take. Needs the packages of the extra 'aot'.
+For every token bucket: whether the KV cache is changed in place, temporary memory, CUDA graphs, collectives; and the
+registers that the kernels take. Bytes are those of one device. Needs the packages of the extra 'aot'.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # Read when jax is imported. With JAX_PLATFORMS=cpu, say, jax would not look for the CUDA plugin, which without a GPU
@@ -29,14 +30,13 @@ DEFAULTS = {
     "model": "mistral-7b", "load_format": "dummy", "dtype": "bfloat16", "attention_backend": "triton",
     "token_budget": 2048, "max_num_seqs": 128, "max_model_len": 8192,
 }  # fmt: skip
-CACHE_SHARE = 0.5
-"""Of the device's memory, where --num-blocks is not given."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(**DEFAULTS)
     parser.add_argument("--device", choices=("h100", "h200"), default="h100", help="what to compile for")
+    parser.add_argument("--hosts", type=int, default=1, help="that the stages of a pipeline are divided over")
     parser.add_argument("--rows", nargs="+", type=int, help="only these token buckets")
     parser.add_argument("--output", type=Path, help="file for all of it as JSON")
     config, args = parse_config(parser, argv, EngineConfig)
@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(config: EngineConfig, args: argparse.Namespace, folder: Path) -> int:
-    from jaxserve.engine.programs import StepPrograms
-    from jaxserve.evaluation.aot import DEVICES, absent_mesh, cache_blocks, compile_step
+    from jaxserve.engine.ticks import programs_of
+    from jaxserve.evaluation.aot import DEVICES, absent_mesh, compile_step
     from jaxserve.evaluation.compiled import kernel_resources, triton_assembler
     from jaxserve.evaluation.report import text_table
     from jaxserve.models.loading.checkpoint import open_checkpoint
@@ -65,16 +65,15 @@ def report(config: EngineConfig, args: argparse.Namespace, folder: Path) -> int:
     device = DEVICES[args.device]
     model = open_checkpoint(config.model, config.load_format).config
     resolved = config.resolve(model_max_len=longest_sequence(model), on_gpu=True)
-    if resolved.num_blocks is None:
-        memory_bytes = int(CACHE_SHARE * device.memory_bytes)
-        resolved = dataclasses.replace(resolved, num_blocks=cache_blocks(resolved, model, memory_bytes))
-    programs = StepPrograms(resolved, model, absent_mesh(device), target=device.target)
+    mesh = absent_mesh(device, config.tensor_parallel, config.pipeline_parallel, args.hosts)
+    programs = programs_of(mesh)(resolved, model, mesh, target=device.target, gpu_memory_bytes=device.usable_bytes)
     unknown = set(args.rows or ()) - set(programs.buckets)
     if unknown:
         known = ", ".join(map(str, programs.buckets))
         raise ConfigError(f"rows must be token buckets ({known}), got {min(unknown)}")
-    print(f"{config.model} on {device.name}: {programs.backend.name} attention, {programs.num_blocks} KV blocks of "
-          f"{resolved.block_size}, {resolved.max_num_seqs} sequences of {resolved.max_model_len} tokens")  # fmt: skip
+    print(f"{config.model} on {mesh.size} x {device.name}: {programs.backend.name} attention, "
+          f"{programs.num_blocks} KV blocks of {resolved.block_size}, {resolved.max_num_seqs} sequences of "
+          f"{resolved.max_model_len} tokens")  # fmt: skip
     reports = []
     for rows in args.rows or programs.buckets:
         reports.append(compile_step(programs, rows))
@@ -93,6 +92,9 @@ def report(config: EngineConfig, args: argparse.Namespace, folder: Path) -> int:
             "cache copies": str(r.num_cache_copies),
             "CUDA graphs": str(r.launches.num_graphs),
             "other launches": str(r.launches.num_others),
+            "waits": str(r.launches.num_waits),
+            "collectives": counts(r.collectives),
+            "per layer": counts(r.collectives_per_layer),
             "triton calls": str(r.calls("triton")),
             "mosaic calls": str(r.calls("mosaic")),
         }
@@ -103,12 +105,17 @@ def report(config: EngineConfig, args: argparse.Namespace, folder: Path) -> int:
     if args.output is not None:
         everything = {
             "device": device._asdict(),
-            "settings": vars(resolved),
+            "hosts": [[device.process_index for device in stage] for stage in mesh.devices],
+            "settings": vars(resolved) | {"num_blocks": programs.num_blocks},
             "programs": [dataclasses.asdict(r) | {"launches": r.launches._asdict()} for r in reports],
             "kernels": [r._asdict() for r in resources],
         }
         args.output.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def counts(of_what: Mapping[str, float]) -> str:
+    return ", ".join(f"{count:g} {what}" for what, count in sorted(of_what.items())) or "none"
 
 
 if __name__ == "__main__":

@@ -203,6 +203,8 @@ def step(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     add_output_dir(parser)
     parser.set_defaults(token_budget=2048, max_num_seqs=128, max_model_len=8192)
     config, args = parse_config(parser, argv, EngineConfig)
+    if config.pipeline_parallel > 1:
+        parser.error(f"--pipeline-parallel must be 1, steps are timed one at a time, got {config.pipeline_parallel}")
     folder, effort = output_dir(args), QUICK if args.quick else THOROUGH
     ceilings = measure_ceilings(effort)  # before the engine takes the memory
     engine = Engine(config)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jaxserve.config import ConfigError
 from jaxserve.kernels.attention import AttentionInputs, KVCache, Rotation
 from jaxserve.models.config import ModelError
 from jaxserve.models.decoder import Decoder, run_layer
+from jaxserve.models.packing import Parameter
 from jaxserve.models.weights import Part, Weight
 from jaxserve.sharding.rules import abstract_parameters
 
@@ -111,9 +113,10 @@ class StagedModel:
             )
         return stacked
 
-    def split(self, parameters: Sequence[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+    def split(self, parameters: Sequence[Parameter]) -> tuple[list[jax.Array], list[jax.Array]]:
         """Those outside the layers, and the slots'."""
-        return list(parameters[: self._num_outside]), list(parameters[self._num_outside :])
+        arrays = cast(list[jax.Array], parameters)  # they are packed on a single device only
+        return arrays[: self._num_outside], arrays[self._num_outside :]
 
     def outside(self, parameters: list[jax.Array]) -> Decoder:
         """The model without its layers."""

@@ -13,10 +13,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxserve.config import EngineConfig, ResolvedConfig, cache_dir
 from jaxserve.engine.compile import Programs, use_persistent_cache
-from jaxserve.engine.programs import DeviceState, StepOutputs, StepPrograms
+from jaxserve.engine.programs import DeviceState, StepOutputs
 from jaxserve.engine.sampler import TokenLogprobs
 from jaxserve.engine.startup import timed
-from jaxserve.engine.ticks import TickPrograms
+from jaxserve.engine.ticks import programs_of
 from jaxserve.models.config import ModelError
 from jaxserve.models.loading.checkpoint import Checkpoint, OrbaxCheckpoint, open_checkpoint
 from jaxserve.models.rope import longest_sequence
@@ -45,7 +45,7 @@ class Executor:
                 f"{checkpoint.path}: Orbax checkpoints cannot be divided into the stages of a pipeline; "
                 f"pipeline_parallel must be 1, got {self.num_stages}"
             )
-        programs = (TickPrograms if self.num_stages > 1 else StepPrograms)(config, checkpoint.config, mesh)
+        programs = programs_of(mesh)(config, checkpoint.config, mesh)
         self.model_config = programs.model_config
         abstract, weights = programs.abstract_parameters, programs.weights()
         checkpoint.check(abstract, weights)
@@ -59,10 +59,9 @@ class Executor:
         ahead = [("step", rows) for rows in self.layouts] if config.warmup else []
         with ThreadPoolExecutor(max_workers=1) as pool:
             # Programs need the shapes of the weights only, so both come at once.
-            loading = pool.submit(timed, checkpoint.load, abstract, weights)
+            loading = pool.submit(timed, lambda: programs.take(checkpoint.load(abstract, weights)))
             _, self.compile_seconds = timed(partial(self._programs.compile, ahead, show_progress=show_progress))
-            parameters, self.weights_seconds = loading.result()
-        self._parameters = [parameters[name] for name in abstract]
+            self._parameters, self.weights_seconds = loading.result()
         self._state = _new_state(programs.abstract_state())
         self._hidden: jax.Array | None = None
 

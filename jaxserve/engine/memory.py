@@ -25,10 +25,12 @@ def choose_num_blocks(
     num_cache_layers: int,
     cache_dtype: jnp.dtype,
     parameters: Iterable[jax.ShapeDtypeStruct],
+    gpu_memory_bytes: int | None = None,
 ) -> int:
     """What the memory holds besides the parameters, at most what all sequences can use. Raises ConfigError.
 
     num_cache_layers: of all devices of the mesh's axis ``pipe`` together.
+    gpu_memory_bytes: of each GPU of the mesh; asked of its first one by default.
     """
     values_per_block = 2 * num_cache_layers * config.block_size * model.num_held_kv_heads * model.head_dim
     per_block_bytes = values_per_block * cache_dtype.itemsize
@@ -38,8 +40,8 @@ def choose_num_blocks(
         memory_bytes = max(CPU_KV_CACHE_BYTES, (1 + blocks_per_seq) * per_block_bytes)
     else:
         weight_bytes = sum(math.prod(p.sharding.shard_shape(p.shape)) * p.dtype.itemsize for p in parameters)
-        limit_bytes = int(device.memory_stats()["bytes_limit"] * config.gpu_memory_utilization)
-        memory_bytes = (limit_bytes - weight_bytes) * mesh.size
+        gpu_memory_bytes = gpu_memory_bytes or device.memory_stats()["bytes_limit"]
+        memory_bytes = (int(gpu_memory_bytes * config.gpu_memory_utilization) - weight_bytes) * mesh.size
     num_blocks = min(memory_bytes // per_block_bytes, 1 + config.max_num_seqs * blocks_per_seq)
     if jax.process_count() > 1:  # hosts may have different memory left
         num_blocks = int(multihost_utils.process_allgather(np.int32(num_blocks)).min())

@@ -16,20 +16,26 @@ from jaxserve.engine.batch import StepLayout, plan_of
 from jaxserve.engine.memory import choose_num_blocks
 from jaxserve.engine.sampler import SamplingInputs, TokenLogprobs, optional_logprobs, sample, token_logprobs
 from jaxserve.kernels.attention import CACHE, AttentionInputs, KVCache
-from jaxserve.kernels.backend import AttentionShape, Target, choose_backend
+from jaxserve.kernels.backend import AttentionShape, Target, choose_backend, has_native_kernels
 from jaxserve.kernels.plan import PlanLimits
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder
+from jaxserve.models.packing import Parameter, abstract_packed, matrices, packed
 from jaxserve.models.registry import family_of
 from jaxserve.models.weights import Weight
 from jaxserve.scheduler.buckets import token_buckets
+from jaxserve.sharding.rows import over_rows
 from jaxserve.sharding.rules import abstract_model, abstract_parameters, divided
 
 GRAPH_OPTIONS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 }
 """XLA's default and WHILE: without it the sampler's loop stays out of the step's CUDA graph and its branches with it,
-and at each branch the host waits for the device."""
+and at each branch the host waits for the device.
+
+Collectives stay between graphs, as by default. With COLLECTIVES a step is one graph on any mesh, but XLA captures its
+collectives anew in every run (see docs/results/parallel.md), so it is to be measured first.
+"""
 
 STAGES = PartitionSpec("pipe")
 """Of what each stage of a pipeline has its own of, along its first axis."""
@@ -65,13 +71,20 @@ class StepOutputs(NamedTuple):
 class StepPrograms:
     """A step and a score program for each token bucket, of one model on one mesh.
 
-    ``target``: the mesh's kind of device; asked of its first one by default. Raises ConfigError and ModelError.
+    ``target`` and ``gpu_memory_bytes`` are of the mesh's kind of device; asked of its first one by default. Raises
+    ConfigError and ModelError.
     """
 
     cache_specs: KVCache[PartitionSpec] = CACHE
 
     def __init__(
-        self, config: ResolvedConfig, model_config: ModelConfig, mesh: Mesh, *, target: Target | None = None
+        self,
+        config: ResolvedConfig,
+        model_config: ModelConfig,
+        mesh: Mesh,
+        *,
+        target: Target | None = None,
+        gpu_memory_bytes: int | None = None,
     ) -> None:
         self.config = config
         self.model_config = model_config = divided(model_config, mesh)
@@ -80,10 +93,12 @@ class StepPrograms:
         self.staged = NamedSharding(mesh, STAGES)
         dtype = jnp.dtype(config.dtype)
         model_class = family_of(model_config.architecture).model
-        self.abstract_parameters = self._take_apart(
-            *abstract_model(model_class, model_config, max_len=config.max_model_len, dtype=dtype)
-        )
-        """By path, in the order in which the programs take them."""
+        target = target or Target.of(mesh.devices.flat[0])
+        graph, state = abstract_model(model_class, model_config, max_len=config.max_model_len, dtype=dtype)
+        self.abstract_parameters = self._take_apart(graph, state)
+        """By path, as they are loaded, in the order in which the programs take them."""
+        # Only on one device: a division of a packed matrix would have to follow its panels.
+        self._packed = matrices(state) if mesh.size == 1 and has_native_kernels(target, dtype) else {}
         cache_dtype = jnp.dtype(jnp.float8_e4m3fn) if config.kv_cache_dtype == "fp8_e4m3" else dtype
         num_kv_heads = model_config.num_held_kv_heads // mesh.shape["tensor"]
         shape = AttentionShape(
@@ -91,12 +106,13 @@ class StepPrograms:
             cache_dtype,
         )  # fmt: skip
         try:
-            self.backend = choose_backend(config.attention_backend, target or Target.of(mesh.devices.flat[0]), shape)
+            self.backend = choose_backend(config.attention_backend, target, shape)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self.num_blocks = config.num_blocks or choose_num_blocks(
-            config, model_config, mesh, self.num_cache_layers, cache_dtype, self.abstract_parameters.values()
-        )
+            config, model_config, mesh, self.num_cache_layers, cache_dtype, self.abstract_parameters.values(),
+            gpu_memory_bytes,
+        )  # fmt: skip
         self._dtype, self._cache_dtype = dtype, cache_dtype
         self.buckets = token_buckets(config.token_budget)
         self.layouts = {rows: self._layout(rows) for rows in self.buckets}
@@ -113,6 +129,10 @@ class StepPrograms:
     def weights(self) -> Mapping[str, Weight]:
         """How the parameters are assembled from a checkpoint."""
         return family_of(self.model_config.architecture).weights(self.model_config)
+
+    def take(self, parameters: Mapping[str, jax.Array]) -> list[Parameter]:
+        """What the programs take, from the loaded ``parameters``; those of another layout are deleted."""
+        return packed({name: parameters[name] for name in self.abstract_parameters}, self._packed)
 
     def abstract_cache(self) -> KVCache[jax.ShapeDtypeStruct]:
         model, config = self.model_config, self.config
@@ -144,7 +164,7 @@ class StepPrograms:
             compiler_options=GRAPH_OPTIONS if self.backend.target.platform == "gpu" else None,
         )
         return step.lower(
-            list(self.abstract_parameters.values()),
+            abstract_packed(self.abstract_parameters, self._packed),
             state,
             jax.ShapeDtypeStruct((self.num_stages, layout.num_ints), jnp.int32, sharding=self.staged),
             jax.ShapeDtypeStruct(layout.float_shape, jnp.float32, sharding=self.replicated),
@@ -153,7 +173,8 @@ class StepPrograms:
     def lower_score(self, rows: int) -> jax.stages.Lowered:
         """Of parameters, a step's hidden states and target tokens ``int32[rows]``."""
         targets = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=self.replicated)
-        return jax.jit(self._score).lower(list(self.abstract_parameters.values()), self._abstract_hidden(rows), targets)
+        parameters = abstract_packed(self.abstract_parameters, self._packed)
+        return jax.jit(self._score).lower(parameters, self._abstract_hidden(rows), targets)
 
     def _take_apart(self, graph: nnx.GraphDef, state: nnx.State) -> dict[str, jax.ShapeDtypeStruct]:
         """The model's parameters as the programs take them."""
@@ -175,13 +196,13 @@ class StepPrograms:
             )
         )  # fmt: skip
 
-    def _model(self, parameters: list[jax.Array]) -> Decoder:
+    def _model(self, parameters: list[Parameter]) -> Decoder:
         return nnx.merge(self._graph, jax.tree.unflatten(self._state_tree, parameters))
 
     def _step(
         self,
         layout: StepLayout,
-        parameters: list[jax.Array],
+        parameters: list[Parameter],
         state: DeviceState[jax.Array],
         ints: jax.Array,
         floats: jax.Array,
@@ -193,7 +214,7 @@ class StepPrograms:
         inputs = self._attention_inputs(fields, self.mesh)
         hidden, cache = model(token_ids, fields["positions"], state.cache, inputs)
         logits = model.logits(hidden[fields["sample_rows"]])
-        tokens, logprobs, last_tokens = sample_step(logits, fields, floats, state.last_tokens)
+        tokens, logprobs, last_tokens = sample_step(logits, fields, floats, state.last_tokens, self.mesh)
         return DeviceState(cache, last_tokens, None), StepOutputs(tokens, logprobs, hidden)
 
     def _attention_inputs(self, fields: dict[str, jax.Array], mesh: Mesh | AbstractMesh) -> AttentionInputs:
@@ -201,8 +222,8 @@ class StepPrograms:
             fields["kv_slots"], fields["block_tables"], plan_of(fields), self.num_blocks, self.backend, mesh
         )
 
-    def _score(self, parameters: list[jax.Array], hidden: jax.Array, targets: jax.Array) -> TokenLogprobs[jax.Array]:
-        return token_logprobs(self._model(parameters).logits(hidden), targets)
+    def _score(self, parameters: list[Parameter], hidden: jax.Array, targets: jax.Array) -> TokenLogprobs[jax.Array]:
+        return over_rows(token_logprobs, self.mesh, self._model(parameters).logits(hidden), targets)
 
 
 def fed_back(fields: dict[str, jax.Array], last_tokens: jax.Array) -> jax.Array:
@@ -212,11 +233,16 @@ def fed_back(fields: dict[str, jax.Array], last_tokens: jax.Array) -> jax.Array:
 
 
 def sample_step(
-    logits: jax.Array, fields: dict[str, jax.Array], floats: jax.Array, last_tokens: jax.Array
+    logits: jax.Array, fields: dict[str, jax.Array], floats: jax.Array, last_tokens: jax.Array, mesh: Mesh
 ) -> tuple[jax.Array, TokenLogprobs[jax.Array], jax.Array]:
     """Of ``float32[S, vocab]``: tokens ``int32[S]``, their logprobs where they are asked for, the new last tokens."""
     temperature, top_p, min_p = floats
     sampling = SamplingInputs(temperature, top_p, min_p, fields["top_k"], fields["seeds"], fields["sample_positions"])
-    tokens = sample(logits, sampling)
-    logprobs = optional_logprobs(fields["want_logprobs"][0] > 0, logits, tokens)
+    wanted = fields["want_logprobs"][0] > 0
+
+    def sample_rows(logits: jax.Array, inputs: SamplingInputs) -> tuple[jax.Array, TokenLogprobs[jax.Array]]:
+        tokens = sample(logits, inputs)
+        return tokens, optional_logprobs(wanted, logits, tokens)
+
+    tokens, logprobs = over_rows(sample_rows, mesh, logits, sampling)
     return tokens, logprobs, jnp.where(fields["sample_rows"] >= 0, tokens, last_tokens)

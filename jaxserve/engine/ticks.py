@@ -8,17 +8,24 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxserve.engine.batch import StepLayout
 from jaxserve.engine.programs import STAGES, DeviceState, StepOutputs, StepPrograms, fed_back, sample_step
 from jaxserve.engine.sampler import TokenLogprobs, token_logprobs
 from jaxserve.kernels.attention import KVCache
+from jaxserve.models.packing import Parameter
 from jaxserve.models.weights import Weight
 from jaxserve.sharding.pipeline import StagedModel
+from jaxserve.sharding.rows import over_rows
 
 EVERYWHERE = PartitionSpec()
 SAMPLING_FIELDS = ("sample_rows", "sample_positions", "top_k", "seeds", "want_logprobs")
+
+
+def programs_of(mesh: Mesh) -> type[StepPrograms]:
+    """What runs on ``mesh``."""
+    return StepPrograms if mesh.shape["pipe"] == 1 else TickPrograms
 
 
 class TickPrograms(StepPrograms):
@@ -55,7 +62,7 @@ class TickPrograms(StepPrograms):
     def _step(
         self,
         layout: StepLayout,
-        parameters: list[jax.Array],
+        parameters: list[Parameter],
         state: DeviceState[jax.Array],
         ints: jax.Array,
         floats: jax.Array,
@@ -76,7 +83,7 @@ class TickPrograms(StepPrograms):
         num_seqs = self.config.max_num_seqs
         fields = dict(zip(SAMPLING_FIELDS, jnp.split(sampling, [num_seqs * i for i in range(1, 5)]), strict=True))
         logits = model.logits(model.norm(hidden))
-        tokens, logprobs, last_tokens = sample_step(logits, fields, floats, state.last_tokens)
+        tokens, logprobs, last_tokens = sample_step(logits, fields, floats, state.last_tokens, self.mesh)
         return DeviceState(cache, last_tokens, activations), StepOutputs(tokens, logprobs, made)
 
     def _tick(
@@ -107,6 +114,6 @@ class TickPrograms(StepPrograms):
         received = jax.lax.ppermute(x, "pipe", [(i, i + 1) for i in range(last)])
         return cache, state.activations.at[0, :num_rows].set(received), x[None], leaving
 
-    def _score(self, parameters: list[jax.Array], hidden: jax.Array, targets: jax.Array) -> TokenLogprobs[jax.Array]:
+    def _score(self, parameters: list[Parameter], hidden: jax.Array, targets: jax.Array) -> TokenLogprobs[jax.Array]:
         model = self._staged.outside(self._staged.split(parameters)[0])
-        return token_logprobs(model.logits(model.norm(hidden[-1])), targets)
+        return over_rows(token_logprobs, self.mesh, model.logits(model.norm(hidden[-1])), targets)

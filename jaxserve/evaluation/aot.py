@@ -7,21 +7,20 @@ real one.
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from jaxserve.config import ConfigError, ResolvedConfig
+from jaxserve.config import ConfigError
 from jaxserve.engine.programs import StepPrograms
-from jaxserve.evaluation.compiled import Launches, compile_and_explain, custom_calls, num_copies
+from jaxserve.evaluation.compiled import Launches, collectives, compile_and_explain, custom_calls, num_copies
 from jaxserve.kernels.backend import Target
-from jaxserve.models.config import ModelConfig
 
 DESCRIPTION = """
 gpu_device_info {{
@@ -62,6 +61,11 @@ class AbsentDevice(NamedTuple):
     memory_bytes: int
 
     @property
+    def usable_bytes(self) -> int:
+        """What jax takes of the memory by default (its option XLA_PYTHON_CLIENT_MEM_FRACTION)."""
+        return self.memory_bytes * 3 // 4
+
+    @property
     def target(self) -> Target:
         return Target("gpu", 90, self.num_cores)
 
@@ -72,36 +76,53 @@ DEVICES = {
 }
 
 
-def absent_mesh(device: AbsentDevice) -> Mesh:
-    """A mesh of one such device, to compile for. Raises ConfigError without XLA's CUDA plugin."""
+def absent_mesh(device: AbsentDevice, tensor: int = 1, pipe: int = 1, hosts: int = 1) -> Mesh:
+    """A mesh of such devices, to compile for, each stage of a pipeline on one host.
+
+    Raises ConfigError where the stages do not divide over the hosts, and without XLA's CUDA plugin.
+    """
+    if hosts < 1 or pipe % hosts:
+        raise ConfigError(f"hosts must divide the {pipe} stages of pipeline_parallel, got {hosts}")
     if importlib.util.find_spec("jax_cuda13_plugin") is None and importlib.util.find_spec("jax_cuda12_plugin") is None:
         raise ConfigError("compiling for a GPU needs XLA's plugin, which the extra 'aot' of jaxserve brings")
     description = DESCRIPTION.format(**device._asdict())
-    topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology="1x1x1")
-    return topologies.make_mesh(topology, (1, 1), ("pipe", "tensor"))
+    shape = f"1x{hosts}x{pipe // hosts * tensor}"  # slices, hosts of each, devices of each
+    topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology=shape)
+    return topologies.make_mesh(topology, (pipe, tensor), ("pipe", "tensor"))
 
 
 @dataclass(frozen=True)
 class ProgramReport:
-    """One compiled step. Temporary memory is what a step needs besides its arguments and results."""
+    """One compiled step; bytes are those of one device. Temporary memory is what a step needs besides its arguments and
+    results.
+    """
 
     rows: int
     lower_seconds: float
     compile_seconds: float
     argument_bytes: int
     donated_bytes: int
-    """KV cache, its scales and the last tokens: what a step should change in place."""
+    """The device's state, mostly the KV cache: what a step should change in place."""
     alias_bytes: int
     """What it does change in place."""
     temp_bytes: int
     num_cache_copies: int
     launches: Launches
+    num_layers: int
+    """Of one stage."""
+    collectives: Mapping[str, int]
+    layer_collectives: Mapping[str, int]
+    """Of all layers."""
     custom_calls: Mapping[str, int]
     """By target: kernels, and library calls."""
 
     def calls(self, kind: str) -> int:
         """Custom calls whose target has ``kind`` in its name."""
         return sum(count for target, count in self.custom_calls.items() if kind in target)
+
+    @property
+    def collectives_per_layer(self) -> dict[str, float]:
+        return {kind: count / self.num_layers for kind, count in self.layer_collectives.items()}
 
 
 def compile_step(programs: StepPrograms, rows: int) -> ProgramReport:
@@ -113,23 +134,25 @@ def compile_step(programs: StepPrograms, rows: int) -> ProgramReport:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
     assert text is not None
-    cache = programs.abstract_cache()
-    tokens = jax.ShapeDtypeStruct((programs.config.max_num_seqs,), jnp.int32)
+    state = programs.abstract_state()
     return ProgramReport(
         rows=rows,
         lower_seconds=lowered_seconds - start,
         compile_seconds=compiled_seconds - lowered_seconds,
         argument_bytes=memory.argument_size_in_bytes,
-        donated_bytes=sum(array.size * array.dtype.itemsize for array in (*cache, tokens)),
+        donated_bytes=sum(math.prod(_shard(array)) * array.dtype.itemsize for array in jax.tree.leaves(state)),
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
-        num_cache_copies=num_copies(text, cache.k.shape),
+        num_cache_copies=num_copies(text, _shard(state.cache.k)),
         launches=launches,
+        num_layers=programs.num_cache_layers // programs.num_stages,
+        collectives=dict(collectives(text)),
+        layer_collectives=dict(collectives(text, "run_layer")),
         custom_calls=dict(custom_calls(text)),
     )
 
 
-def cache_blocks(config: ResolvedConfig, model: ModelConfig, memory_bytes: int) -> int:
-    """KV blocks that fill ``memory_bytes``, of the type of the weights."""
-    values = 2 * model.num_layers * config.block_size * model.num_kv_heads * model.head_dim
-    return memory_bytes // (values * jnp.dtype(config.dtype).itemsize)
+def _shard(array: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """What one device holds of it."""
+    assert array.sharding is not None
+    return array.sharding.shard_shape(array.shape)

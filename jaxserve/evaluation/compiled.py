@@ -19,7 +19,9 @@ class Launches(NamedTuple):
     num_graphs: int
     """CUDA graphs, XLA's command buffers. One for everything costs the host the same whatever it holds."""
     num_others: int
-    """Kernels, copies and branches outside of all graphs. For a branch the host waits until the device knows it."""
+    """Kernels, copies, collectives and branches outside of all graphs."""
+    num_waits: int
+    """Of those, branches and loops: the host waits until the device knows the way."""
 
 
 def compile_and_explain(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, Launches]:
@@ -35,8 +37,9 @@ def compile_and_explain(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compile
 
 def count_launches(thunks: str) -> Launches:
     """Of XLA's list of thunks, one a line, those within a graph or a branch indented."""
-    kinds = re.findall(r"^\d+: (k\w+)", thunks, re.MULTILINE)
-    return Launches(thunks.count("kCommandBuffer"), len(kinds) - kinds.count("kCommandBuffer"))
+    kinds = Counter(re.findall(r"^\d+: (k\w+)", thunks, re.MULTILINE))
+    num_others = kinds.total() - kinds["kCommandBuffer"] - kinds["kAsyncDone"]
+    return Launches(thunks.count("kCommandBuffer"), num_others, kinds["kConditional"] + kinds["kWhile"])
 
 
 def num_copies(text: str, shape: tuple[int, ...]) -> int:
@@ -44,6 +47,15 @@ def num_copies(text: str, shape: tuple[int, ...]) -> int:
     sizes = ",".join(map(str, shape))
     kinds = rf"\w+\[{sizes}\]\S* (?:copy|transpose)", rf"\(\w+\[{sizes}\][^=]*\) copy-start"
     return len(re.findall(rf" = (?:{'|'.join(kinds)})\(", text))
+
+
+def collectives(text: str, scope: str = "") -> Counter[str]:
+    """How often a compiled program has which collective, such as all-reduce; asynchronous ones count where they start.
+
+    ``scope``: only where this is in the operation's name, such as the name of the jitted function that it is from.
+    """
+    names = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
+    return Counter(re.findall(rf" ({names})(?:-start)?\(.*{re.escape(scope)}", text))
 
 
 def custom_calls(text: str) -> Counter[str]:

@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentF
 from jaxserve.evaluation.latency import PERCENTS, Objective, Percentiles
 
 if TYPE_CHECKING:
+    from jaxserve.evaluation.compare import Outcome
     from jaxserve.evaluation.report import Series
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -93,6 +94,28 @@ def rate_curves(all_series: Sequence[Series], objective: Objective | None) -> Ch
         _legend(figure, axes[0])
         svg = _svg(figure, "rate-curves")
     return Chart("Latency over the rate", "Lines are medians of the trials at a rate, faint marks the trials.", svg)
+
+
+def comparison(path: str, outcomes: Sequence[Outcome]) -> None:
+    """Throughput of every contestant, a dot for each round, and distributions of TTFT and TBT; an image file."""
+    with mpl.rc_context(STYLE):
+        figure = Figure((WIDTH_INCHES, 3.6), layout="constrained")
+        bars, *axes = figure.subplots(1, 3)
+        for index, outcome in enumerate(outcomes):
+            color, speeds = COLORS[index % len(COLORS)], outcome.tokens_per_second
+            if speeds:
+                bars.barh(outcome.name, np.median(speeds), color=color, alpha=0.6)
+                bars.scatter(speeds, [outcome.name] * len(speeds), s=10, color=color, zorder=3)
+            for ax, seconds in zip(axes, (outcome.latency.ttft_seconds, outcome.latency.tbt_seconds), strict=True):
+                if len(seconds):
+                    _cdf(ax, Percentiles.of(seconds), outcome.name, index)
+        bars.invert_yaxis()
+        bars.set_xlabel("output tokens/s, offline")
+        for ax, label in zip(axes, ("TTFT", "TBT"), strict=True):
+            _log_seconds(ax, "x")
+            ax.set_xlabel(f"{label} (s), online")
+            ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+        figure.savefig(path, dpi=150)
 
 
 def timeline(series: Series) -> Chart:

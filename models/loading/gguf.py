@@ -5,6 +5,7 @@ llama.cpp's convert_hf_to_gguf.py and its models' code fix what a file leaves ou
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Kind
+from safetensors.numpy import save_file
 
 from jaxserve.models.config import ModelConfig, ModelError
 from jaxserve.models.loading.gguf_file import GGUFFile, TensorInfo, read_gguf
@@ -90,6 +92,14 @@ class GGUFSource:
         return values - 1 if self.config.norm == "rms_plus_one" and name.endswith("norm.weight") else values
 
 
+def write_hf_folder(source: GGUFSource, folder: Path) -> None:
+    """config.json and model.safetensors in float32, for programs that read no GGUF files. ``folder`` exists."""
+    tensors = {name: np.ascontiguousarray(source.read(name), np.float32) for name in source.names()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = hf_config_from_gguf(source.file) | {"dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def hf_name(name: str, architecture: str) -> str:
     """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; names without a counterpart stay."""
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
@@ -125,7 +135,12 @@ def decode(data: np.ndarray, info: TensorInfo) -> np.ndarray:
 
 
 def config_from_gguf(file: GGUFFile) -> ModelConfig:
-    """Dimensions from the metadata (key names: docs/gguf.md of ggml). Raises ModelError."""
+    """Dimensions from the metadata. Raises ModelError."""
+    return read_config(hf_config_from_gguf(file), str(file.path))
+
+
+def hf_config_from_gguf(file: GGUFFile) -> dict[str, Any]:
+    """The metadata (key names: docs/gguf.md of ggml) in config.json's terms. Raises ModelError."""
     architecture = file.require("general.architecture", str)
     if architecture not in ARCHITECTURES:
         raise ModelError(
@@ -155,6 +170,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
             )
     values = {
         "architectures": [ARCHITECTURES[architecture]],
+        "model_type": "gemma3_text" if architecture == "gemma3" else architecture,
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden_size,
         "intermediate_size": integer("feed_forward_length"),
@@ -180,7 +196,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
             "attn_logit_softcapping": get("attn_logit_softcapping"),
             "final_logit_softcapping": get("final_logit_softcapping"),
         }
-    return read_config(values, str(file.path))
+    return values
 
 
 def _rope_scaling(file: GGUFFile, architecture: str) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jaxserve.evaluation.compiled import count_launches, custom_calls, num_copies
+from jaxserve.evaluation.compiled import collectives, count_launches, custom_calls, num_copies
 
 THUNKS = """\
 000: kCommandBuffer [source       | next=129 (1)]
@@ -33,11 +33,25 @@ HLO = """\
   %call.3 = bf16[8,4]{1,0} custom-call(%call.2), custom_call_target="__cublas$lt$matmul"
 """
 
+COLLECTIVES = """\
+  %all-reduce-start.1 = ((bf16[8,4]{1,0}), bf16[8,4]{1,0}) all-reduce-start(%dot.1), metadata={op_name="jit(f)/g/dot"}
+  %all-reduce-done.1 = bf16[8,4]{1,0} all-reduce-done(%all-reduce-start.1), metadata={op_name="jit(f)/g/dot"}
+  %all-reduce.2 = bf16[8,4]{1,0} all-reduce(%dot.2), metadata={op_name="jit(f)/h/dot"}
+  %gathered = (s32[8]{0}, /*index=1*/f32[8]{0}) all-gather(%tokens, %all-reduce.2), metadata={op_name="jit(f)/gather"}
+  ROOT %all-to-all.1 = f32[8,4]{1,0} all-to-all(%gathered), metadata={op_name="jit(f)/g/all_to_all"}
+  %fusion.1 = f32[8,4]{1,0} fusion(%all-reduce.2), metadata={op_name="jit(f)/g/all_reduce(x)"}
+"""
+
 
 def test_launches_outside_and_inside_of_graphs() -> None:
-    assert count_launches(THUNKS) == (2, 2)
-    assert count_launches("000: kCommandBuffer [source | sink] \n    001: kCopy [source | sink] kCopy\n") == (1, 0)
-    assert count_launches("") == (0, 0)
+    assert count_launches(THUNKS) == (2, 2, 1)
+    assert count_launches("000: kCommandBuffer [source | sink] \n    001: kCopy [source | sink] kCopy\n") == (1, 0, 0)
+    assert count_launches("") == (0, 0, 0)
+
+
+def test_an_asynchronous_launch_is_one() -> None:
+    start = "001: kAsyncStart [source | sink] async_id=1\n    002: kAllReduce [source | sink] kAllReduce\n"
+    assert count_launches(f"{start}003: kAsyncDone [source | sink] async_id=1\n") == (0, 1, 0)
 
 
 def test_copies_of_a_shape() -> None:
@@ -48,6 +62,12 @@ def test_copies_of_a_shape() -> None:
 
 def test_custom_calls_by_target() -> None:
     assert custom_calls(HLO) == {"triton_kernel_call_ffi": 2, "__cublas$lt$matmul": 1}
+
+
+def test_collectives_by_kind() -> None:
+    assert collectives(COLLECTIVES) == {"all-reduce": 2, "all-gather": 1, "all-to-all": 1}
+    assert collectives(COLLECTIVES, "/g/") == {"all-reduce": 1, "all-to-all": 1}
+    assert collectives(HLO) == {}
 
 
 CACHED = """
@@ -69,6 +89,6 @@ def test_programs_are_compiled_even_if_they_are_in_the_cache(tmp_path: Path) -> 
     """From the cache they would come without an explanation. In a process of its own: the cache is the process's."""
     done = subprocess.run([sys.executable, "-c", CACHED, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("made 64 64 0 0\n") == 2
+    assert done.stdout.count("made 64 64 0 0 0\n") == 2
     assert "cache_misses" in done.stdout
     assert "cache_hits" not in done.stdout.partition("made")[2]

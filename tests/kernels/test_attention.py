@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.kernels import cpu, xla
+from jaxserve.kernels import native, xla
 from jaxserve.kernels.backend import Backend
 from jaxserve.kernels.plan import Tiling
 from tests.kernels.ragged import Masking, batches, maskings, rows_for, run_batch
 
-BACKENDS = [Backend("xla"), Backend("native")] if cpu.available() else [Backend("xla")]
+BACKENDS = [Backend("xla"), Backend("native")] if native.available() else [Backend("xla")]
 BACKENDS = [pytest.param(backend, id=backend.name) for backend in BACKENDS]
 
 
@@ -71,6 +71,18 @@ def test_half_precision(dim: int, masking: Masking, dtype: jnp.dtype, bound: flo
         kv_heads=2, group=3, dim=dim, page_size=16, num_rows=128, dtype=jnp.dtype(dtype), masking=masking,
     )  # fmt: skip
     assert error < bound
+
+
+@pytest.mark.skipif(not native.available(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("dim", [8, 64, 80, 96, 256])
+def test_native_bfloat16_rounds_the_result_only(dim: int) -> None:
+    """Everything between queries, cache and outputs is float32."""
+    sequences = [(200, 1), (0, 1), (130, 70), (255, 1), (0, 33)]
+    error = run_batch(
+        np.random.default_rng(dim), sequences, kv_heads=2, group=3, dim=dim, page_size=16, num_rows=128,
+        dtype=jnp.dtype("bfloat16"), backend=Backend("native"), masking=Masking(90, 30.0),
+    )  # fmt: skip
+    assert error < 1.6e-2  # half of bfloat16's step between 4 and 8
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -20,6 +20,7 @@ import pytest
 
 from jaxserve.server.client import Client
 from tests.models.golden import Golden
+from tests.server.test_serve_process import check_prompts_and_errors
 
 SERVE = Path(__file__).parents[2] / "scripts" / "serve.py"
 CASES = json.loads((Path(__file__).parents[1] / "golden" / "smollm2_greedy.json").read_text())["cases"]
@@ -127,6 +128,7 @@ def test_pipeline_across_hosts_survives_a_killed_one(start: Callable[..., Group]
                 assert seconds < RECOVERY_SECONDS
                 assert group.wait() == [1, -signal.SIGKILL]
             else:
+                check_prompts_and_errors(client)
                 stream = client.generate(prompts[0], max_tokens=40, ignore_eos=True)
                 next(iter(stream))
                 group.follower.terminate()  # as a cluster does to any host, or to all

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from jaxserve.kernels import cpu
+from jaxserve.kernels import native
 from jaxserve.kernels.backend import AttentionShape, Target, choose_backend
 
 CPU = Target("cpu")
@@ -23,11 +23,11 @@ def shape(dtype: str) -> AttentionShape:
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
-    """``cpu.available`` decides anew, with an empty cache folder, and again after the test."""
+    """``native.available`` decides anew, with an empty cache folder, and again after the test."""
     monkeypatch.setenv("JAXSERVE_CACHE", str(tmp_path))
-    cpu.available.cache_clear()
+    native.available.cache_clear()
     yield monkeypatch
-    cpu.available.cache_clear()
+    native.available.cache_clear()
 
 
 def test_without_a_compiler_attention_runs_in_xla(fresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -36,7 +36,7 @@ def test_without_a_compiler_attention_runs_in_xla(fresh: pytest.MonkeyPatch, cap
         assert choose_backend("auto", CPU, shape("float32")).name == "xla"
     (record,) = caplog.records
     assert "no C++ compiler found" in record.message
-    with pytest.raises(ValueError, match="attention_backend native needs a CPU, float32 and a C\\+\\+ compiler"):
+    with pytest.raises(ValueError, match=r"native needs a CPU, float32 or bfloat16 .* and a C\+\+ compiler"):
         choose_backend("native", CPU, shape("float32"))
 
 
@@ -45,11 +45,11 @@ def test_a_failed_build_is_told_and_survived(
 ) -> None:
     broken = tmp_path / "broken.cc"
     broken.write_text("int main( {")
-    fresh.setattr(cpu, "SOURCE", broken)
+    fresh.setattr(native, "SOURCES", {str(broken): ()})
     with caplog.at_level(logging.WARNING):
-        assert not cpu.available()
+        assert not native.available()
     assert len(caplog.records) == 1
-    assert "attention runs in plain XLA" in caplog.text
+    assert "plain XLA runs instead" in caplog.text
 
 
 def test_the_library_is_built_once_for_each_compiler(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -62,10 +62,10 @@ def test_the_library_is_built_once_for_each_compiler(fresh: pytest.MonkeyPatch, 
         return subprocess.CompletedProcess(command, 0, stdout=f"{command[0]} 1.0")
 
     fresh.setattr(subprocess, "run", pretend)
-    library = cpu._build("one")
+    library = native._build("one")
     assert library.read_text() == "made"
-    assert [len(c) > 2 for c in commands] == [False, True, True], "version, compile, link"
-    assert cpu._build("one") == library
-    assert len(commands) == 4, "the version only"
-    assert cpu._build("other") != library
+    assert [len(c) > 2 for c in commands] == [False, True, True, True], "version, compile twice, link"
+    assert native._build("one") == library
+    assert len(commands) == 5, "the version only"
+    assert native._build("other") != library
     assert sorted(p.suffix for p in (tmp_path / "native").iterdir()) == [".so", ".so"]

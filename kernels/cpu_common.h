@@ -1,0 +1,105 @@
+// What the native CPU kernels share: vectors as wide as the processor's, bfloat16, and a parallel loop.
+
+#pragma once
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <utility>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;  // wider vectors than the processor's would spill
+#endif
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t)), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(2), may_alias));
+
+// The upper half of a float32.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline Vec splat(float x) { return x - Vec{}; }
+inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline Vec load(const BFloat16* p) {
+#ifdef __AVX512F__  // GCC 12 makes several instructions of the conversion
+  return (Vec)((Bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))) << 16);
+#else
+  return (Vec)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Bits) << 16);
+#endif
+}
+inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+inline void store(BFloat16* p, Vec v) {  // to the nearest, ties to even
+  const Bits bits = (Bits)v;
+  *reinterpret_cast<Halves*>(p) = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, Halves);
+}
+// The first `count` lanes.
+template <typename T>
+inline void store_some(T* p, Vec v, int64_t count) {
+  T lanes[kLanes];
+  store(lanes, v);
+  std::memcpy(p, lanes, count * sizeof(T));
+}
+
+// out[i] = x[i], converted.
+template <typename To, typename From>
+void convert(To* out, const From* x, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, load(x + i));
+  for (; i < count; ++i) store_some(out + i, splat(to_float(x[i])), 1);
+}
+
+// Runs task(0) ... task(count - 1) on the caller and the pool's threads; returns when all are done. A pool thread that
+// comes late finds nothing to do, so a busy pool cannot block the caller.
+inline void parallel_for(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& task) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+    std::mutex mutex;
+    std::condition_variable finished;
+  };
+  auto state = std::make_shared<State>();
+  const auto work = [state, count, &task] {
+    for (int64_t i; (i = state->next.fetch_add(1)) < count;) {
+      task(i);
+      if (state->done.fetch_add(1) + 1 == count) {
+        std::lock_guard<std::mutex> lock(state->mutex);
+        state->finished.notify_all();
+      }
+    }
+  };
+  const int64_t helpers = std::min<int64_t>(pool.num_threads() - 1, count - 1);
+  for (int64_t i = 0; i < helpers; ++i) {
+    auto copy = work;
+    pool.Schedule(std::move(copy));
+  }
+  work();
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->finished.wait(lock, [&] { return state->done.load() == count; });
+}
+
+}  // namespace

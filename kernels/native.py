@@ -1,0 +1,89 @@
+"""Building the native CPU kernels: C++ behind ``jax.ffi``, compiled on first use where a C++ compiler is at hand.
+
+Without one everything works in plain XLA.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+
+from jaxserve.config import cache_dir
+
+logger = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent
+HEADER = "cpu_common.h"
+SOURCES: dict[str, tuple[str, ...]] = {
+    # For vectorised exp. The link is a step of its own, without it, because it would make the whole process flush
+    # denormal numbers to zero.
+    "cpu_attention.cc": ("-ffast-math",),
+    # Sums keep their order, so that they do not depend on the number of rows; ISO mode alone would not fuse them.
+    "cpu_gemm.cc": ("-ffp-contract=fast",),
+}
+"""Each file with the flags of its own."""
+ATTENTION, PACK, MULTIPLY = TARGETS = ("jaxserve_paged_attention", "jaxserve_pack", "jaxserve_multiply")
+COMPILERS = ("c++", "g++", "clang++")
+COMPILE_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-w")
+LINK_FLAGS = ("-shared", "-lm")
+
+
+@functools.cache
+def available() -> bool:
+    """Build (once for each source, compiler and processor), load and register the kernels; False where that fails."""
+    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    if compiler is None:
+        logger.warning("no C++ compiler found: attention and matrix products run in plain XLA, which is slower on CPUs")
+        return False
+    try:
+        library = ctypes.CDLL(str(_build(compiler)))
+    except (subprocess.CalledProcessError, OSError) as error:
+        reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
+        logger.warning("native CPU kernels cannot be built, plain XLA runs instead: %s", reason)
+        return False
+    for target in TARGETS:
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+    return True
+
+
+def _build(compiler: str) -> Path:
+    """The shared library, from the user's cache folder or built into it."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    texts = [(FOLDER / name).read_text() for name in (HEADER, *SOURCES)]
+    flags = [*COMPILE_FLAGS, *LINK_FLAGS, str(SOURCES)]
+    recipe = "\n".join([*texts, *flags, version, jax.__version__, _processor()])
+    library = cache_dir() / "native" / f"kernels-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / "kernels.so"
+            objects = {name: str(Path(folder) / f"{name}.o") for name in SOURCES}
+            include = f"-I{jax.ffi.include_dir()}"
+            for name, own in SOURCES.items():
+                _run(compiler, *COMPILE_FLAGS, *own, include, "-c", str(FOLDER / name), "-o", objects[name])
+            _run(compiler, *objects.values(), *LINK_FLAGS, "-o", str(made))
+            # Processes that build at the same time replace each other's file by an equal one.
+            os.replace(made, library)
+    return library
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, capture_output=True, text=True, check=True)
+
+
+def _processor() -> str:
+    """What -march=native depends on: a cache folder may be shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "unknown")

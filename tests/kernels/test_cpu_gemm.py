@@ -1,0 +1,135 @@
+"""Native matrix products against float64, and an engine without them."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from jaxserve import LLM, SamplingParams
+from jaxserve.kernels import native
+from jaxserve.kernels.cpu_gemm import PackedMatrix
+from jaxserve.models import packing
+from tests.models.golden import Golden
+
+needs_compiler = pytest.mark.skipif(not native.available(), reason="needs a C++ compiler")
+DTYPES = ("float32", "bfloat16")
+FLUSHED = 1e-35
+"""vdpbf16ps takes numbers below float32's normal ones as 0."""
+
+multiply = jax.jit(PackedMatrix.multiply, static_argnames="out_dtype")
+
+
+def operands(rows: int, inputs: int, outputs: int, dtype: str, seed: int) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(seed)
+    x, w = (rng.normal(size=(n, inputs)) * 2.0 ** rng.integers(-8, 8, (n, 1)) for n in (rows, outputs))
+    return jnp.asarray(x, dtype), jnp.asarray(w, dtype)
+
+
+def assert_within_bounds(y: jax.Array, x: jax.Array, w: jax.Array) -> None:
+    """Of a sum of K products in float32 (Higham, Accuracy and Stability, 3.1), and of its rounding to bfloat16."""
+    x64, w64 = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    inputs = x.shape[1]
+    bound = (inputs + 1) * 2.0**-24 * (np.abs(x64) @ np.abs(w64).T)
+    expected = x64 @ w64.T
+    if y.dtype == jnp.bfloat16:
+        bound += 2.0**-8 * (np.abs(expected) + bound)
+    assert (np.abs(np.asarray(y, np.float64) - expected) <= bound + inputs * FLUSHED).all()
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 300), st.integers(1, 200), st.integers(1, 200), st.sampled_from(DTYPES), st.booleans(),
+    st.integers(0, 999),
+)  # fmt: skip
+@example(300, 2600, 33, "float32", True, 0)  # several blocks along K, several row chunks
+@example(300, 5001, 33, "bfloat16", False, 0)
+def test_any_shape(rows: int, inputs: int, outputs: int, dtype: str, widened: bool, seed: int) -> None:
+    x, w = operands(rows, inputs, outputs, dtype, seed)
+    y = multiply(PackedMatrix.of(w), x, out_dtype=jnp.dtype("float32") if widened else None)
+    assert y.shape == (rows, outputs)
+    assert y.dtype == (jnp.float32 if widened else x.dtype)
+    assert_within_bounds(y, x, w)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inputs", [129, 2600])
+def test_a_row_does_not_depend_on_its_batch_mates(inputs: int, dtype: str) -> None:
+    """To the last bit, for every number of rows that a register tile has, and beyond one chunk of rows."""
+    x, w = operands(300, inputs, 40, dtype, seed=1)
+    matrix = PackedMatrix.of(w)
+    every = np.asarray(multiply(matrix, x))
+    for rows in (*range(1, 32), 100, 252, 253, 299):
+        np.testing.assert_array_equal(np.asarray(multiply(matrix, x[-rows:])), every[-rows:], err_msg=f"{rows} rows")
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_that_are_no_numbers_stay_in_their_row(dtype: str) -> None:
+    x, w = operands(20, 33, 20, dtype, seed=2)
+    x = x.at[3, 5].set(jnp.nan).at[4, 32].set(jnp.inf)
+    y = np.asarray(multiply(PackedMatrix.of(w), x), np.float32)
+    assert np.isnan(y[3]).all()
+    assert np.isinf(y[4]).all()
+    assert np.isfinite(np.delete(y, (3, 4), axis=0)).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_those_of_the_matrix(dtype: str) -> None:
+    _, w = operands(1, 31, 50, dtype, seed=3)
+    numbers = jnp.array([49, 0, 16, 15, 0])
+    np.testing.assert_array_equal(PackedMatrix.of(w).rows(numbers), w[numbers])
+
+
+@needs_compiler
+def test_packing_replaces_the_matrices_and_keeps_the_order() -> None:
+    weights = {"a": jnp.ones((2, 3, 8)), "b": jnp.ones(5), "c": jnp.ones((7, 2, 4))}
+    kept = weights["b"]
+    num_outputs = {"a": 2, "c": 1}
+    expected = packing.abstract_packed(jax.eval_shape(lambda: weights), num_outputs)
+    a, b, c = made = packing.packed(weights, num_outputs)
+    assert b is kept
+    assert [name for name, weight in weights.items() if weight.is_deleted()] == ["a", "c"]
+    assert (a.num_outputs, a.num_inputs, c.num_outputs, c.num_inputs) == (6, 8, 7, 8)
+    assert jax.tree.structure(made) == jax.tree.structure(expected)
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(lambda spec: spec.shape, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_engine_without_a_compiler(
+    dtype: str,
+    tiny_tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It says so once, and gives the tokens that transformers does, in bfloat16 nearly so."""
+    golden = Golden("llama_gqa_tied")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    native.available.cache_clear()
+    try:
+        with (
+            caplog.at_level(logging.WARNING, logger=native.__name__),
+            LLM(
+                model=str(golden.checkpoint), tokenizer=str(tiny_tokenizer), show_progress=False, token_budget=16,
+                max_num_seqs=2, block_size=8, num_blocks=24, max_model_len=golden.length, dtype=dtype,
+            ) as llm,
+        ):  # fmt: skip
+            greedy = SamplingParams(temperature=0, max_tokens=len(golden.greedy), ignore_eos=True)
+            (output,) = llm.generate([golden.prompt], greedy)
+    finally:
+        native.available.cache_clear()
+    (record,) = caplog.records
+    assert "no C++ compiler found: attention and matrix products run in plain XLA" in record.message
+    tokens = list(output.outputs[0].token_ids)
+    assert tokens == golden.greedy if dtype == "float32" else len(tokens) == len(golden.greedy)
