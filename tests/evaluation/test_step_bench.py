@@ -12,6 +12,7 @@ import pytest
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.programs import StepPrograms
+from jaxserve.evaluation.compiled import Launches
 from jaxserve.evaluation.device_bench import Ceilings, Effort
 from jaxserve.evaluation.step_bench import StepBench, StepCase, step_cases, step_work, why_not
 from jaxserve.models.loading.checkpoint import open_checkpoint
@@ -79,7 +80,7 @@ def test_what_the_engine_cannot_run_is_left_out(tiny: str) -> None:
     reason = why_not(StepCase("", ((200, 20),) * 5), engine.runner)
     assert reason == "needs max_num_seqs of 5, got 4 and token_budget of 100, got 64 and num_blocks of 71, got 40"
     row = StepBench(engine, Effort(1, 0.0, 0.0)).measure(StepCase("", ((100, 1),) * 3))
-    assert (row.num_rows, row.launches) == (16, (0, 0))
+    assert (row.num_rows, row.launches) == (16, Launches(0, 0, 0))
     assert row.seconds.median > 0
     engine.close()
 
