@@ -244,6 +244,11 @@ class ResolvedConfig(EngineConfig):
     token_budget: int
     block_size: int
 
+    @property
+    def blocks_per_seq(self) -> int:
+        """KV blocks of the longest sequence."""
+        return -(-self.max_model_len // self.block_size)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:

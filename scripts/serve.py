@@ -33,7 +33,7 @@ def run(engine_config: EngineConfig, server_config: ServerConfig, group: Group |
     if server_config.data_parallel > 1:
         raise ConfigError(f"data_parallel must be 1 on several hosts, got {server_config.data_parallel}")
     if group.rank > 0:
-        run_follower(engine_config, group)
+        return run_follower(engine_config, group)
     with tempfile.TemporaryDirectory(prefix="jaxserve-") as folder:
         return asyncio.run(lead(engine_config, server_config, group, Path(folder)))
 

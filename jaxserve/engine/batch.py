@@ -14,10 +14,12 @@ from functools import cached_property
 import jax
 import numpy as np
 
+from jaxserve.config import ResolvedConfig
 from jaxserve.engine.blocks import BlockManager
-from jaxserve.kernels.plan import AttentionPlan, PlanLimits, empty_plan, make_plan, plan_shapes
+from jaxserve.kernels.plan import AttentionPlan, PlanLimits, Tiling, empty_plan, make_plan, plan_shapes
 from jaxserve.request import Request
 from jaxserve.scheduler import Chunk
+from jaxserve.scheduler.buckets import token_buckets
 
 FLOAT_FIELDS = ("temperature", "top_p", "min_p")
 
@@ -60,6 +62,12 @@ class StepLayout:
             fields[name] = packed[offset : offset + size].reshape(shape)
             offset += _aligned(size)
         return fields
+
+
+def step_layouts(config: ResolvedConfig, num_blocks: int, tiling: Tiling, window: int | None) -> dict[int, StepLayout]:
+    """By token bucket. ``window``: the widest of the model's layers, if all have one."""
+    limits = config.max_num_seqs, config.max_model_len, config.block_size, num_blocks, tiling, window
+    return {rows: StepLayout(PlanLimits(rows, *limits)) for rows in token_buckets(config.token_budget)}
 
 
 def _aligned(num_ints: int) -> int:

@@ -34,7 +34,7 @@ def choose_num_blocks(
     """
     values_per_block = 2 * num_cache_layers * config.block_size * model.num_held_kv_heads * model.head_dim
     per_block_bytes = values_per_block * cache_dtype.itemsize
-    blocks_per_seq = -(-config.max_model_len // config.block_size)
+    blocks_per_seq = config.blocks_per_seq
     device = mesh.local_devices[0]
     if device.platform == "cpu":
         memory_bytes = max(CPU_KV_CACHE_BYTES, (1 + blocks_per_seq) * per_block_bytes)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
 from jaxserve.config import ConfigError, ResolvedConfig
-from jaxserve.engine.batch import Packer
+from jaxserve.engine.batch import PackedStep, Packer, StepLayout
 from jaxserve.engine.blocks import BlockManager
 from jaxserve.engine.runner import ModelRunner
 from jaxserve.request import Request, RequestMetrics, SamplingParams
@@ -98,18 +98,23 @@ class Profiler:
 
     def _seconds(self, batch: list[Chunk]) -> float:
         """Median time from a launch to its tokens, after a run that is not counted."""
-        config = self._runner.config
-        blocks = BlockManager(self._runner.num_blocks, config.block_size, config.max_num_seqs, config.max_model_len)
-        for chunk in batch:
-            blocks.grow(chunk.slot, chunk.start + chunk.num_tokens)
-        layout = self._runner.layout(sum(chunk.num_tokens for chunk in batch))
-        step = Packer(blocks).pack(layout, batch)
+        layout, step = pack_alone(self._runner, batch)
         times = []
         for _ in range(1 + NUM_REPEATS):
             start = time.perf_counter()
             np.asarray(self._runner.launch(layout, step).tokens)
             times.append(time.perf_counter() - start)
         return statistics.median(times[1:])
+
+
+def pack_alone(runner: ModelRunner, batch: Sequence[Chunk]) -> tuple[StepLayout, PackedStep]:
+    """For ``runner.launch``: a batch whose sequences have the whole KV cache to themselves."""
+    config = runner.config
+    blocks = BlockManager(runner.num_blocks, config.block_size, config.max_num_seqs, config.max_model_len)
+    for chunk in batch:
+        blocks.grow(chunk.slot, chunk.start + chunk.num_tokens)
+    layout = runner.layout(sum(chunk.num_tokens for chunk in batch))
+    return layout, Packer(blocks).pack(layout, batch)
 
 
 def _identity(config: ResolvedConfig) -> dict[str, str]:

@@ -12,18 +12,16 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.config import ConfigError, ResolvedConfig
-from jaxserve.engine.batch import StepLayout, plan_of
+from jaxserve.engine.batch import StepLayout, plan_of, step_layouts
 from jaxserve.engine.memory import choose_num_blocks
 from jaxserve.engine.sampler import SamplingInputs, TokenLogprobs, optional_logprobs, sample, token_logprobs
 from jaxserve.kernels.attention import CACHE, AttentionInputs, KVCache
 from jaxserve.kernels.backend import AttentionShape, Target, choose_backend, has_native_kernels
-from jaxserve.kernels.plan import PlanLimits
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.packing import Parameter, abstract_packed, matrices, packed
 from jaxserve.models.registry import family_of
 from jaxserve.models.weights import Weight
-from jaxserve.scheduler.buckets import token_buckets
 from jaxserve.sharding.rows import over_rows
 from jaxserve.sharding.rules import abstract_model, abstract_parameters, divided
 
@@ -114,8 +112,8 @@ class StepPrograms:
             gpu_memory_bytes,
         )  # fmt: skip
         self._dtype, self._cache_dtype = dtype, cache_dtype
-        self.buckets = token_buckets(config.token_budget)
-        self.layouts = {rows: self._layout(rows) for rows in self.buckets}
+        self.layouts = step_layouts(config, self.num_blocks, self.backend.tiling, model_config.window)
+        self.buckets = tuple(self.layouts)
 
     @property
     def num_stages(self) -> int:
@@ -186,15 +184,6 @@ class StepPrograms:
 
     def _abstract_hidden(self, rows: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, self.model_config.hidden_size), self._dtype, sharding=self.replicated)
-
-    def _layout(self, rows: int) -> StepLayout:
-        config = self.config
-        return StepLayout(
-            PlanLimits(
-                rows, config.max_num_seqs, config.max_model_len, config.block_size, self.num_blocks,
-                self.backend.tiling, self.model_config.window,
-            )
-        )  # fmt: skip
 
     def _model(self, parameters: list[Parameter]) -> Decoder:
         return nnx.merge(self._graph, jax.tree.unflatten(self._state_tree, parameters))

@@ -14,16 +14,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig, ResolvedConfig
-from jaxserve.engine.batch import StepLayout
+from jaxserve.engine.batch import step_layouts
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.executor import Executor
 from jaxserve.engine.programs import StepOutputs
-from jaxserve.kernels.plan import BusyItems, PlanLimits, Tiling, make_plan, new_plan
+from jaxserve.kernels.plan import BusyItems, Tiling, make_plan, new_plan
 from jaxserve.metrics import StepRecord
 from jaxserve.models.loading.checkpoint import Checkpoint
 from jaxserve.request import SamplingParams
 from jaxserve.scheduler import Chunk
-from jaxserve.scheduler.buckets import token_buckets
 from jaxserve.server.grpc_server import freeze_start_up
 
 TILING = Tiling(decode_tokens=256, prefill_rows=32, busy=BusyItems(decode=50, prefill=17))
@@ -41,20 +40,11 @@ class StubExecutor(Executor):
     def __init__(self, config: ResolvedConfig, checkpoint: Checkpoint, mesh: Mesh, *, show_progress: bool) -> None:
         self.config, self.model_config, self.num_stages = config, checkpoint.config, 1
         self.weights_seconds = self.compile_seconds = 0.0
-        pages_per_seq = -(-config.max_model_len // config.block_size)
-        self.num_blocks = config.num_blocks or 1 + config.max_num_seqs * pages_per_seq
-        self.layouts = {rows: self._layout(rows) for rows in token_buckets(config.token_budget)}
+        self.num_blocks = config.num_blocks or 1 + config.max_num_seqs * config.blocks_per_seq
+        self.layouts = step_layouts(config, self.num_blocks, TILING, self.model_config.window)
         rng = np.random.default_rng(0)
         self._tokens = rng.integers(1000, self.model_config.vocab_size, (64, config.max_num_seqs), np.int32)
         self._num_steps = 0
-
-    def _layout(self, rows: int) -> StepLayout:
-        config, window = self.config, self.model_config.window
-        return StepLayout(
-            PlanLimits(
-                rows, config.max_num_seqs, config.max_model_len, config.block_size, self.num_blocks, TILING, window
-            )
-        )
 
     def step(self, rows: int, ints: np.ndarray, floats: np.ndarray) -> StepOutputs:
         self._num_steps += 1

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.engine.batch import Packer
-from jaxserve.engine.blocks import BlockManager
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.profiling import pack_alone
 from jaxserve.engine.programs import StepPrograms
 from jaxserve.engine.runner import ModelRunner
 from jaxserve.evaluation.compiled import Launches, compile_and_explain
@@ -141,13 +140,9 @@ class StepBench:
         return StepRow(case, num_rows, seconds, work, self._launches[num_rows])
 
     def _launcher(self, case: StepCase) -> Callable[[], jax.Array]:
-        runner, config = self.runner, self.runner.config
-        blocks = BlockManager(runner.num_blocks, config.block_size, config.max_num_seqs, config.max_model_len)
+        runner = self.runner
         chunks = [_chunk(runner.model_config, slot, *span) for slot, span in enumerate(case.spans)]
-        for chunk in chunks:
-            blocks.grow(chunk.slot, chunk.start + chunk.num_tokens)
-        layout = runner.layout(case.num_tokens)
-        step = Packer(blocks).pack(layout, chunks)
+        layout, step = pack_alone(runner, chunks)
         return lambda: runner.launch(layout, step).tokens
 
 

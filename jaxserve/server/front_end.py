@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.server import grpc_server
-from jaxserve.server.listener import SERVICE_NAME, SERVING, Listener, stop_signal
+from jaxserve.server.listener import SERVICE_NAME, SERVING, Listener, message_limits, stop_signal
 from jaxserve.server.ranks import LOST, run_leader
 from jaxserve.server.servicer import Context, StatusError
 from jaxserve.sharding.hosts import Group
@@ -61,8 +61,7 @@ class FrontEnd:
     def __init__(self, engine_config: EngineConfig, server_config: ServerConfig, group: Group, folder: Path) -> None:
         self._config = engine_config
         socket = folder / "engine"
-        limits = ("grpc.max_receive_message_length", "grpc.max_send_message_length")
-        options = [(name, server_config.max_message_bytes) for name in limits]
+        options = message_limits(server_config.max_message_bytes)
         self._channel = grpc.aio.insecure_channel(f"unix:{socket}", options=options)
         self._proxy = Proxy(self._channel)
         self._listener = Listener(server_config)

@@ -81,11 +81,18 @@ def stop_signal() -> asyncio.Event:
     return stopped
 
 
-def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
-    """Message limits and keepalive of the server."""
+def message_limits(max_message_bytes: int) -> list[tuple[str, int]]:
+    """Of either end of a channel."""
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
+    ]
+
+
+def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    """Message limits and keepalive of the server."""
+    return [
+        *message_limits(max_message_bytes),
         # Without this a second server on the same port silently takes half of the connections.
         ("grpc.so_reuseport", 0),
         # Gateways ping idle connections; gRPC's own limits answer that with GOAWAY too_many_pings.

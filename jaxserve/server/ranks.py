@@ -65,26 +65,24 @@ def run_leader(engine_config: EngineConfig, server_config: ServerConfig, group: 
     end_process(exit_code_of(lambda: asyncio.run(serve(engine_config, server_config, build, socket))))
 
 
-def run_follower(engine_config: EngineConfig, group: Group) -> NoReturn:
-    """The process of any other rank. SIGTERM drains the group, as clusters send it to all hosts at once."""
-    set_up_logging()
+def run_follower(engine_config: EngineConfig, group: Group) -> int:
+    """What the process of any other rank runs; returns its exit code. Raises ConfigError and ModelError.
 
-    def run() -> int:
-        group.join()
-        from jaxserve.engine.executor import Executor, prepare
-        from jaxserve.engine.group import Follower
-        from jaxserve.sharding.mesh import make_mesh
+    SIGTERM drains the group, as clusters send it to all hosts at once.
+    """
+    group.join()
+    from jaxserve.engine.executor import Executor, prepare
+    from jaxserve.engine.group import Follower
+    from jaxserve.sharding.mesh import make_mesh
 
-        checkpoint, config = prepare(engine_config)
-        mesh = make_mesh(config.tensor_parallel, config.pipeline_parallel)
-        executor = Executor(config, checkpoint, mesh, show_progress=True)
-        follower = Follower(executor, group.rank, group.step_address, _lost)
-        signal.signal(signal.SIGTERM, lambda *_: follower.drain())
-        logger.info("host %d of %d follows %s", group.rank, group.size, group.leader)
-        follower.run()
-        return 0
-
-    end_process(exit_code_of(run))
+    checkpoint, config = prepare(engine_config)
+    mesh = make_mesh(config.tensor_parallel, config.pipeline_parallel)
+    executor = Executor(config, checkpoint, mesh, show_progress=True)
+    follower = Follower(executor, group.rank, group.step_address, _lost)
+    signal.signal(signal.SIGTERM, lambda *_: follower.drain())
+    logger.info("host %d of %d follows %s", group.rank, group.size, group.leader)
+    follower.run()
+    return 0
 
 
 def _lost(message: str) -> NoReturn:

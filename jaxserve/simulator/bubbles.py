@@ -8,6 +8,7 @@ from functools import cached_property
 from statistics import fmean
 
 from jaxserve.config import ConfigError
+from jaxserve.evaluation.latency import RunSummary
 from jaxserve.evaluation.workload import WorkloadConfig, make_workload
 from jaxserve.simulator.deployment import Deployment
 from jaxserve.simulator.simulator import SimulatedRun
@@ -31,6 +32,11 @@ class Bubbles:
     def ticks(self) -> list[Tick]:
         entered = max(request.first_scheduled_seconds or 0.0 for request in self.lock_step.requests)
         return [tick for tick in self.lock_step.ticks if tick.start_seconds <= entered]
+
+    @cached_property
+    def summary(self) -> RunSummary:
+        """Of lock-step."""
+        return self.lock_step.summary()
 
     def share(self, part: Callable[[Tick], float]) -> float:
         """Of all stages' time, in ticks."""
@@ -66,10 +72,10 @@ COLUMNS: Mapping[str, Callable[[Bubbles], str]] = {
     "no batch": lambda b: f"{b.share(lambda tick: tick.empty_seconds):.1%}",
     "idle rows": lambda b: f"{b.idle_rows_share:.1%}",
     "idle s/request": lambda b: f"{b.idle_seconds_per_request:.2f}",
-    "P50 TBT s": lambda b: f"{b.lock_step.summary().tbt.at(50):.4f}",
-    "P99 TBT s": lambda b: f"{b.lock_step.summary().tbt.at(99):.4f}",
-    "delay s": lambda b: f"{b.lock_step.summary().delay.at(50):.2f}",
-    "tokens/s": lambda b: f"{b.lock_step.summary().total_tokens_per_second:.0f}",
+    "P50 TBT s": lambda b: f"{b.summary.tbt.at(50):.4f}",
+    "P99 TBT s": lambda b: f"{b.summary.tbt.at(99):.4f}",
+    "delay s": lambda b: f"{b.summary.delay.at(50):.2f}",
+    "tokens/s": lambda b: f"{b.summary.total_tokens_per_second:.0f}",
     "idle, async": lambda b: f"{b.asynchronous.loaded_bubble_share:.1%}",
     "P99 TBT s, async": lambda b: f"{b.asynchronous.summary().tbt.at(99):.4f}",
 }

@@ -82,7 +82,6 @@ def _simulate(policy: str, engine: EngineConfig, workload: WorkloadConfig, profi
     """An engine with those settings on a CPU, with as many KV blocks as its sequences can use."""
     assert engine.max_model_len is not None, "bench.py capacity settles it"
     config = engine.with_policy(policy).resolve(model_max_len=engine.max_model_len, on_gpu=False)
-    blocks_per_seq = -(-config.max_model_len // config.block_size)
     slo = config.slo_tbt_seconds
     scheduler = make_scheduler(
         policy,
@@ -92,7 +91,7 @@ def _simulate(policy: str, engine: EngineConfig, workload: WorkloadConfig, profi
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
         blocks=BlockManager(
-            config.num_blocks or 1 + config.max_num_seqs * blocks_per_seq,
+            config.num_blocks or 1 + config.max_num_seqs * config.blocks_per_seq,
             config.block_size,
             config.max_num_seqs,
             config.max_model_len,
