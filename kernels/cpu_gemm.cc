@@ -21,13 +21,13 @@ namespace {
 constexpr int kPanel = 16;
 constexpr int kVecs = kPanel / kLanes;  // vectors of a panel
 #ifdef __AVX512F__
-constexpr int kRows = 14, kPanels = 2;  // of a register tile: 28 sums of 32 registers
+constexpr int kRows = 9, kPanels = 3;  // of a register tile: 27 sums of 32 registers, nine rows for three vectors
 #else
 constexpr int kRows = 6, kPanels = 1;  // 12 of 16
 #endif
 constexpr int kColumns = kPanels * kPanel;
-constexpr int64_t kDepth = 1024;            // units of a block: its part of the panels stays in the L2 cache
-constexpr int64_t kTiles = 18;              // row tiles of a task
+constexpr int64_t kDepth = 768;              // units of a block: its part of the panels stays in the L2 cache
+constexpr int64_t kTiles = 16;               // row tiles of a task
 constexpr int64_t kInlineUnits = 16 * 1024;  // rows that are arranged faster than a thread is woken
 
 typedef uint32_t __attribute__((may_alias)) Unit;
@@ -60,65 +60,70 @@ struct Matrix {
   int64_t rows, inputs, depth, outputs, panels;
 };
 
-// sums[kNumRows, kColumns] (+)= x[depth, kNumRows] times kNumPanels panels of `stride` units each.
+// sums[kNumRows, kNumPanels * kPanel] (+)= x[depth, kNumRows] times kNumPanels panels of `stride` units each.
 template <class Kind, int kNumPanels, int kNumRows>
 void tile(const Unit* x, const Unit* w, int64_t depth, int64_t stride, bool first, float* sums) {
-  Vec sum[kNumRows][kNumPanels * kVecs];
+  constexpr int kWidth = kNumPanels * kVecs;
+  Vec sum[kNumRows][kWidth];
   for (int r = 0; r < kNumRows; ++r)
-    for (int v = 0; v < kNumPanels * kVecs; ++v) sum[r][v] = first ? Vec{} : load(sums + r * kColumns + v * kLanes);
+    for (int v = 0; v < kWidth; ++v) sum[r][v] = first ? Vec{} : load(sums + (r * kWidth + v) * kLanes);
   for (int64_t k = 0; k < depth; ++k) {
-    Bits weights[kNumPanels * kVecs];
-#pragma GCC unroll 4
-    for (int v = 0; v < kNumPanels * kVecs; ++v)
+    Bits weights[kWidth];
+#pragma GCC unroll 8
+    for (int v = 0; v < kWidth; ++v)
       weights[v] = *reinterpret_cast<const Bits*>(w + v / kVecs * stride + k * kPanel + v % kVecs * kLanes);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int r = 0; r < kNumRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kNumPanels * kVecs; ++v) sum[r][v] = Kind::add(sum[r][v], x[k * kNumRows + r], weights[v]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kWidth; ++v) sum[r][v] = Kind::add(sum[r][v], x[k * kNumRows + r], weights[v]);
     }
   }
   for (int r = 0; r < kNumRows; ++r)
-    for (int v = 0; v < kNumPanels * kVecs; ++v) store(sums + r * kColumns + v * kLanes, sum[r][v]);
+    for (int v = 0; v < kWidth; ++v) store(sums + (r * kWidth + v) * kLanes, sum[r][v]);
 }
 
-typedef void (*Tile)(const Unit*, const Unit*, int64_t, int64_t, bool, float*);
-
-template <class Kind, int kNumPanels, size_t... kLess>
-constexpr std::array<Tile, kRows> tiles_of(std::index_sequence<kLess...>) {
-  return {tile<Kind, kNumPanels, kLess + 1>...};
-}
-
-// Rows [count, inputs] as [depth, count] units; an odd input is followed by a zero.
-template <class Kind>
-void arrange(const typename Kind::Value* x, const Matrix& m, int64_t count, Unit* out) {
-  for (int64_t r = 0; r < count; ++r) {
-    const auto* row = x + r * m.inputs;
-    for (int64_t d = 0; d < m.depth; ++d) {
-      const int64_t width = std::min<int64_t>(Kind::kWidth, m.inputs - d * Kind::kWidth);
-      uint32_t unit = 0;
-      if (width == Kind::kWidth) {
-        std::memcpy(&unit, row + d * Kind::kWidth, sizeof unit);
-      } else {
-        std::memcpy(&unit, row + d * Kind::kWidth, width * sizeof *row);
-      }
-      out[d * count + r] = unit;
-    }
+// Rows [kNumRows, inputs] as [depth, kNumRows] units; an odd input is followed by a zero.
+template <class Kind, int kNumRows>
+void arrange(const typename Kind::Value* x, const Matrix& m, Unit* out) {
+  const int64_t whole = m.inputs / Kind::kWidth;
+  for (int64_t d = 0; d < whole; ++d) {
+#pragma GCC unroll 32
+    for (int r = 0; r < kNumRows; ++r)
+      std::memcpy(out + d * kNumRows + r, x + r * m.inputs + d * Kind::kWidth, sizeof *out);
+  }
+  for (int r = 0; whole < m.depth && r < kNumRows; ++r) {
+    out[whole * kNumRows + r] = 0;
+    std::memcpy(out + whole * kNumRows + r, x + r * m.inputs + whole * Kind::kWidth, sizeof *x);
   }
 }
+
+template <class Kind>
+struct Kernels {
+  typedef void (*Tile)(const Unit*, const Unit*, int64_t, int64_t, bool, float*);
+  typedef void (*Arrange)(const typename Kind::Value*, const Matrix&, Unit*);
+
+  // By the number of rows, less one.
+  std::array<Tile, kRows> wide, narrow;
+  std::array<Arrange, kRows> arrange;
+
+  template <size_t... kLess>
+  static constexpr Kernels of(std::index_sequence<kLess...>) {
+    return {{tile<Kind, kPanels, kLess + 1>...}, {tile<Kind, 1, kLess + 1>...}, {::arrange<Kind, kLess + 1>...}};
+  }
+};
 
 template <class Kind, typename Out>
 void multiply(ffi::ThreadPool& pool, const typename Kind::Value* x, const Unit* w, const Matrix& m, Out* y) {
-  static constexpr auto kWide = tiles_of<Kind, kPanels>(std::make_index_sequence<kRows>());
-  static constexpr auto kNarrow = tiles_of<Kind, 1>(std::make_index_sequence<kRows>());
+  static constexpr auto kKernels = Kernels<Kind>::of(std::make_index_sequence<kRows>());
   // Tiles of as equal heights as can be.
-  const int64_t num_tiles = (m.rows + kRows - 1) / kRows, height = (m.rows + num_tiles - 1) / num_tiles;
+  const int64_t num_tiles = (m.rows + kRows - 1) / kRows;
+  const auto begin_of = [&](int64_t i) { return i * m.rows / num_tiles; };
   static thread_local std::vector<uint32_t> scratch;
   scratch.resize(m.rows * m.depth);
   Unit* units = scratch.data();
   const auto arrange_tile = [&](int64_t i) {
-    const int64_t row = i * height;
-    if (row < m.rows)
-      arrange<Kind>(x + row * m.inputs, m, std::min(height, m.rows - row), units + row * m.depth);
+    const int64_t row = begin_of(i), count = begin_of(i + 1) - row;
+    kKernels.arrange[count - 1](x + row * m.inputs, m, units + row * m.depth);
   };
   if (m.rows * m.depth <= kInlineUnits) {
     for (int64_t i = 0; i < num_tiles; ++i) arrange_tile(i);
@@ -126,32 +131,31 @@ void multiply(ffi::ThreadPool& pool, const typename Kind::Value* x, const Unit* 
     parallel_for(pool, num_tiles, arrange_tile);
   }
 
-  const int64_t num_groups = (m.panels + kPanels - 1) / kPanels, chunk = kTiles * height;
-  const int64_t num_chunks = (m.rows + chunk - 1) / chunk;
+  const int64_t num_groups = (m.panels + kPanels - 1) / kPanels;
+  const int64_t num_chunks = (num_tiles + kTiles - 1) / kTiles;
+  const int64_t num_blocks = (m.depth + kDepth - 1) / kDepth;
   parallel_for(pool, num_groups * num_chunks, [&](int64_t task) {
-    const int64_t panel = task / num_chunks * kPanels, first_row = task % num_chunks * chunk;
-    const int64_t end_row = std::min(first_row + chunk, m.rows);
-    const auto& tiles = panel + kPanels <= m.panels ? kWide : kNarrow;
+    const int64_t chunk = task % num_chunks;
+    const int64_t first_tile = chunk * num_tiles / num_chunks, end_tile = (chunk + 1) * num_tiles / num_chunks;
+    const int64_t first_row = begin_of(first_tile), end_row = begin_of(end_tile);
+    const int64_t first_panel = task / num_chunks * kPanels;
+    const int64_t end_panel = std::min(first_panel + kPanels, m.panels);
+    const bool is_whole = end_panel - first_panel == kPanels;
+    const auto& tiles = is_whole ? kKernels.wide : kKernels.narrow;
+    const int64_t width = is_whole ? kPanels : 1;
     alignas(64) float sums[kTiles * kRows * kColumns];
-    for (int64_t k = 0; k < m.depth; k += kDepth) {
-      const int64_t depth = std::min(kDepth, m.depth - k);
-      for (int64_t row = first_row; row < end_row; row += height) {
-        const int64_t count = std::min(height, end_row - row);
-        tiles[count - 1](units + row * m.depth + k * count, w + (panel * m.depth + k) * kPanel, depth,
-                         m.depth * kPanel, k == 0, sums + (row - first_row) * kColumns);
-      }
-    }
-    const int64_t column = panel * kPanel, num_columns = std::min<int64_t>(kColumns, m.outputs - column);
-    for (int64_t row = first_row; row < end_row; ++row) {
-      const float* from = sums + (row - first_row) * kColumns;
-      Out* to = y + row * m.outputs + column;
-      for (int64_t c = 0; c < num_columns; c += kLanes) {
-        if (c + kLanes <= num_columns) {
-          store(to + c, load(from + c));
-        } else {
-          store_some(to + c, load(from + c), num_columns - c);
+    for (int64_t panel = first_panel; panel < end_panel; panel += width) {
+      for (int64_t block = 0; block < num_blocks; ++block) {
+        const int64_t k = block * m.depth / num_blocks, depth = (block + 1) * m.depth / num_blocks - k;
+        for (int64_t i = first_tile; i < end_tile; ++i) {
+          const int64_t row = begin_of(i), count = begin_of(i + 1) - row;
+          tiles[count - 1](units + row * m.depth + k * count, w + (panel * m.depth + k) * kPanel, depth,
+                           m.depth * kPanel, k == 0, sums + (row - first_row) * width * kPanel);
         }
       }
+      const int64_t column = panel * kPanel, num_columns = std::min(width * kPanel, m.outputs - column);
+      for (int64_t row = first_row; row < end_row; ++row)
+        convert(y + row * m.outputs + column, sums + (row - first_row) * width * kPanel, num_columns);
     }
   });
 }
@@ -161,11 +165,15 @@ template <class Kind>
 void pack(ffi::ThreadPool& pool, const typename Kind::Value* w, const Matrix& m, Unit* panels) {
   parallel_for(pool, m.panels, [&](int64_t panel) {
     const int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, m.outputs - first);
-    std::vector<uint32_t> units(count * m.depth);
     Unit* out = panels + first * m.depth;
-    arrange<Kind>(w + first * m.inputs, m, count, units.data());
-    for (int64_t d = 0; d < m.depth; ++d)
-      for (int64_t i = 0; i < kPanel; ++i) out[d * kPanel + i] = i < count ? units[d * count + i] : 0;
+    for (int64_t i = 0; i < kPanel; ++i) {
+      const auto* row = w + (first + i) * m.inputs;
+      for (int64_t d = 0; d < m.depth; ++d) {
+        const int64_t width = std::min<int64_t>(Kind::kWidth, m.inputs - d * Kind::kWidth);
+        out[d * kPanel + i] = 0;
+        if (i < count) std::memcpy(out + d * kPanel + i, row + d * Kind::kWidth, width * sizeof *row);
+      }
+    }
   });
 }
 

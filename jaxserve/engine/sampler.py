@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxserve.request import MAX_LOGPROBS
 
 NEVER = -jnp.inf
+ARGMAX_BLOCK = 128
 
 
 class SamplingInputs(NamedTuple):
@@ -44,7 +45,7 @@ class TokenLogprobs[Array](NamedTuple):
 
 def sample(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
     """``float32[S, vocab]`` -> ``int32[S]``."""
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = _argmax(logits)
     random = inputs.temperature > 0
     # The branch is skipped at run time when every row is greedy.
     drawn = jax.lax.cond(jnp.any(random), lambda: _draw(logits, inputs), lambda: greedy)
@@ -74,7 +75,19 @@ def _draw(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
     )
     # Gumbel-max: the argmax of perturbed logits is a draw from their softmax.
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
-    return jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
+    return _argmax(scaled + noise)
+
+
+def _argmax(x: jax.Array) -> jax.Array:
+    """``float32[S, vocab]`` -> ``int32[S]``, the first of equals.
+
+    First the block, by its largest entry, then the entry: XLA's argmax on CPUs is a scalar loop, a maximum is not.
+    """
+    rows, vocab = x.shape
+    blocks = jnp.pad(x, ((0, 0), (0, -vocab % ARGMAX_BLOCK)), constant_values=NEVER).reshape(rows, -1, ARGMAX_BLOCK)
+    block = jnp.argmax(blocks.max(axis=-1), axis=-1)
+    entries = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return (block * ARGMAX_BLOCK + jnp.argmax(entries, axis=-1)).astype(jnp.int32)
 
 
 def _keep_top(x: jax.Array, weights: jax.Array, goal: jax.Array) -> jax.Array:
