@@ -29,6 +29,7 @@ constexpr int kLanes = 8;  // wider vectors than the processor's would spill
 #endif
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t)), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t)), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(2), may_alias));
 
 // The upper half of a float32.
@@ -64,6 +65,18 @@ inline void store_some(T* p, Vec v, int64_t count) {
   T lanes[kLanes];
   store(lanes, v);
   std::memcpy(p, lanes, count * sizeof(T));
+}
+
+// exp(x) for x <= 0, to 2 units in the last place (the polynomial is that of Cephes' expf); never less than exp(-87).
+inline Vec exp_of_negative(Vec x) {
+  x = x < -87.0f ? splat(-87.0f) : x;
+  const Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);  // towards zero, so to the nearest
+  const Vec whole = __builtin_convertvector(n, Vec);
+  const Vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;  // the logarithm of 2 in two parts
+  Vec p = splat(1.9875691500e-4f);
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = p * r + c;
+  return (Vec)((Ints)(p * r * r + r + 1.0f) + (n << 23));
 }
 
 // out[i] = x[i], converted.

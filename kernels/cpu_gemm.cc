@@ -5,6 +5,10 @@
 // a panel, so one loop serves both.
 //
 // Every sum runs over K in one order, whatever the number of rows: a row's result does not depend on its batch-mates.
+//
+// Only the rows that are asked for are computed: y[i] = x[rows[i]] @ w^T where rows[i] >= 0. Shapes are fixed, batches are
+// not, and on a CPU every row costs. Of gated weights a panel holds 8 gates and the 8 values that go through them, and
+// activation(gate) * value is what comes out.
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -57,8 +61,15 @@ struct Pairs {
 };
 
 struct Matrix {
-  int64_t rows, inputs, depth, outputs, panels;
+  int64_t inputs, depth, outputs, panels;
 };
+
+// A row of y and the row of x that it is made of.
+struct Row {
+  int32_t to, from;
+};
+
+enum class Gate { kNone, kSilu, kGeluTanh };
 
 // sums[kNumRows, kNumPanels * kPanel] (+)= x[depth, kNumRows] times kNumPanels panels of `stride` units each.
 template <class Kind, int kNumPanels, int kNumRows>
@@ -84,23 +95,45 @@ void tile(const Unit* x, const Unit* w, int64_t depth, int64_t stride, bool firs
 
 // Rows [kNumRows, inputs] as [depth, kNumRows] units; an odd input is followed by a zero.
 template <class Kind, int kNumRows>
-void arrange(const typename Kind::Value* x, const Matrix& m, Unit* out) {
+void arrange(const typename Kind::Value* x, const Row* rows, const Matrix& m, Unit* out) {
+  const typename Kind::Value* from[kNumRows];
+  for (int r = 0; r < kNumRows; ++r) from[r] = x + rows[r].from * m.inputs;
   const int64_t whole = m.inputs / Kind::kWidth;
   for (int64_t d = 0; d < whole; ++d) {
-#pragma GCC unroll 32
-    for (int r = 0; r < kNumRows; ++r)
-      std::memcpy(out + d * kNumRows + r, x + r * m.inputs + d * Kind::kWidth, sizeof *out);
+#pragma GCC unroll 16
+    for (int r = 0; r < kNumRows; ++r) std::memcpy(out + d * kNumRows + r, from[r] + d * Kind::kWidth, sizeof *out);
   }
   for (int r = 0; whole < m.depth && r < kNumRows; ++r) {
     out[whole * kNumRows + r] = 0;
-    std::memcpy(out + whole * kNumRows + r, x + r * m.inputs + whole * Kind::kWidth, sizeof *x);
+    std::memcpy(out + whole * kNumRows + r, from[r] + whole * Kind::kWidth, sizeof *x);
+  }
+}
+
+// out[c] = activation(gate) * value, of `count` outputs. Both activations are gate * sigmoid(z): z is the gate itself for
+// SiLU, and 2 sqrt(2 / pi) (gate + 0.044715 gate^3) for GELU with tanh, as tanh(z / 2) = 2 sigmoid(z) - 1.
+template <typename Out>
+void gated(const float* sums, int64_t count, Gate gate, Out* out) {
+  constexpr int kHalf = kPanel / 2;
+  float gates[kLanes], values[kLanes];
+  for (int64_t begin = 0; begin < count; begin += kLanes) {
+    for (int i = 0; i < kLanes; i += kHalf) {
+      const float* half = sums + (begin + i) * 2;
+      if (begin + i >= count) half = sums;  // of a panel that is not there
+      std::memcpy(gates + i, half, kHalf * sizeof(float));
+      std::memcpy(values + i, half + kHalf, kHalf * sizeof(float));
+    }
+    const Vec g = load(gates);
+    const Vec z = gate == Gate::kSilu ? g : 1.59576912f * (g + 0.044715f * g * g * g);
+    const Vec e = exp_of_negative(z < 0 ? z : -z);
+    const Vec sigmoid = (z < 0 ? e : splat(1.0f)) / (1.0f + e);
+    store_some(out + begin, g * sigmoid * load(values), std::min<int64_t>(kLanes, count - begin));
   }
 }
 
 template <class Kind>
 struct Kernels {
   typedef void (*Tile)(const Unit*, const Unit*, int64_t, int64_t, bool, float*);
-  typedef void (*Arrange)(const typename Kind::Value*, const Matrix&, Unit*);
+  typedef void (*Arrange)(const typename Kind::Value*, const Row*, const Matrix&, Unit*);
 
   // By the number of rows, less one.
   std::array<Tile, kRows> wide, narrow;
@@ -113,19 +146,20 @@ struct Kernels {
 };
 
 template <class Kind, typename Out>
-void multiply(ffi::ThreadPool& pool, const typename Kind::Value* x, const Unit* w, const Matrix& m, Out* y) {
+void multiply(ffi::ThreadPool& pool, const typename Kind::Value* x, const Unit* w, const std::vector<Row>& rows,
+              const Matrix& m, Gate gate, Out* y) {
   static constexpr auto kKernels = Kernels<Kind>::of(std::make_index_sequence<kRows>());
   // Tiles of as equal heights as can be.
-  const int64_t num_tiles = (m.rows + kRows - 1) / kRows;
-  const auto begin_of = [&](int64_t i) { return i * m.rows / num_tiles; };
+  const int64_t num_rows = rows.size(), num_tiles = (num_rows + kRows - 1) / kRows;
+  const auto begin_of = [&](int64_t i) { return i * num_rows / num_tiles; };
   static thread_local std::vector<uint32_t> scratch;
-  scratch.resize(m.rows * m.depth);
+  scratch.resize(num_rows * m.depth);
   Unit* units = scratch.data();
   const auto arrange_tile = [&](int64_t i) {
     const int64_t row = begin_of(i), count = begin_of(i + 1) - row;
-    kKernels.arrange[count - 1](x + row * m.inputs, m, units + row * m.depth);
+    kKernels.arrange[count - 1](x, rows.data() + row, m, units + row * m.depth);
   };
-  if (m.rows * m.depth <= kInlineUnits) {
+  if (num_rows * m.depth <= kInlineUnits) {
     for (int64_t i = 0; i < num_tiles; ++i) arrange_tile(i);
   } else {
     parallel_for(pool, num_tiles, arrange_tile);
@@ -153,9 +187,17 @@ void multiply(ffi::ThreadPool& pool, const typename Kind::Value* x, const Unit* 
                            m.depth * kPanel, k == 0, sums + (row - first_row) * width * kPanel);
         }
       }
-      const int64_t column = panel * kPanel, num_columns = std::min(width * kPanel, m.outputs - column);
-      for (int64_t row = first_row; row < end_row; ++row)
-        convert(y + row * m.outputs + column, sums + (row - first_row) * width * kPanel, num_columns);
+      const int64_t panel_outputs = gate == Gate::kNone ? kPanel : kPanel / 2, column = panel * panel_outputs;
+      const int64_t num_columns = std::min(width * panel_outputs, m.outputs - column);
+      for (int64_t row = first_row; row < end_row; ++row) {
+        const float* from = sums + (row - first_row) * width * kPanel;
+        Out* to = y + rows[row].to * m.outputs + column;
+        if (gate == Gate::kNone) {
+          convert(to, from, num_columns);
+        } else {
+          gated(from, num_columns, gate, to);
+        }
+      }
     }
   });
 }
@@ -187,35 +229,43 @@ void prefer_large_pages(void* begin, size_t num_bytes) {
 #endif
 }
 
-Matrix matrix_of(int64_t rows, int64_t inputs, int64_t outputs, int width) {
-  return {rows, inputs, (inputs + width - 1) / width, outputs, (outputs + kPanel - 1) / kPanel};
+template <class Kind>
+Matrix matrix_of(int64_t inputs, int64_t outputs, int64_t panels) {
+  return {inputs, (inputs + Kind::kWidth - 1) / Kind::kWidth, outputs, panels};
 }
 
 ffi::Error Pack(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> panels) {
-  const int64_t outputs = w.dimensions()[0], inputs = w.dimensions()[1];
-  auto* out = static_cast<Unit*>(panels->untyped_data());
-  prefer_large_pages(out, panels->size_bytes());
-  if (w.element_type() == ffi::F32) {
-    pack<Float32>(pool, static_cast<const float*>(w.untyped_data()), matrix_of(0, inputs, outputs, 1), out);
-  } else {
-    pack<Pairs>(pool, static_cast<const BFloat16*>(w.untyped_data()), matrix_of(0, inputs, outputs, 2), out);
-  }
+  prefer_large_pages(panels->untyped_data(), panels->size_bytes());
+  const auto run = [&](auto kind) {
+    using Kind = decltype(kind);
+    const Matrix m = matrix_of<Kind>(w.dimensions()[1], w.dimensions()[0], panels->dimensions()[0]);
+    pack<Kind>(pool, static_cast<const typename Kind::Value*>(w.untyped_data()), m,
+               static_cast<Unit*>(panels->untyped_data()));
+  };
+  w.element_type() == ffi::F32 ? run(Float32{}) : run(Pairs{});
   return ffi::Error::Success();
 }
 
-ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer panels, ffi::Result<ffi::AnyBuffer> y) {
-  const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1], outputs = y->dimensions()[1];
-  const auto* w = static_cast<const Unit*>(panels.untyped_data());
-  if (rows == 0) return ffi::Error::Success();
+ffi::Error Multiply(ffi::ThreadPool pool, int64_t gate, ffi::AnyBuffer x, ffi::AnyBuffer panels,
+                    ffi::Buffer<ffi::S32> rows, ffi::Result<ffi::AnyBuffer> y) {
+  static thread_local std::vector<Row> wanted;
+  wanted.clear();
+  for (int32_t i = 0; i < rows.element_count(); ++i)
+    if (rows.typed_data()[i] >= 0) wanted.push_back({i, rows.typed_data()[i]});
+  if (wanted.empty()) return ffi::Error::Success();
+  const auto run = [&](auto kind, auto out) {
+    using Kind = decltype(kind);
+    const Matrix m = matrix_of<Kind>(x.dimensions()[1], y->dimensions()[1], panels.dimensions()[0]);
+    multiply<Kind>(pool, static_cast<const typename Kind::Value*>(x.untyped_data()),
+                   static_cast<const Unit*>(panels.untyped_data()), wanted, m, static_cast<Gate>(gate),
+                   static_cast<decltype(out)*>(y->untyped_data()));
+  };
   if (x.element_type() == ffi::F32) {
-    multiply<Float32>(pool, static_cast<const float*>(x.untyped_data()), w, matrix_of(rows, inputs, outputs, 1),
-                      static_cast<float*>(y->untyped_data()));
+    run(Float32{}, float{});
   } else if (y->element_type() == ffi::F32) {
-    multiply<Pairs>(pool, static_cast<const BFloat16*>(x.untyped_data()), w, matrix_of(rows, inputs, outputs, 2),
-                    static_cast<float*>(y->untyped_data()));
+    run(Pairs{}, float{});
   } else {
-    multiply<Pairs>(pool, static_cast<const BFloat16*>(x.untyped_data()), w, matrix_of(rows, inputs, outputs, 2),
-                    static_cast<BFloat16*>(y->untyped_data()));
+    run(Pairs{}, BFloat16{});
   }
   return ffi::Error::Success();
 }
@@ -231,6 +281,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_pack, Pack,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_multiply, Multiply,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()   // x
-                                  .Arg<ffi::AnyBuffer>()   // panels
-                                  .Ret<ffi::AnyBuffer>());  // y
+                                  .Attr<int64_t>("gate")
+                                  .Arg<ffi::AnyBuffer>()          // x
+                                  .Arg<ffi::AnyBuffer>()          // panels
+                                  .Arg<ffi::Buffer<ffi::S32>>()   // rows
+                                  .Ret<ffi::AnyBuffer>());         // y

@@ -88,10 +88,10 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         return x if self.positions is None else x + self.positions[...][positions]
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """``[R, hidden]`` -> ``float32[R, vocab]``."""
+    def logits(self, hidden: jax.Array, rows: jax.Array | None = None) -> jax.Array:
+        """``[T, hidden]`` -> ``float32[T, vocab]``, or of the ``rows`` ``int32[R]`` only, as linear takes them."""
         head = self.embedding if self.lm_head is None else self.lm_head
-        logits = linear(hidden, head, out_dtype=jnp.dtype("float32"))
+        logits = linear(hidden, head, jnp.dtype("float32"), rows)
         cap = self.config.logits_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jaxserve.kernels.attention import AttentionInputs, KVCache, Rotation, paged_attention, rotate_and_write
-from jaxserve.kernels.cpu_gemm import PackedMatrix
+from jaxserve.kernels.cpu_gemm import GATES, PackedMatrix
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.weights import Part, Weight, unchanged, whole
 
@@ -26,19 +27,33 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def parameter(shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs, **metadata: int) -> nnx.Param:
+def parameter(shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs, **metadata: Any) -> nnx.Param:
     """A normally distributed parameter whose dimensions carry logical axis names (sharding/rules.py maps them)."""
     values = jax.random.normal(rngs.params(), shape, dtype) * 0.02
     return nnx.Param(values, axes=axes, **metadata)
 
 
-def matrix(shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs, num_outputs: int = 1) -> nnx.Param:
-    """A parameter for ``linear``: its first ``num_outputs`` dimensions are outputs, the others inputs."""
-    return parameter(shape, axes, dtype, rngs, num_outputs=num_outputs)
+def matrix(
+    shape: tuple[int, ...],
+    axes: Axes,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+    num_outputs: int = 1,
+    gate: str | None = None,
+) -> nnx.Param:
+    """A parameter for ``linear``: its first ``num_outputs`` dimensions are outputs, the others inputs.
+
+    gate: of a matrix of two halves, one of cpu_gemm.GATES: native kernels multiply by both and join the results.
+    """
+    return parameter(shape, axes, dtype, rngs, num_outputs=num_outputs, gate=gate)
 
 
-def linear(x: jax.Array, weight: nnx.Param, out_dtype: jnp.dtype | None = None) -> jax.Array:
+def linear(
+    x: jax.Array, weight: nnx.Param, out_dtype: jnp.dtype | None = None, rows: jax.Array | None = None
+) -> jax.Array:
     """``[T, in]`` by a ``matrix`` -> ``[T, out]``, in the operands' type or ``out_dtype``.
+
+    rows: ``int32[R]``, of x those to multiply, -> ``[R, out]``; for a negative number the result is anything.
 
     Weights stay as Hugging Face stores them, outputs first: nothing is transposed at load, XLA's CPU products of few
     rows are up to 1.4 times faster than with ``[in, out]``, and GPU libraries take either. Where native kernels
@@ -46,8 +61,9 @@ def linear(x: jax.Array, weight: nnx.Param, out_dtype: jnp.dtype | None = None) 
     """
     value = weight.get_value()
     if isinstance(value, PackedMatrix):
-        return value.multiply(x, out_dtype)
+        return value.multiply(x, out_dtype, rows)
     value = value.reshape(math.prod(value.shape[: weight.get_metadata("num_outputs")]), -1)
+    x = x if rows is None else x[rows]
     return jax.lax.dot_general(x, value, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype)
 
 
@@ -153,24 +169,31 @@ class GatedMLP(nnx.Module):
         self.is_divided = config.tensor_parallel > 1
         self.activation = config.activation
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_up = matrix((2, inner, hidden), (None, "mlp", "embed"), dtype, rngs, num_outputs=2)
-        self.down = matrix((hidden, inner), ("embed", "mlp"), dtype, rngs)
         bias = config.mlp_bias
+        gate = config.activation if config.activation in GATES and not bias else None
+        self.gate_up = matrix((2, inner, hidden), (None, "mlp", "embed"), dtype, rngs, num_outputs=2, gate=gate)
+        self.down = matrix((hidden, inner), ("embed", "mlp"), dtype, rngs)
         self.gate_up_bias = parameter((2, inner), (None, "mlp"), dtype, rngs) if bias else None
         self.down_bias = parameter((hidden,), ("embed",), dtype, rngs) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        y = linear(self._gated(x), self.down)
+        return y if self.down_bias is None else y + self.down_bias[...]
+
+    def _gated(self, x: jax.Array) -> jax.Array:
+        """``act(gate(x)) * up(x)``, ``[T, inner]``."""
+        value = self.gate_up.get_value()
+        if isinstance(value, PackedMatrix) and value.gate is not None:
+            return value.multiply(x)
         if self.is_divided:
             # Not as one matrix: each device holds a share of both halves.
-            gate_up = jnp.einsum("th,gih->tgi", x, self.gate_up[...])
+            gate_up = jnp.einsum("th,gih->tgi", x, value)
         else:
             # As one matrix: of three dimensions, XLA on CPUs transposes the weights in every step.
-            gate_up = linear(x, self.gate_up)
-            gate_up = gate_up.reshape(len(x), 2, -1)
+            gate_up = linear(x, self.gate_up).reshape(len(x), 2, -1)
         if self.gate_up_bias is not None:
             gate_up = gate_up + self.gate_up_bias[...]
-        y = linear(ACTIVATIONS[self.activation](gate_up[:, 0]) * gate_up[:, 1], self.down)
-        return y if self.down_bias is None else y + self.down_bias[...]
+        return ACTIVATIONS[self.activation](gate_up[:, 0]) * gate_up[:, 1]
 
 
 class MLP(nnx.Module):

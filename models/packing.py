@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import NamedTuple
 
 import jax
 from flax import nnx
@@ -13,35 +14,51 @@ from jaxserve.kernels.cpu_gemm import PackedMatrix
 Parameter = jax.Array | PackedMatrix
 
 
-def matrices(state: nnx.State) -> dict[str, int]:
-    """Paths of the parameters made by layers.matrix, and how many of their dimensions are outputs."""
+class Layout(NamedTuple):
+    """What PackedMatrix.of takes besides the weight."""
+
+    num_output_axes: int
+    gate: str | None
+
+
+def matrices(state: nnx.State) -> dict[str, Layout]:
+    """By path, the parameters made by layers.matrix."""
     found = ((path, variable.get_metadata()) for path, variable in nnx.to_flat_state(state))
-    return {".".join(map(str, path)): metadata["num_outputs"] for path, metadata in found if "num_outputs" in metadata}
+    return {
+        ".".join(map(str, path)): Layout(metadata["num_outputs"], metadata["gate"])
+        for path, metadata in found
+        if "num_outputs" in metadata
+    }
 
 
-def packed(parameters: Mapping[str, jax.Array], num_outputs: Mapping[str, int]) -> list[Parameter]:
-    """``parameters`` in their order, those in ``num_outputs`` packed and deleted, one after the other."""
-    return [_replaced(value, num_outputs[name]) if name in num_outputs else value for name, value in parameters.items()]
+def packed(parameters: Mapping[str, jax.Array], layouts: Mapping[str, Layout]) -> list[Parameter]:
+    """``parameters`` in their order, those in ``layouts`` packed and deleted, one after the other."""
+    return [_replaced(value, layouts[name]) if name in layouts else value for name, value in parameters.items()]
 
 
 def abstract_packed(
-    parameters: Mapping[str, jax.ShapeDtypeStruct], num_outputs: Mapping[str, int]
+    parameters: Mapping[str, jax.ShapeDtypeStruct], layouts: Mapping[str, Layout]
 ) -> list[jax.ShapeDtypeStruct | PackedMatrix]:
     """What ``packed`` gives, without values."""
     return [
-        jax.eval_shape(partial(PackedMatrix.of, num_output_axes=num_outputs[name]), value)
-        if name in num_outputs
+        jax.eval_shape(lambda weight, layout=layouts[name]: PackedMatrix.of(weight, *layout), value)
+        if name in layouts
         else value
         for name, value in parameters.items()
     ]
 
 
-def _replaced(weight: jax.Array, num_outputs: int) -> PackedMatrix:
-    matrix = jax.block_until_ready(_pack(weight, num_outputs))
+def limited(parameters: list[Parameter], wanted: jax.Array) -> list[Parameter]:
+    """``parameters`` whose packed matrices multiply the rows ``wanted`` only, see PackedMatrix.multiply."""
+    return [value.limited_to(wanted) if isinstance(value, PackedMatrix) else value for value in parameters]
+
+
+def _replaced(weight: jax.Array, layout: Layout) -> PackedMatrix:
+    matrix = jax.block_until_ready(_pack(weight, layout))
     weight.delete()
     return matrix
 
 
 @partial(jax.jit, static_argnums=1)
-def _pack(weight: jax.Array, num_outputs: int) -> PackedMatrix:
-    return PackedMatrix.of(weight, num_outputs)
+def _pack(weight: jax.Array, layout: Layout) -> PackedMatrix:
+    return PackedMatrix.of(weight, *layout)

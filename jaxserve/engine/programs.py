@@ -19,7 +19,7 @@ from jaxserve.kernels.attention import CACHE, AttentionInputs, KVCache
 from jaxserve.kernels.backend import AttentionShape, Target, choose_backend, has_native_kernels
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder
-from jaxserve.models.packing import Parameter, abstract_packed, matrices, packed
+from jaxserve.models.packing import Parameter, abstract_packed, limited, matrices, packed
 from jaxserve.models.registry import family_of
 from jaxserve.models.weights import Weight
 from jaxserve.sharding.rows import over_rows
@@ -197,14 +197,22 @@ class StepPrograms:
         floats: jax.Array,
     ) -> tuple[DeviceState[jax.Array], StepOutputs]:
         """The program of one step; see StepLayout for the fields."""
-        model = self._model(parameters)
         fields = layout.split(ints[0])
+        model = self._model(self._limited(parameters, fields))
         token_ids = fed_back(fields, state.last_tokens)
         inputs = self._attention_inputs(fields, self.mesh)
         hidden, cache = model(token_ids, fields["positions"], state.cache, inputs)
-        logits = model.logits(hidden[fields["sample_rows"]])
+        logits = model.logits(hidden, fields["sample_rows"])
         tokens, logprobs, last_tokens = sample_step(logits, fields, floats, state.last_tokens, self.mesh)
         return DeviceState(cache, last_tokens, None), StepOutputs(tokens, logprobs, hidden)
+
+    def _limited(self, parameters: list[Parameter], fields: dict[str, jax.Array]) -> list[Parameter]:
+        """Where native kernels do all work on padding rows, they leave it: nothing that counts reads those rows."""
+        if self.backend.name != "native":
+            return parameters
+        slots = fields["kv_slots"]
+        is_token = slots >= self.config.block_size  # others write to the dummy page
+        return limited(parameters, jnp.where(is_token, jnp.arange(len(slots), dtype=jnp.int32), -1))
 
     def _attention_inputs(self, fields: dict[str, jax.Array], mesh: Mesh | AbstractMesh) -> AttentionInputs:
         return AttentionInputs(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.kernels import native
-from jaxserve.kernels.cpu_gemm import PackedMatrix
+from jaxserve.kernels.cpu_gemm import GATES, PackedMatrix
 from jaxserve.models import packing
 from tests.models.golden import Golden
 
@@ -33,15 +33,18 @@ def operands(rows: int, inputs: int, outputs: int, dtype: str, seed: int) -> tup
     return jnp.asarray(x, dtype), jnp.asarray(w, dtype)
 
 
+def sum_errors(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """At most, of sums of K products in float32 (Higham, Accuracy and Stability, 3.1)."""
+    return (x.shape[1] + 1) * 2.0**-24 * (np.abs(x) @ np.abs(w).mT) + x.shape[1] * FLUSHED
+
+
 def assert_within_bounds(y: jax.Array, x: jax.Array, w: jax.Array) -> None:
-    """Of a sum of K products in float32 (Higham, Accuracy and Stability, 3.1), and of its rounding to bfloat16."""
+    """Of ``sum_errors``, and of the rounding to bfloat16."""
     x64, w64 = np.asarray(x, np.float64), np.asarray(w, np.float64)
-    inputs = x.shape[1]
-    bound = (inputs + 1) * 2.0**-24 * (np.abs(x64) @ np.abs(w64).T)
-    expected = x64 @ w64.T
+    bound, expected = sum_errors(x64, w64), x64 @ w64.mT
     if y.dtype == jnp.bfloat16:
         bound += 2.0**-8 * (np.abs(expected) + bound)
-    assert (np.abs(np.asarray(y, np.float64) - expected) <= bound + inputs * FLUSHED).all()
+    assert (np.abs(np.asarray(y, np.float64) - expected) <= bound).all()
 
 
 @needs_compiler
@@ -74,6 +77,43 @@ def test_a_row_does_not_depend_on_its_batch_mates(inputs: int, dtype: str) -> No
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_only_rows_that_are_wanted(dtype: str) -> None:
+    x, w = operands(300, 70, 40, dtype, seed=4)
+    matrix = PackedMatrix.of(w)
+    every = np.asarray(multiply(matrix, x))
+    wanted = np.random.default_rng(5).permutation(np.r_[np.arange(0, 300, 2), np.full(90, -1)])
+    for limited in (
+        multiply(matrix.limited_to(jnp.asarray(wanted)), x),
+        multiply(matrix.limited_to(jnp.arange(300)), x, wanted=jnp.asarray(wanted)),
+    ):
+        assert limited.shape == (240, 40)
+        np.testing.assert_array_equal(np.asarray(limited)[wanted >= 0], every[wanted[wanted >= 0]])
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 40), st.integers(1, 100), st.integers(1, 100), st.sampled_from(DTYPES), st.sampled_from(GATES),
+    st.integers(0, 999),
+)  # fmt: skip
+def test_gates(rows: int, inputs: int, outputs: int, dtype: str, gate: str, seed: int) -> None:
+    """Against float64, for gates far from zero and near it."""
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.normal(size=(rows, inputs)) * rng.choice([0.01, 1, 30], (rows, 1)), dtype)
+    w = jnp.asarray(rng.normal(size=(2, outputs, inputs)), dtype)
+    y = multiply(PackedMatrix.of(w, 2, gate), x, out_dtype=jnp.dtype("float32"))
+    x64, w64 = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    (g, value), (g_error, value_error) = (x64 @ w64.mT, sum_errors(x64, w64))
+    z = g if gate == "silu" else 2 * np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)
+    activated = g / (1 + np.exp(-np.maximum(z, -700)))
+    # Neither activation is steeper than 1.2.
+    bound = 1.2 * g_error * (np.abs(value) + value_error) + np.abs(activated) * value_error
+    bound += 1e-6 * np.abs(activated * value) + 1e-34
+    np.testing.assert_array_less(np.abs(np.asarray(y) - activated * value), bound)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_values_that_are_no_numbers_stay_in_their_row(dtype: str) -> None:
     x, w = operands(20, 33, 20, dtype, seed=2)
     x = x.at[3, 5].set(jnp.nan).at[4, 32].set(jnp.inf)
@@ -95,9 +135,9 @@ def test_rows_are_those_of_the_matrix(dtype: str) -> None:
 def test_packing_replaces_the_matrices_and_keeps_the_order() -> None:
     weights = {"a": jnp.ones((2, 3, 8)), "b": jnp.ones(5), "c": jnp.ones((7, 2, 4))}
     kept = weights["b"]
-    num_outputs = {"a": 2, "c": 1}
-    expected = packing.abstract_packed(jax.eval_shape(lambda: weights), num_outputs)
-    a, b, c = made = packing.packed(weights, num_outputs)
+    layouts = {"a": packing.Layout(2, None), "c": packing.Layout(1, None)}
+    expected = packing.abstract_packed(jax.eval_shape(lambda: weights), layouts)
+    a, b, c = made = packing.packed(weights, layouts)
     assert b is kept
     assert [name for name, weight in weights.items() if weight.is_deleted()] == ["a", "c"]
     assert (a.num_outputs, a.num_inputs, c.num_outputs, c.num_inputs) == (6, 8, 7, 8)
