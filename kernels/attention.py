@@ -89,6 +89,10 @@ def _rotate_and_write(
         from jaxserve.kernels import triton_attention  # it needs packages that only GPUs do
 
         return triton_attention.rotate_and_write(qkv, rotation, cache, inputs, layer)
+    if inputs.backend.name == "native":
+        layer_page = layer * inputs.num_pages
+        q, k, v = cpu_attention.rotate_and_write(qkv, rotation, cache.k, cache.v, inputs.slots, layer_page)
+        return q, cache._replace(k=k, v=v)
     slots = inputs.slots + layer * inputs.num_pages * cache.k.shape[1]
     q, k, v = xla.rotate_and_write(qkv, rotation, cache.k, cache.v, slots, cache.scales[layer])
     return q, cache._replace(k=k, v=v)
@@ -122,9 +126,12 @@ def _paged_attention(
         from jaxserve.kernels import triton_attention
 
         return triton_attention.paged_attention(q, cache, inputs, layer, **masking)
-    tables = inputs.block_tables + layer * inputs.num_pages
+    layer_page = layer * inputs.num_pages
     if inputs.backend.name == "native":
-        return cpu_attention.paged_attention(q, cache.k, cache.v, tables, inputs.plan, **masking)
+        return cpu_attention.paged_attention(
+            q, cache.k, cache.v, inputs.block_tables, layer_page, inputs.plan, **masking
+        )
+    tables = inputs.block_tables + layer_page
     return xla.paged_attention(
         q, cache.k, cache.v, tables, cache.scales[layer], inputs.plan, tiling=inputs.backend.tiling, **masking
     )

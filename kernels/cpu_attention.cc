@@ -15,11 +15,15 @@ namespace {
 // Columns of a work item.
 enum { kSequence, kRow, kNumRows, kPosition, kFirstPage, kEndPage, kKvLength, kPartial, kItemFields };
 
-// The greatest score of a row that has seen no key yet. Finite, so that the compiler may assume finite numbers: that is
-// what lets it vectorise std::exp.
-constexpr float kUnseen = -1e30f;
-constexpr int kBlock = 64;  // keys that a prefill task scores together
-constexpr int kRows = 4;    // query rows of a register tile
+constexpr float kUnseen = -1e30f;  // the greatest score of a row that has seen no key yet
+constexpr int kVecs = 4;           // of a register tile's columns
+constexpr int kBlock = kVecs * kLanes;  // keys that a prefill task scores together
+#ifdef __AVX512F__
+constexpr int kRows = 6;  // query rows of a register tile: 24 sums of 32 registers
+#else
+constexpr int kRows = 3;  // 12 of 16
+#endif
+constexpr int kHeads = 4;       // query heads that a decode task handles together
 constexpr int64_t kAhead = 16;  // keys that a decode task has under way from memory
 
 struct Shape {
@@ -31,65 +35,124 @@ struct Inputs {
   Shape shape;
   const T *q, *k_pages, *v_pages;  // [T, heads, dim], [pages, page_size, kv_heads, dim]
   const int32_t* tables;               // [sequences, pages]
+  int64_t layer_page;                  // the layer's first
   float scale;
   int64_t window;  // a query at position i sees the keys i - window < j <= i
   float softcap;   // 0: none
 
-  int64_t token_offset(int32_t sequence, int64_t token, int64_t kv_head) const {
-    const int64_t page = tables[sequence * shape.table_stride + token / shape.page_size];
-    return ((page * shape.page_size + token % shape.page_size) * shape.kv_heads + kv_head) * shape.dim;
+  // Where the keys and values of tokens begin ... end - 1 begin.
+  void find_tokens(int32_t sequence, int64_t begin, int64_t end, int64_t kv_head, std::vector<int64_t>& offsets) const {
+    offsets.clear();
+    for (int64_t page = begin / shape.page_size; page * shape.page_size < end; ++page) {
+      const int64_t first = page * shape.page_size;
+      const int64_t place = (layer_page + tables[sequence * shape.table_stride + page]) * shape.page_size - first;
+      for (int64_t t = std::max(begin, first); t < std::min(end, first + shape.page_size); ++t)
+        offsets.push_back(((place + t) * shape.kv_heads + kv_head) * shape.dim);
+    }
   }
 };
-
-template <typename T>
-float dot(const float* a, const T* b, int64_t dim) {
-  Vec sum = {};
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) sum += load(a + d) * load(b + d);
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += sum[i];
-  for (; d < dim; ++d) total += a[d] * to_float(b[d]);
-  return total;
-}
 
 void add_scaled(float* out, const float* x, float factor, int64_t dim) {
   for (int64_t d = 0; d < dim; ++d) out[d] += factor * x[d];
 }
 
-// sum[d] = the weighted sum of values[offset + d] over the offsets; returns up to which d, from d on.
-template <int kVecs, typename T>
-int64_t sum_columns(const float* weights, const T* values, const std::vector<int64_t>& offsets, int64_t d, int64_t dim,
-                    float* sum) {
-  for (; d + kVecs * kLanes <= dim; d += kVecs * kLanes) {
-    Vec sums[kVecs] = {};
-    for (size_t t = 0; t < offsets.size(); ++t)
-      for (int c = 0; c < kVecs; ++c) sums[c] += splat(weights[t]) * load(values + offsets[t] + d + c * kLanes);
-    for (int c = 0; c < kVecs; ++c) store(sum + d + c * kLanes, sums[c]);
-  }
-  return d;
-}
-
-template <typename T>
-void sum_values(const float* weights, const T* values, const std::vector<int64_t>& offsets, int64_t dim, float* sum) {
-  int64_t d = sum_columns<4>(weights, values, offsets, 0, dim, sum);
-  d = sum_columns<1>(weights, values, offsets, d, dim, sum);
-  for (; d < dim; ++d) {
-    sum[d] = 0;
-    for (size_t t = 0; t < offsets.size(); ++t) sum[d] += weights[t] * to_float(values[offsets[t] + d]);
-  }
-}
-
-// softcap * tanh(x / softcap), through exp of a negative number: it vectorises, and cannot overflow.
+// softcap * tanh(x / softcap), through exp of a negative number, which cannot overflow.
 void soft_cap(float* x, int64_t count, float softcap) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float e = std::exp(std::abs(x[i]) * (-2 / softcap));
-    x[i] = std::copysign(softcap * (1 - e) / (1 + e), x[i]);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t some = std::min<int64_t>(kLanes, count - i);
+    const Vec v = load_some(x + i, some), magnitude = v < 0 ? -v : v;
+    const Vec e = exp_of_negative(magnitude * (-2 / softcap));
+    const Vec capped = softcap * (1 - e) / (1 + e);
+    store_some(x + i, v < 0 ? -capped : capped, some);
   }
+}
+
+// x = exp(x - top), where no x exceeds top; returns the sum.
+float exps(float* x, int64_t count, float top) {
+  Vec sum = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vec e = exp_of_negative(load(x + i) - top);
+    store(x + i, e);
+    sum += e;
+  }
+  float total = sum_of(sum);
+  if (i < count) {
+    store_some(x + i, exp_of_negative(load_some(x + i, count - i) - top), count - i);
+    for (; i < count; ++i) total += x[i];
+  }
+  return total;
 }
 
 template <typename T>
 void prefetch(const T* row, int64_t dim) {
   for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
+}
+
+// scores[h, t] = scale * q[h] . keys[offsets[t]] for kNumHeads heads, of the one key of every iteration.
+template <int kNumHeads, typename T>
+void score_key(const float* q, const T* key, int64_t dim, float scale, int64_t stride, float* scores) {
+  Vec sums[kNumHeads] = {};
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) {
+    const Vec k = load(key + d);
+    for (int h = 0; h < kNumHeads; ++h) sums[h] += load(q + h * dim + d) * k;
+  }
+  for (int h = 0; h < kNumHeads; ++h) {
+    float sum = sum_of(sums[h]);
+    for (int64_t rest = d; rest < dim; ++rest) sum += q[h * dim + rest] * to_float(key[rest]);
+    scores[h * stride] = scale * sum;
+  }
+}
+
+// out[h, d] = the weighted sum of values[offset + d] over the offsets, of kNumHeads heads; returns up to which d, from d
+// on.
+template <int kNumHeads, int kNumVecs, typename T>
+int64_t sum_columns(const float* weights, const T* values, const std::vector<int64_t>& offsets, int64_t d, int64_t dim,
+                    float* out) {
+  const int64_t length = offsets.size();
+  for (; d + kNumVecs * kLanes <= dim; d += kNumVecs * kLanes) {
+    Vec sums[kNumHeads][kNumVecs] = {};
+    for (int64_t t = 0; t < length; ++t) {
+      for (int c = 0; c < kNumVecs; ++c) {
+        const Vec v = load(values + offsets[t] + d + c * kLanes);
+        for (int h = 0; h < kNumHeads; ++h) sums[h][c] += splat(weights[h * length + t]) * v;
+      }
+    }
+    for (int h = 0; h < kNumHeads; ++h)
+      for (int c = 0; c < kNumVecs; ++c) store(out + h * dim + d + c * kLanes, sums[h][c]);
+  }
+  return d;
+}
+
+// Scores of all keys, then their softmax, then the weighted values, of kNumHeads query heads.
+template <int kNumHeads, typename T>
+void decode_heads(const Inputs<T>& in, const float* q, const std::vector<int64_t>& offsets, std::vector<float>& scores,
+                  float* top, float* total, float* value) {
+  const int64_t dim = in.shape.dim, length = offsets.size();
+  scores.resize(kNumHeads * length);
+  for (int64_t t = 0; t < length; ++t) {
+    // One head's keys are too far apart for the processor to foresee the next, and each is met by few queries.
+    if (t + kAhead < length) prefetch(in.k_pages + offsets[t + kAhead], dim);
+    prefetch(in.v_pages + offsets[t], dim);
+    score_key<kNumHeads>(q, in.k_pages + offsets[t], dim, in.scale, length, scores.data() + t);
+  }
+  if (in.softcap > 0) soft_cap(scores.data(), kNumHeads * length, in.softcap);
+  for (int h = 0; h < kNumHeads; ++h) {
+    float* row = scores.data() + h * length;
+    top[h] = kUnseen;
+    for (int64_t t = 0; t < length; ++t) top[h] = std::max(top[h], row[t]);
+    total[h] = exps(row, length, top[h]);
+  }
+  int64_t d = sum_columns<kNumHeads, kVecs>(scores.data(), in.v_pages, offsets, 0, dim, value);
+  d = sum_columns<kNumHeads, 1>(scores.data(), in.v_pages, offsets, d, dim, value);
+  for (; d < dim; ++d) {
+    for (int h = 0; h < kNumHeads; ++h) {
+      float sum = 0;
+      for (int64_t t = 0; t < length; ++t) sum += scores[h * length + t] * to_float(in.v_pages[offsets[t] + d]);
+      value[h * dim + d] = sum;
+    }
+  }
 }
 
 // Partial softmax of one decode item: per query head of the group its maximum, its sum, and the weighted values. Where
@@ -99,39 +162,27 @@ void decode_item(const Inputs<T>& in, const int32_t* item, int64_t kv_head, floa
   const Shape& s = in.shape;
   const int64_t begin = std::max<int64_t>(item[kFirstPage] * s.page_size, item[kKvLength] - in.window);
   const int64_t end = std::min<int64_t>(item[kEndPage] * s.page_size, item[kKvLength]);
-  const int64_t length = std::max<int64_t>(end - begin, 0);
   thread_local std::vector<float> q, scores;
   thread_local std::vector<int64_t> offsets;
+  in.find_tokens(item[kSequence], begin, end, kv_head, offsets);
+  for (size_t t = 0; t < std::min<size_t>(kAhead, offsets.size()); ++t) prefetch(in.k_pages + offsets[t], s.dim);
   q.resize(s.group * s.dim);
-  scores.resize(s.group * length);
   convert(q.data(), in.q + (item[kRow] * s.heads + kv_head * s.group) * s.dim, s.group * s.dim);
-  offsets.resize(length);
-  for (int64_t t = 0; t < length; ++t) offsets[t] = in.token_offset(item[kSequence], begin + t, kv_head);
-  // One head's keys are too far apart for the processor to foresee the next, and each is met by few queries.
-  for (int64_t t = 0; t < std::min(kAhead, length); ++t) prefetch(in.k_pages + offsets[t], s.dim);
-  for (int64_t t = 0; t < length; ++t) {
-    if (t + kAhead < length) prefetch(in.k_pages + offsets[t + kAhead], s.dim);
-    prefetch(in.v_pages + offsets[t], s.dim);
-    const T* key = in.k_pages + offsets[t];
-    for (int64_t g = 0; g < s.group; ++g) scores[g * length + t] = in.scale * dot(q.data() + g * s.dim, key, s.dim);
+  for (int64_t h = 0; h < s.group; h += kHeads) {
+    const auto run = [&](auto heads) {
+      decode_heads<heads>(in, q.data() + h * s.dim, offsets, scores, top + h, total + h, value + h * s.dim);
+    };
+    switch (std::min<int64_t>(kHeads, s.group - h)) {
+      case 1: run(std::integral_constant<int, 1>{}); break;
+      case 2: run(std::integral_constant<int, 2>{}); break;
+      case 3: run(std::integral_constant<int, 3>{}); break;
+      default: run(std::integral_constant<int, kHeads>{});
+    }
   }
-  if (in.softcap > 0) soft_cap(scores.data(), s.group * length, in.softcap);
-  for (int64_t g = 0; g < s.group; ++g) {
-    float* row = scores.data() + g * length;
-    float best = kUnseen, sum = 0;
-    for (int64_t t = 0; t < length; ++t) best = std::max(best, row[t]);
-    for (int64_t t = 0; t < length; ++t) row[t] = std::exp(row[t] - best);
-    for (int64_t t = 0; t < length; ++t) sum += row[t];
-    top[g] = best;
-    total[g] = sum;
-  }
-  for (int64_t g = 0; g < s.group; ++g)
-    sum_values(scores.data() + g * length, in.v_pages, offsets, s.dim, value + g * s.dim);
 }
 
 // Scores of kRows queries [kRows, dim] against kBlock keys, transposed to [dim, kBlock].
 void score_tile(const float* q, const float* keys, int64_t dim, float scale, float* scores) {
-  constexpr int kVecs = kBlock / kLanes;
   Vec sum[kRows][kVecs] = {};
   for (int64_t d = 0; d < dim; ++d) {
     for (int c = 0; c < kVecs; ++c) {
@@ -145,7 +196,6 @@ void score_tile(const float* q, const float* keys, int64_t dim, float scale, flo
 
 // value[kRows, dim] = value * decay + weights[kRows, kBlock] @ values[kBlock, dim], kBlock lanes of dim at a time.
 void value_tile(const float* weights, const float* values, const float* decay, int64_t dim, float* value) {
-  constexpr int kVecs = 4;
   int64_t d = 0;
   for (; d + kVecs * kLanes <= dim; d += kVecs * kLanes) {
     Vec sum[kRows][kVecs];
@@ -167,6 +217,30 @@ void value_tile(const float* weights, const float* values, const float* decay, i
       value[r * dim + d] = sum;
     }
   }
+}
+
+// scores[kBlock] -> weights relative to the greatest score so far, `top`, which they may raise: of the keys from `hidden`
+// to `visible`, 0 for others. Returns their sum.
+float softmax_row(float* scores, int64_t hidden, int64_t visible, float* top) {
+  Vec row[kVecs], best = splat(*top);
+  Ints lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const Ints from = (int32_t)hidden - Ints{}, to = (int32_t)visible - Ints{};
+  for (int c = 0; c < kVecs; ++c) {
+    const Ints t = lane + c * kLanes, seen = (t >= from) & (t < to);
+    row[c] = seen ? load(scores + c * kLanes) : splat(kUnseen);
+    best = max_of(best, row[c]);
+  }
+  *top = max_of(best);
+  Vec sum = {};
+  for (int c = 0; c < kVecs; ++c) {
+    // Not by a score of kUnseen: a row that has seen nothing yet would give it weight.
+    const Ints t = lane + c * kLanes, seen = (t >= from) & (t < to);
+    row[c] = seen ? exp_of_negative(row[c] - *top) : Vec{};
+    store(scores + c * kLanes, row[c]);
+    sum += row[c];
+  }
+  return sum_of(sum);
 }
 
 // One prefill item for one KV head. Its queries are the item's rows times the group's heads, padded to kRows.
@@ -191,12 +265,13 @@ void prefill_item(const Inputs<T>& in, const int32_t* item, int64_t kv_head, T* 
   for (int64_t m = 0; m < num_queries; ++m) convert(q + m * s.dim, in.q + row_of(m), s.dim);
   for (int64_t m = 0; m < padded; ++m) top[m] = kUnseen;
 
+  thread_local std::vector<int64_t> offsets;
   for (int64_t begin = first; begin < end; begin += kBlock) {
     const int64_t length = std::min<int64_t>(kBlock, end - begin);
+    in.find_tokens(item[kSequence], begin, begin + length, kv_head, offsets);
     for (int64_t t = 0; t < length; ++t) {
-      const int64_t offset = in.token_offset(item[kSequence], begin + t, kv_head);
-      for (int64_t d = 0; d < s.dim; ++d) keys[d * kBlock + t] = to_float(in.k_pages[offset + d]);
-      convert(values + t * s.dim, in.v_pages + offset, s.dim);
+      for (int64_t d = 0; d < s.dim; ++d) keys[d * kBlock + t] = to_float(in.k_pages[offsets[t] + d]);
+      convert(values + t * s.dim, in.v_pages + offsets[t], s.dim);
     }
     for (int64_t m = 0; m < padded; m += kRows) {
       const int64_t earliest = item[kPosition] + m / s.group;
@@ -206,27 +281,19 @@ void prefill_item(const Inputs<T>& in, const int32_t* item, int64_t kv_head, T* 
       score_tile(q + m * s.dim, keys, s.dim, in.scale, weights);
       if (in.softcap > 0) soft_cap(weights, kRows * kBlock, in.softcap);
       for (int r = 0; r < kRows; ++r) {
-        float* row = weights + r * kBlock;
-        const int64_t position = item[kPosition] + (m + r) / s.group;
-        const int64_t hidden = std::min(length, std::max<int64_t>(position + 1 - in.window - begin, 0));
-        const int64_t visible = std::min(length, std::max<int64_t>(position + 1 - begin, 0));
-        float best = top[m + r], sum = 0;
-        for (int64_t t = hidden; t < visible; ++t) best = std::max(best, row[t]);
-        // What is not seen weighs 0, also in a row that has seen nothing yet. Masked scores instead would give such a
-        // row weights, and a vectorised exp falls back to slow scalar calls so far from 0.
-        for (int64_t t = 0; t < hidden; ++t) row[t] = 0;
-        for (int64_t t = hidden; t < visible; ++t) row[t] = std::exp(row[t] - best);
-        for (int64_t t = visible; t < kBlock; ++t) row[t] = 0;
-        for (int t = 0; t < kBlock; ++t) sum += row[t];
-        decay[r] = std::exp(top[m + r] - best);
+        const int64_t seen = item[kPosition] + (m + r) / s.group + 1 - begin;
+        const float before = top[m + r];
+        const float sum = softmax_row(weights + r * kBlock, std::max<int64_t>(seen - in.window, 0),
+                                      std::clamp<int64_t>(seen, 0, length), top + m + r);
+        decay[r] = std::exp(before - top[m + r]);
         total[m + r] = total[m + r] * decay[r] + sum;
-        top[m + r] = best;
       }
       value_tile(weights, values, decay, s.dim, value + m * s.dim);
     }
   }
   for (int64_t m = 0; m < num_queries; ++m) {
-    for (int64_t d = 0; d < s.dim; ++d) value[m * s.dim + d] /= total[m];
+    const float share = 1 / total[m];
+    for (int64_t d = 0; d < s.dim; ++d) value[m * s.dim + d] *= share;
     convert(out + row_of(m), value + m * s.dim, s.dim);
   }
 }
@@ -274,7 +341,7 @@ void paged_attention(ffi::ThreadPool& pool, const Inputs<T>& in, const int32_t* 
 
 ffi::Error PagedAttention(ffi::ThreadPool pool, float scale, int64_t window, float softcap, ffi::AnyBuffer q,
                           ffi::AnyBuffer k_pages, ffi::AnyBuffer v_pages, ffi::Buffer<ffi::S32> tables,
-                          ffi::Buffer<ffi::S32> decode, ffi::Buffer<ffi::S32> prefill, ffi::Buffer<ffi::S32> counts,
+                          ffi::Buffer<ffi::S32> layer_page, ffi::Buffer<ffi::S32> decode, ffi::Buffer<ffi::S32> prefill, ffi::Buffer<ffi::S32> counts,
                           ffi::Result<ffi::AnyBuffer> result) {
   const auto q_dims = q.dimensions(), kv_dims = k_pages.dimensions();
   const int64_t heads = q_dims[1], kv_heads = kv_dims[2], dim = q_dims[2];
@@ -283,7 +350,8 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, float scale, int64_t window, flo
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const auto typed = [](const ffi::AnyBuffer& buffer) { return static_cast<const T*>(buffer.untyped_data()); };
-    const Inputs<T> in{shape, typed(q), typed(k_pages), typed(v_pages), tables.typed_data(), scale, window, softcap};
+    const Inputs<T> in{shape, typed(q), typed(k_pages), typed(v_pages), tables.typed_data(), layer_page.typed_data()[0],
+                       scale, window, softcap};
     const int32_t* num_items = counts.typed_data();
     paged_attention(pool, in, decode.typed_data(), num_items[0], prefill.typed_data(), num_items[1],
                     static_cast<T*>(result->untyped_data()));
@@ -308,6 +376,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_paged_attention, PagedAttention,
                                   .Arg<ffi::AnyBuffer>()           // k_pages
                                   .Arg<ffi::AnyBuffer>()           // v_pages
                                   .Arg<ffi::Buffer<ffi::S32>>()   // tables
+                                  .Arg<ffi::Buffer<ffi::S32>>()   // the layer's first page
                                   .Arg<ffi::Buffer<ffi::S32>>()   // decode items
                                   .Arg<ffi::Buffer<ffi::S32>>()   // prefill items
                                   .Arg<ffi::Buffer<ffi::S32>>()   // counts

@@ -59,12 +59,42 @@ inline void store(BFloat16* p, Vec v) {  // to the nearest, ties to even
   const Bits bits = (Bits)v;
   *reinterpret_cast<Halves*>(p) = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, Halves);
 }
-// The first `count` lanes.
+// The first `count` lanes; the others of what is loaded are 0.
+template <typename T>
+inline Vec load_some(const T* p, int64_t count) {
+  if (count == kLanes) return load(p);
+  T lanes[kLanes] = {};
+  std::memcpy(lanes, p, count * sizeof(T));
+  return load(lanes);
+}
 template <typename T>
 inline void store_some(T* p, Vec v, int64_t count) {
+  if (count == kLanes) return store(p, v);
   T lanes[kLanes];
   store(lanes, v);
   std::memcpy(p, lanes, count * sizeof(T));
+}
+
+inline Vec max_of(Vec a, Vec b) { return a > b ? a : b; }
+
+inline float sum_of(Vec v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+#endif
+}
+
+inline float max_of(Vec v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float best = v[0];
+  for (int i = 1; i < kLanes; ++i) best = std::max(best, v[i]);
+  return best;
+#endif
 }
 
 // exp(x) for x <= 0, to 2 units in the last place (the polynomial is that of Cephes' expf); never less than exp(-87).

@@ -113,20 +113,20 @@ void arrange(const typename Kind::Value* x, const Row* rows, const Matrix& m, Un
 // SiLU, and 2 sqrt(2 / pi) (gate + 0.044715 gate^3) for GELU with tanh, as tanh(z / 2) = 2 sigmoid(z) - 1.
 template <typename Out>
 void gated(const float* sums, int64_t count, Gate gate, Out* out) {
-  constexpr int kHalf = kPanel / 2;
-  float gates[kLanes], values[kLanes];
-  for (int64_t begin = 0; begin < count; begin += kLanes) {
-    for (int i = 0; i < kLanes; i += kHalf) {
-      const float* half = sums + (begin + i) * 2;
-      if (begin + i >= count) half = sums;  // of a panel that is not there
-      std::memcpy(gates + i, half, kHalf * sizeof(float));
-      std::memcpy(values + i, half + kHalf, kHalf * sizeof(float));
-    }
-    const Vec g = load(gates);
+  for (int64_t begin = 0; begin < count; begin += kLanes, sums += 2 * kLanes) {
+#ifdef __AVX512F__  // two panels, if there is another, make one vector of gates and one of values
+    const float* next = begin + kLanes / 2 < count ? sums + kPanel : sums;
+    const auto halves = [](const float* low, const float* high) {
+      return (Vec)_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(low)), _mm256_loadu_ps(high), 1);
+    };
+    const Vec g = halves(sums, next), value = halves(sums + kPanel / 2, next + kPanel / 2);
+#else
+    const Vec g = load(sums), value = load(sums + kPanel / 2);
+#endif
     const Vec z = gate == Gate::kSilu ? g : 1.59576912f * (g + 0.044715f * g * g * g);
     const Vec e = exp_of_negative(z < 0 ? z : -z);
     const Vec sigmoid = (z < 0 ? e : splat(1.0f)) / (1.0f + e);
-    store_some(out + begin, g * sigmoid * load(values), std::min<int64_t>(kLanes, count - begin));
+    store_some(out + begin, g * sigmoid * value, std::min<int64_t>(kLanes, count - begin));
   }
 }
 
@@ -219,13 +219,15 @@ void pack(ffi::ThreadPool& pool, const typename Kind::Value* w, const Matrix& m,
   });
 }
 
-// Panels are read from end to end in every step; with large pages the translation of addresses does not hold that up.
-void prefer_large_pages(void* begin, size_t num_bytes) {
-#ifdef MADV_HUGEPAGE
+// Panels are read from end to end in every step; with large pages the translation of addresses does not hold that up. The
+// first and last of them may be shared with what lies beside the panels. Only advice: old systems do not take it.
+void use_large_pages(void* begin, size_t num_bytes) {
+#ifdef __linux__
   constexpr uintptr_t kPage = 1 << 21;
-  const uintptr_t from = (reinterpret_cast<uintptr_t>(begin) + kPage - 1) / kPage * kPage;
-  const uintptr_t to = (reinterpret_cast<uintptr_t>(begin) + num_bytes) / kPage * kPage;
-  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE of Linux 6.1
+  const uintptr_t from = reinterpret_cast<uintptr_t>(begin) / kPage * kPage;
+  const uintptr_t to = (reinterpret_cast<uintptr_t>(begin) + num_bytes + kPage - 1) / kPage * kPage;
+  for (uintptr_t page = from; page < to; page += kPage) madvise(reinterpret_cast<void*>(page), kPage, kCollapse);
 #endif
 }
 
@@ -235,7 +237,6 @@ Matrix matrix_of(int64_t inputs, int64_t outputs, int64_t panels) {
 }
 
 ffi::Error Pack(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> panels) {
-  prefer_large_pages(panels->untyped_data(), panels->size_bytes());
   const auto run = [&](auto kind) {
     using Kind = decltype(kind);
     const Matrix m = matrix_of<Kind>(w.dimensions()[1], w.dimensions()[0], panels->dimensions()[0]);
@@ -243,6 +244,7 @@ ffi::Error Pack(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuff
                static_cast<Unit*>(panels->untyped_data()));
   };
   w.element_type() == ffi::F32 ? run(Float32{}) : run(Pairs{});
+  use_large_pages(panels->untyped_data(), panels->size_bytes());
   return ffi::Error::Success();
 }
 
@@ -250,8 +252,8 @@ ffi::Error Multiply(ffi::ThreadPool pool, int64_t gate, ffi::AnyBuffer x, ffi::A
                     ffi::Buffer<ffi::S32> rows, ffi::Result<ffi::AnyBuffer> y) {
   static thread_local std::vector<Row> wanted;
   wanted.clear();
-  for (int32_t i = 0; i < rows.element_count(); ++i)
-    if (rows.typed_data()[i] >= 0) wanted.push_back({i, rows.typed_data()[i]});
+  for (size_t i = 0; i < rows.element_count(); ++i)
+    if (rows.typed_data()[i] >= 0) wanted.push_back({static_cast<int32_t>(i), rows.typed_data()[i]});
   if (wanted.empty()) return ffi::Error::Success();
   const auto run = [&](auto kind, auto out) {
     using Kind = decltype(kind);

@@ -23,18 +23,16 @@ logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 HEADER = "cpu_common.h"
-SOURCES: dict[str, tuple[str, ...]] = {
-    # For vectorised exp. The link is a step of its own, without it, because it would make the whole process flush
-    # denormal numbers to zero.
-    "cpu_attention.cc": ("-ffast-math",),
-    # Sums keep their order, so that they do not depend on the number of rows; ISO mode alone would not fuse them.
-    "cpu_gemm.cc": ("-ffp-contract=fast",),
-}
-"""Each file with the flags of its own."""
-ATTENTION, PACK, MULTIPLY = TARGETS = ("jaxserve_paged_attention", "jaxserve_pack", "jaxserve_multiply")
+SOURCES = "cpu_attention.cc", "cpu_gemm.cc", "cpu_rotate.cc"
+ATTENTION, PACK, MULTIPLY, ROTATE_AND_WRITE = TARGETS = (
+    "jaxserve_paged_attention",
+    "jaxserve_pack",
+    "jaxserve_multiply",
+    "jaxserve_rotate_and_write",
+)
 COMPILERS = ("c++", "g++", "clang++")
-COMPILE_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-w")
-LINK_FLAGS = ("-shared", "-lm")
+# Sums keep their order, so that they do not depend on the number of rows; ISO mode alone would not fuse them.
+FLAGS = "-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-w"
 
 
 @functools.cache
@@ -59,25 +57,18 @@ def _build(compiler: str) -> Path:
     """The shared library, from the user's cache folder or built into it."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     texts = [(FOLDER / name).read_text() for name in (HEADER, *SOURCES)]
-    flags = [*COMPILE_FLAGS, *LINK_FLAGS, str(SOURCES)]
-    recipe = "\n".join([*texts, *flags, version, jax.__version__, _processor()])
+    recipe = "\n".join([*texts, *FLAGS, version, jax.__version__, _processor()])
     library = cache_dir() / "native" / f"kernels-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             made = Path(folder) / "kernels.so"
-            objects = {name: str(Path(folder) / f"{name}.o") for name in SOURCES}
-            include = f"-I{jax.ffi.include_dir()}"
-            for name, own in SOURCES.items():
-                _run(compiler, *COMPILE_FLAGS, *own, include, "-c", str(FOLDER / name), "-o", objects[name])
-            _run(compiler, *objects.values(), *LINK_FLAGS, "-o", str(made))
+            sources = [str(FOLDER / name) for name in SOURCES]
+            command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", *sources, "-o", str(made)]
+            subprocess.run(command, capture_output=True, text=True, check=True)
             # Processes that build at the same time replace each other's file by an equal one.
             os.replace(made, library)
     return library
-
-
-def _run(*command: str) -> None:
-    subprocess.run(command, capture_output=True, text=True, check=True)
 
 
 def _processor() -> str:
