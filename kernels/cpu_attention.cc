@@ -67,6 +67,15 @@ void soft_cap(float* x, int64_t count, float softcap) {
   }
 }
 
+float greatest(const float* x, int64_t count) {
+  Vec best = splat(kUnseen);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) best = max_of(best, load(x + i));
+  float result = max_of(best);
+  for (; i < count; ++i) result = std::max(result, x[i]);
+  return result;
+}
+
 // x = exp(x - top), where no x exceeds top; returns the sum.
 float exps(float* x, int64_t count, float top) {
   Vec sum = {};
@@ -140,8 +149,7 @@ void decode_heads(const Inputs<T>& in, const float* q, const std::vector<int64_t
   if (in.softcap > 0) soft_cap(scores.data(), kNumHeads * length, in.softcap);
   for (int h = 0; h < kNumHeads; ++h) {
     float* row = scores.data() + h * length;
-    top[h] = kUnseen;
-    for (int64_t t = 0; t < length; ++t) top[h] = std::max(top[h], row[t]);
+    top[h] = greatest(row, length);
     total[h] = exps(row, length, top[h]);
   }
   int64_t d = sum_columns<kNumHeads, kVecs>(scores.data(), in.v_pages, offsets, 0, dim, value);

@@ -24,14 +24,17 @@ def rotate_and_write(
     slots: jax.Array,
     layer_page: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See kernels.attention.rotate_and_write; ``layer_page``: the first page of the layer. Rows of padding are left out:
-    their queries are whatever was in memory, and the dummy page stays as it is."""
+    """See kernels.attention.rotate_and_write; ``layer_page``: the first page of the layer.
+
+    Rows of padding are left out: their queries are whatever was in memory, and the dummy page stays as it is.
+    """
     rows, kv_heads, width, dim = qkv.shape
     cos, sin = (jnp.zeros((rows, 0)),) * 2 if rotation is None else rotation
     made = (jax.ShapeDtypeStruct((rows, kv_heads * (width - 2), dim), qkv.dtype), k_pages, v_pages)
     shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in made]
     call = jax.ffi.ffi_call(ROTATE_AND_WRITE, shapes, input_output_aliases={3: 1, 4: 2})
-    return tuple(call(qkv, cos, sin, k_pages, v_pages, slots, layer_page.reshape(1)))
+    q, k_pages, v_pages = call(qkv, cos, sin, k_pages, v_pages, slots, layer_page.reshape(1))
+    return q, k_pages, v_pages
 
 
 def paged_attention(
@@ -46,7 +49,8 @@ def paged_attention(
     window: int | None,
     softcap: float | None,
 ) -> jax.Array:
-    """See kernels.xla.paged_attention, but for ``tables``, in which pages are a layer's own; float32 or bfloat16, the cache of the same; only where native.available()."""
+    """See kernels.xla.paged_attention; pages in ``tables`` are counted from ``layer_page``. float32 or bfloat16, the
+    cache of the same; only where native.available()."""
     call = jax.ffi.ffi_call(ATTENTION, jax.ShapeDtypeStruct(q.shape, q.dtype))
     return call(
         q, k_pages, v_pages, tables, layer_page.reshape(1), plan.decode, plan.prefill, plan.counts,
