@@ -117,6 +117,14 @@ void convert(To* out, const From* x, int64_t count) {
   for (; i < count; ++i) store_some(out + i, splat(to_float(x[i])), 1);
 }
 
+constexpr int kSpins = 2000;  // some tens of microseconds
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
 // Runs task(0) ... task(count - 1) on the caller and the pool's threads; returns when all are done. A pool thread that
 // comes late finds nothing to do, so a busy pool cannot block the caller.
 inline void parallel_for(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& task) {
@@ -141,6 +149,8 @@ inline void parallel_for(ffi::ThreadPool& pool, int64_t count, const std::functi
     pool.Schedule(std::move(copy));
   }
   work();
+  // The others end soon after: sleeping would take longer.
+  for (int i = 0; i < kSpins && state->done.load(std::memory_order_acquire) < count; ++i) pause();
   std::unique_lock<std::mutex> lock(state->mutex);
   state->finished.wait(lock, [&] { return state->done.load() == count; });
 }
