@@ -31,6 +31,7 @@ constexpr int kRows = 6, kPanels = 1;  // 12 of 16
 #endif
 constexpr int kColumns = kPanels * kPanel;
 constexpr int64_t kDepth = 768;              // units of a block: its part of the panels stays in the L2 cache
+constexpr int64_t kAhead = 48;               // units that are under way from memory
 constexpr int64_t kTiles = 16;               // row tiles of a task
 constexpr int64_t kInlineUnits = 16 * 1024;  // rows that are arranged faster than a thread is woken
 
@@ -83,6 +84,10 @@ void tile(const Unit* x, const Unit* w, int64_t depth, int64_t stride, bool firs
 #pragma GCC unroll 8
     for (int v = 0; v < kWidth; ++v)
       weights[v] = *reinterpret_cast<const Bits*>(w + v / kVecs * stride + k * kPanel + v % kVecs * kLanes);
+    // The processor looks ahead within 4 KiB only. One row or two leave it nothing else to do.
+#pragma GCC unroll 8
+    for (int v = 0; v < kNumPanels && kNumRows > 2; ++v)
+      __builtin_prefetch(w + v * stride + (k + kAhead) * kPanel, 0, 2);
 #pragma GCC unroll 32
     for (int r = 0; r < kNumRows; ++r) {
 #pragma GCC unroll 8
