@@ -316,10 +316,11 @@ void paged_attention(ffi::ThreadPool& pool, const Inputs<T>& in, const int32_t* 
   static thread_local std::vector<float> partials;
   partials.resize(num_decode * partial);
   float* base = partials.data();
-  // Prefill first: its tasks are the longest.
+  // Prefill first, from the last item: its tasks are the longest, and a chunk's later rows see more.
   parallel_for(pool, (num_prefill + num_decode) * kv_heads, [&](int64_t task) {
     const int64_t index = task / kv_heads, kv_head = task % kv_heads;
-    if (index < num_prefill) return prefill_item(in, prefill_items + index * kItemFields, kv_head, out);
+    if (index < num_prefill)
+      return prefill_item(in, prefill_items + (num_prefill - 1 - index) * kItemFields, kv_head, out);
     const int64_t item = index - num_prefill, first = kv_head * shape.group;
     float* mine = base + item * partial;
     decode_item(in, decode_items + item * kItemFields, kv_head, mine + first, mine + heads + first,
