@@ -98,7 +98,7 @@ void prefetch(const T* row, int64_t dim) {
   for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
 }
 
-// scores[h, t] = scale * q[h] . keys[offsets[t]] for kNumHeads heads, of the one key of every iteration.
+// scores[h * stride] = scale * q[h] . key, of kNumHeads heads.
 template <int kNumHeads, typename T>
 void score_key(const float* q, const T* key, int64_t dim, float scale, int64_t stride, float* scores) {
   Vec sums[kNumHeads] = {};
