@@ -224,15 +224,14 @@ void pack(ffi::ThreadPool& pool, const typename Kind::Value* w, const Matrix& m,
   });
 }
 
-// Panels are read from end to end in every step; with large pages the translation of addresses does not hold that up. The
-// first and last of them may be shared with what lies beside the panels. Only advice: old systems do not take it.
-void use_large_pages(void* begin, size_t num_bytes) {
-#ifdef __linux__
+// Panels are read from end to end in every step; with large pages the translation of addresses does not hold that up. To be
+// called before they are written.
+void prefer_large_pages(void* begin, size_t num_bytes) {
+#ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = 1 << 21;
-  constexpr int kCollapse = 25;  // MADV_COLLAPSE of Linux 6.1
-  const uintptr_t from = reinterpret_cast<uintptr_t>(begin) / kPage * kPage;
-  const uintptr_t to = (reinterpret_cast<uintptr_t>(begin) + num_bytes + kPage - 1) / kPage * kPage;
-  for (uintptr_t page = from; page < to; page += kPage) madvise(reinterpret_cast<void*>(page), kPage, kCollapse);
+  const uintptr_t from = (reinterpret_cast<uintptr_t>(begin) + kPage - 1) / kPage * kPage;
+  const uintptr_t to = (reinterpret_cast<uintptr_t>(begin) + num_bytes) / kPage * kPage;
+  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
 #endif
 }
 
@@ -242,6 +241,7 @@ Matrix matrix_of(int64_t inputs, int64_t outputs, int64_t panels) {
 }
 
 ffi::Error Pack(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> panels) {
+  prefer_large_pages(panels->untyped_data(), panels->size_bytes());
   const auto run = [&](auto kind) {
     using Kind = decltype(kind);
     const Matrix m = matrix_of<Kind>(w.dimensions()[1], w.dimensions()[0], panels->dimensions()[0]);
@@ -249,7 +249,6 @@ ffi::Error Pack(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuff
                static_cast<Unit*>(panels->untyped_data()));
   };
   w.element_type() == ffi::F32 ? run(Float32{}) : run(Pairs{});
-  use_large_pages(panels->untyped_data(), panels->size_bytes());
   return ffi::Error::Success();
 }
 
