@@ -89,12 +89,12 @@ def _rotate_and_write(
         from jaxserve.kernels import triton_attention  # it needs packages that only GPUs do
 
         return triton_attention.rotate_and_write(qkv, rotation, cache, inputs, layer)
+    layer_page = layer * inputs.num_pages
     if inputs.backend.name == "native":
-        layer_page = layer * inputs.num_pages
         q, k, v = cpu_attention.rotate_and_write(qkv, rotation, cache.k, cache.v, inputs.slots, layer_page)
-        return q, cache._replace(k=k, v=v)
-    slots = inputs.slots + layer * inputs.num_pages * cache.k.shape[1]
-    q, k, v = xla.rotate_and_write(qkv, rotation, cache.k, cache.v, slots, cache.scales[layer])
+    else:
+        slots = inputs.slots + layer_page * cache.k.shape[1]
+        q, k, v = xla.rotate_and_write(qkv, rotation, cache.k, cache.v, slots, cache.scales[layer])
     return q, cache._replace(k=k, v=v)
 
 

@@ -114,7 +114,7 @@ template <typename To, typename From>
 void convert(To* out, const From* x, int64_t count) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(out + i, load(x + i));
-  for (; i < count; ++i) store_some(out + i, splat(to_float(x[i])), 1);
+  if (i < count) store_some(out + i, load_some(x + i, count - i), count - i);
 }
 
 constexpr int kSpins = 2000;  // some tens of microseconds

@@ -88,7 +88,7 @@ void tile(const Unit* x, const Unit* w, int64_t depth, int64_t stride, bool firs
 #pragma GCC unroll 8
     for (int v = 0; v < kNumPanels && kNumRows > 2; ++v)
       __builtin_prefetch(w + v * stride + (k + kAhead) * kPanel, 0, 2);
-#pragma GCC unroll 32
+#pragma GCC unroll 16
     for (int r = 0; r < kNumRows; ++r) {
 #pragma GCC unroll 8
       for (int v = 0; v < kWidth; ++v) sum[r][v] = Kind::add(sum[r][v], x[k * kNumRows + r], weights[v]);
@@ -213,14 +213,11 @@ void pack(ffi::ThreadPool& pool, const typename Kind::Value* w, const Matrix& m,
   parallel_for(pool, m.panels, [&](int64_t panel) {
     const int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, m.outputs - first);
     Unit* out = panels + first * m.depth;
-    for (int64_t i = 0; i < kPanel; ++i) {
-      const auto* row = w + (first + i) * m.inputs;
-      for (int64_t d = 0; d < m.depth; ++d) {
-        const int64_t width = std::min<int64_t>(Kind::kWidth, m.inputs - d * Kind::kWidth);
-        out[d * kPanel + i] = 0;
-        if (i < count) std::memcpy(out + d * kPanel + i, row + d * Kind::kWidth, width * sizeof *row);
-      }
-    }
+    Row rows[kPanel];
+    for (int64_t i = 0; i < kPanel; ++i) rows[i].from = std::min(first + i, m.outputs - 1);
+    arrange<Kind, kPanel>(w, rows, m, out);
+    for (int64_t d = 0; count < kPanel && d < m.depth; ++d)
+      std::fill(out + d * kPanel + count, out + (d + 1) * kPanel, 0);
   });
 }
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def parameter(shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs, **metadata: Any) -> nnx.Param:
+def parameter(
+    shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs, **metadata: int | str | None
+) -> nnx.Param:
     """A normally distributed parameter whose dimensions carry logical axis names (sharding/rules.py maps them)."""
     values = jax.random.normal(rngs.params(), shape, dtype) * 0.02
     return nnx.Param(values, axes=axes, **metadata)

@@ -41,9 +41,7 @@ def abstract_packed(
 ) -> list[jax.ShapeDtypeStruct | PackedMatrix]:
     """What ``packed`` gives, without values."""
     return [
-        jax.eval_shape(lambda weight, layout=layouts[name]: PackedMatrix.of(weight, *layout), value)
-        if name in layouts
-        else value
+        jax.eval_shape(partial(_pack, layout=layouts[name]), value) if name in layouts else value
         for name, value in parameters.items()
     ]
 
@@ -59,6 +57,6 @@ def _replaced(weight: jax.Array, layout: Layout) -> PackedMatrix:
     return matrix
 
 
-@partial(jax.jit, static_argnums=1)
+@partial(jax.jit, static_argnames="layout")
 def _pack(weight: jax.Array, layout: Layout) -> PackedMatrix:
     return PackedMatrix.of(weight, *layout)
