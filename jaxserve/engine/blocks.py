@@ -35,6 +35,14 @@ class BlockManager:
         """Share of the blocks in use, in [0, 1]."""
         return self.num_used / (self.num_blocks - 1)
 
+    def num_for(self, num_tokens: int) -> int:
+        """Blocks that ``num_tokens`` tokens fill or begin."""
+        return -(-num_tokens // self.block_size)
+
+    def num_held(self, slot: int) -> int:
+        """Blocks that the sequence has, without those that ``release_before`` took back."""
+        return self.held_tokens[slot] // self.block_size - self._num_released[slot]
+
     def table(self, slot: int) -> list[int]:
         """The sequence's blocks, in the order of its tokens; 0 where ``release_before`` took one back."""
         return self.tables[slot, : self.held_tokens[slot] // self.block_size].tolist()
@@ -46,7 +54,7 @@ class BlockManager:
     def grow(self, slot: int, num_tokens: int) -> None:
         """Give the sequence blocks for its first ``num_tokens`` tokens; the caller has checked ``room``."""
         held = self.held_tokens[slot] // self.block_size
-        wanted = -(-num_tokens // self.block_size)
+        wanted = self.num_for(num_tokens)
         if wanted <= held:
             return
         if wanted - held > len(self._free):

@@ -214,18 +214,49 @@ class Scheduler(ABC):
         head = next(iter(self.waiting.values()))
         return None if head.num_pending_tokens else head
 
-    def _has_room(self, num_tokens: int) -> bool:
-        """True when blocks for ``num_tokens`` of a new request are free, and one more for each running request:
-        admitting into the last ones would only lead to preemption.
-        """
-        return self.blocks.num_free >= len(self.running) + -(-num_tokens // self.blocks.block_size)
+    def _has_room(self, batch: Batch, request: Request) -> bool:
+        """Whether the head of the queue would be left alone for a while, if it were admitted now.
 
-    def _admit(self, request: Request) -> None:
+        Only those before it can have it preempted, since later arrivals are preempted first. So the blocks that it and
+        they may take while the prefills among them are computed must be free, or a long prompt would be thrown out
+        half-way and begun again (vLLM's scheduler_reserve_full_isl, and what outputs take in the meantime). Each
+        preemption doubles the time, at last to where everybody before it has ended. So a request is preempted, and
+        recomputed, at most ``1 + log2(max_model_len)`` times, rounded up.
+        """
+        if not self.running:
+            return True
+        prefill_tokens = request.num_uncomputed_tokens + sum(r.num_uncomputed_tokens for r in batch.prefills)
+        num_steps = -(-prefill_tokens // (self.token_budget - len(self.running))) << request.metrics.num_preemptions
+        wanted = self._most_blocks(request, num_steps)
+        if wanted > self.blocks.num_free:
+            return False
+
+        def growth(running: Request) -> int:
+            return max(0, self._most_blocks(running, num_steps) - self.blocks.num_held(running.slot))
+
+        # A bound first, which spares a look at every decode while memory is plenty.
+        decodes = len(self.running) * -(-num_steps // self.blocks.block_size)
+        if wanted + decodes + sum(map(growth, batch.prefills)) <= self.blocks.num_free:
+            return True
+        return wanted + sum(map(growth, self.running)) <= self.blocks.num_free
+
+    def _most_blocks(self, request: Request, num_steps: int) -> int:
+        """Blocks that the request may hold until ``num_steps`` from now; nobody caches a last token."""
+        last = min(request.num_tokens + num_steps, request.num_prompt_tokens + request.max_tokens) - 1
+        num_blocks = self.blocks.num_for(last)
+        if self.window is not None:
+            # Window and chunk span most blocks where the window begins with the last token of one.
+            chunk = min(request.num_uncomputed_tokens, self.token_budget)
+            num_blocks = min(num_blocks, 1 + self.blocks.num_for(self.window + chunk - 2))
+        return num_blocks
+
+    def _admit(self, batch: Batch, request: Request) -> None:
         """Move the head of the queue to the running ones."""
         del self.waiting[request.request_id]
         request.status = RequestStatus.RUNNING
         request.slot = self._free_slots.pop()
         self.running.append(request)
+        batch.prefills.append(request)
 
     def _preempt_latest(self, batch: Batch) -> Request:
         victim = self.running.pop()

@@ -7,7 +7,7 @@ from jaxserve.scheduler.base import Batch, Scheduler
 
 
 class ChunkedPrefillScheduler(Scheduler):
-    """A prompt is cut into chunks wherever a batch is full; its blocks are taken chunk by chunk."""
+    """A prompt is cut into chunks wherever a batch is full; its blocks are taken chunk by chunk, once all are free."""
 
     def _chunk_tokens(self, batch: Batch, request: Request) -> int:
         """How many tokens of the request's prefill ``batch`` may take."""
@@ -17,9 +17,9 @@ class ChunkedPrefillScheduler(Scheduler):
         """Prefills under way, then new requests, in what is left of the budget."""
         for request in batch.prefills:
             self._grant(batch, request, self._chunk_tokens(batch, request))
-        while (waiting := self._next_waiting(batch)) is not None and self._has_room(1):
+        while (waiting := self._next_waiting(batch)) is not None and self._has_room(batch, waiting):
             num_tokens = self._chunk_tokens(batch, waiting)
             if num_tokens <= 0:
                 break
-            self._admit(waiting)
+            self._admit(batch, waiting)
             self._grant(batch, waiting, num_tokens)

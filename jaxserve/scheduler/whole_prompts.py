@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from jaxserve.request import Request
 from jaxserve.scheduler.base import Batch, Scheduler
 
 
@@ -25,14 +26,16 @@ class WholePromptScheduler(Scheduler):
         """Admit requests with their whole prompts while budget, slots and blocks last."""
         while (request := self._next_waiting(batch)) is not None:
             num_tokens = request.num_uncomputed_tokens
-            if num_tokens > batch.budget_left or not self._has_room(num_tokens):
+            if num_tokens > batch.budget_left or not self._has_room(batch, request):
                 break
-            self._admit(request)
+            self._admit(batch, request)
             if self.reserves:
                 self.blocks.grow(request.slot, self.max_model_len)
             self._grant(batch, request, num_tokens)
 
-    def _has_room(self, num_tokens: int) -> bool:
+    def _has_room(self, batch: Batch, request: Request) -> bool:
         if self.reserves:
-            return self.blocks.num_free * self.blocks.block_size >= self.max_model_len
-        return super()._has_room(num_tokens)
+            return self.blocks.num_free >= self.blocks.num_for(self.max_model_len)
+        # All of it at once, also where a window will give most of it back, and a block for each running request.
+        whole = self.blocks.num_for(request.num_uncomputed_tokens)
+        return self.blocks.num_free >= len(self.running) + whole and super()._has_room(batch, request)

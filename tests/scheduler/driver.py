@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from jaxserve.request import FinishReason, Request, RequestMetrics, RequestStatu
 from jaxserve.scheduler import Batch, Limits, Scheduler
 
 MAX_LEN, BLOCK_SIZE = 96, 8
+WINDOWS = st.one_of(st.none(), st.integers(1, 2 * BLOCK_SIZE), st.integers(1, MAX_LEN))
 
 
 def make_request(index: int, prompt: int, output: int) -> Request:
@@ -84,10 +86,12 @@ class Workload:
 
 
 @st.composite
-def workloads(draw: st.DrawFn, *, whole_prompts: bool = False) -> Workload:
+def workloads(
+    draw: st.DrawFn, *, whole_prompts: bool = False, windows: st.SearchStrategy[int | None] = WINDOWS
+) -> Workload:
     """With ``whole_prompts``, the least budget and memory are those that whole prompts need."""
     max_num_seqs = draw(st.integers(1, 8))
-    window = draw(st.one_of(st.none(), st.integers(1, 2 * BLOCK_SIZE), st.integers(1, MAX_LEN)))
+    window = draw(windows)
     least_budget = MAX_LEN - 1 if whole_prompts else max_num_seqs
     least_blocks = MAX_LEN // BLOCK_SIZE if whole_prompts else most_blocks(window, num_rows=1)
     arrivals = draw(
@@ -129,6 +133,7 @@ class Step:
 
 def run(scheduler: Scheduler, workload: Workload) -> Iterator[Step]:
     """Serve the workload to its end; checks what holds for every policy."""
+    most_preemptions = 1 + math.ceil(math.log2(MAX_LEN))
     driver, step, requests = Driver(scheduler), 0, workload.requests
     pending = list(zip(workload.arrival_steps, requests, strict=True))
     while pending or scheduler.has_unfinished() or (driver.in_flight and driver.in_flight.chunks):
@@ -156,6 +161,7 @@ def run(scheduler: Scheduler, workload: Workload) -> Iterator[Step]:
         assert step < 200 + 100 * len(requests) + 100 * redone
     assert all(r.status is RequestStatus.FINISHED for r in requests)
     for request in requests:
+        assert request.metrics.num_preemptions <= most_preemptions
         if request.finish_reason is FinishReason.LENGTH:
             assert len(request.output_token_ids) == request.max_tokens
     scheduler.blocks.check()

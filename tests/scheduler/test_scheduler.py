@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,6 +59,18 @@ def test_sarathi_leaves_no_decode_out(workload: Workload) -> None:
             held = [block for block in scheduler.blocks.table(request.slot) if block]
             assert len(held) <= most_blocks(scheduler.window, scheduler.token_budget)
     assert all(r.metrics.num_stalls == 0 for r in workload.requests)
+
+
+@settings(max_examples=150, deadline=None)
+@given(workloads(windows=st.none()))
+def test_nobody_is_admitted_who_will_be_thrown_out_before_the_first_token(workload: Workload) -> None:
+    """So what is ever computed again is at most what others' outputs had been given before."""
+    scheduler, computed = make_scheduler("sarathi", **workload.limits), Counter[str]()
+    for step in run(scheduler, workload):
+        computed.update({id: chunk.num_tokens for id, chunk in step.batch.chunks.items()})
+        assert not [r for r in step.batch.preempted if r.num_tokens == r.num_prompt_tokens]
+    for request in workload.requests:
+        assert computed[request.request_id] <= (1 + request.metrics.num_preemptions) * (request.num_tokens - 1)
 
 
 @settings(max_examples=100, deadline=None)
@@ -253,6 +267,41 @@ def test_latest_arrival_is_preempted_and_recomputed() -> None:
     assert first.metrics.num_preemptions == 0
     assert second.metrics.num_preemptions >= 1
     assert len(second.output_token_ids) == 40
+
+
+def test_a_long_prompt_waits_until_it_has_room_to_stay() -> None:
+    """It would fit beside the first request only until that one's output has grown."""
+    scheduler = make("sarathi", 16, 4, num_blocks=1 + 12)
+    driver, computed = Driver(scheduler), 0
+    requests = [make_request(0, 40, 40), make_request(1, 80, 4)]
+    for request in requests:
+        scheduler.add(request)
+    while scheduler.has_unfinished():
+        computed += driver.step().num_tokens
+    assert [r.metrics.num_preemptions for r in requests] == [0, 0]
+    assert computed == 40 + 39 + 80 + 3
+
+
+def test_two_prompts_that_exceed_the_memory_together_follow_each_other() -> None:
+    scheduler = make("sarathi", 16, 4, num_blocks=1 + 12)
+    driver = Driver(scheduler)
+    requests = [make_request(0, 60, 1), make_request(1, 60, 1)]
+    for request in requests:
+        scheduler.add(request)
+    steps = [list(driver.step().chunks) for _ in range(9)]
+    assert steps == [["0"]] * 4 + [[]] + [["1"]] * 4  # the host hears of an end one step late
+
+
+def test_each_preemption_asks_for_more_room_before_the_next_try() -> None:
+    """Three outputs grow together into memory for two and a half; the last is preempted once, then waits for an end."""
+    scheduler = make("sarathi", 64, 4, num_blocks=1 + 24)
+    driver = Driver(scheduler)
+    requests = [make_request(index, 10, 70) for index in range(3)]
+    for request in requests:
+        scheduler.add(request)
+    while scheduler.has_unfinished():
+        driver.step()
+    assert [r.metrics.num_preemptions for r in requests] == [0, 0, 1]
 
 
 def test_a_window_frees_blocks_before_anyone_is_preempted() -> None:
