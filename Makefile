@@ -4,8 +4,10 @@ BIN := .venv/bin
 PEERS ?= .peers
 PEERS_PYTHON ?= python3.11
 
-.PHONY: setup demo serve test lint bench peers compare reproduce proto clean
+.PHONY: setup demo serve test lint aot bench peers compare reproduce proto clean
 
+# .venv/aot has XLA's CUDA plugin, to compile for GPUs where there are none, and .venv/triton-3.6 the Triton of GPU images.
+# Beside the environment, not in it: any command that finds the plugin loads it, and without a GPU reports what it lacks.
 setup: .venv/.tested
 
 .venv/bin/python:
@@ -17,7 +19,10 @@ setup: .venv/.tested
 	@touch $@
 
 .venv/.tested: .venv/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,aot]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade \
+		--target .venv/aot jax-cuda13-plugin jax-cuda13-pjrt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/triton-3.6 triton==3.6.0
 	@touch $@
 
 demo: .venv/.installed
@@ -34,6 +39,10 @@ lint: .venv/.tested
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Steps compiled for GPUs that are not there: make aot ARGS="--model yi-34b --tensor-parallel 2"
+aot: .venv/.tested
+	PYTHONPATH=.venv/aot $(BIN)/python scripts/aot_report.py $(ARGS)
 
 bench: .venv/.installed
 	$(BIN)/python scripts/bench.py throughput
