@@ -128,8 +128,8 @@ def test_default_rope_in_new_layout() -> None:
         ({"partial_rotary_factor": 0.4}, "rotary embeddings need an even number of dimensions, got 3"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization 'awq' is not supported; supported: F32, F16"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported; supported: silu, gelu"),
-        ({"hidden_size": "32"}, "hidden_size must be a number, found '32'"),
-        ({"num_hidden_layers": 0}, "num_layers must be at least 1"),
+        ({"hidden_size": "32"}, r"hidden_size must be an integer in \[1, 16777216\], found '32'"),
+        ({"num_hidden_layers": 0}, r"num_hidden_layers must be an integer in \[1, 4096\], found 0"),
     ],
 )
 def test_config_that_cannot_be_served(change: dict[str, Any], message: str) -> None:
