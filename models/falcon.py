@@ -100,6 +100,7 @@ def weights(config: ModelConfig) -> dict[str, Weight]:
 FALCON = Family(
     models="Falcon 7B, 40B, 180B; Falcon 2",
     model=Falcon,
+    base="transformer",
     read=read,
     weights=weights,
     defaults={

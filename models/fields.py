@@ -53,7 +53,7 @@ class Fields:
         self, key: str, default: float | None = None, *, high: float = LARGEST_NUMBER, zero: bool = False
     ) -> float:
         """A number in (0, high], 0 included where ``zero``."""
-        value = self.values.get(key)
+        value: Any = self.values.get(key)
         value = default if value is None else value
         if not _is_number(value) or not 0 <= value <= high or (value == 0 and not zero):
             raise self.error(key, f"a number in {'[' if zero else '('}0, {high:g}]")

@@ -67,14 +67,13 @@ def weights(config: ModelConfig) -> dict[str, Weight]:
 
 
 def tensor_name(name: str) -> str | None:
-    """The hub's files lack the prefix, and carry the causal mask."""
-    if re.fullmatch(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)", name):
-        return None
-    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+    """Old files carry the causal mask."""
+    return None if re.fullmatch(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)", name) else name
 
 
 GPT2 = Family(
     models="GPT-2",
+    base="transformer",
     read=read,
     weights=weights,
     tensor_name=tensor_name,

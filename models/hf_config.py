@@ -52,7 +52,9 @@ class RawConfig(Fields):
     def require(self, key: str, supported: bool) -> None:
         """Refuse a model whose ``key`` is there and not ``supported``."""
         if self.flag(key, supported) != supported:
-            raise ModelError(f"{self.where}: {self.prefix}{key} {not supported} is not supported; supported: {supported}")
+            raise ModelError(
+                f"{self.where}: {self.prefix}{key} {not supported} is not supported; supported: {supported}"
+            )
 
     def activation(self, key: str) -> str:
         """The activation under its name in ModelConfig."""
@@ -109,9 +111,7 @@ class RawConfig(Fields):
         if missing:
             raise ModelError(f"{self.where}: rope kind {kind!r} needs {', '.join(missing)}")
         options = {
-            key: _rope_option(key, found, dim)
-            for key in (*required, *_ROPE_OPTIONAL.get(kind, ()))
-            if found.has(key)
+            key: _rope_option(key, found, dim) for key in (*required, *_ROPE_OPTIONAL.get(kind, ())) if found.has(key)
         }
         if kind in _ROPE_WITH_TRAINED_LENGTH:
             # Phi-3 and others keep the trained length outside of the rope options, and there it wins.

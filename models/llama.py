@@ -23,7 +23,7 @@ def read(raw: RawConfig, **differences: Any) -> ModelConfig:
     num_heads, hidden_size = raw.count("num_attention_heads"), raw.size("hidden_size")
     head_dim = raw.head_dim(hidden_size // num_heads)
     bias = raw.flag("attention_bias")
-    fields = {
+    fields: dict[str, Any] = {
         "architecture": raw.architecture,
         "vocab_size": raw.size("vocab_size"),
         "hidden_size": hidden_size,

@@ -54,6 +54,8 @@ def read_config(values: Mapping[str, Any], where: str = "config.json") -> ModelC
     quantization = top.fields("quantization_config")
     if quantization.values:
         method = quantization.text("quant_method", "unknown")
-        raise ModelError(f"{where}: quantization_config: quantization {method!r} is not supported; supported: F32, F16, BF16")
+        raise ModelError(
+            f"{where}: quantization_config: quantization {method!r} is not supported; supported: F32, F16, BF16"
+        )
     inner = top if family.nested is None else top.fields(family.nested)
     return family.read(RawConfig({**inner.values, "architectures": found}, family.defaults, where, inner.prefix))

@@ -21,7 +21,7 @@ import jax
 from jaxserve.models.config import Experts, ModelConfig, ModelError, Rope
 from jaxserve.models.loading import generation
 from jaxserve.models.loading.assemble import placement, report
-from jaxserve.models.loading.hf import read_json
+from jaxserve.models.loading.files import read_json
 from jaxserve.tokenizer import Tokenizer
 
 CONFIG = "jaxserve_config.json"

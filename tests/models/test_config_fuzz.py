@@ -18,9 +18,9 @@ from tests.models.golden import Golden, names
 
 # Read by some family, whether or not its reference checkpoint has it.
 KEYS = [
-    "attention_bias", "bias", "head_dim", "hidden_act", "layer_types", "mlp_bias", "mlp_only_layers", "num_local_experts",
-    "original_max_position_embeddings", "partial_rotary_factor", "quantization_config", "rope_parameters",
-    "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings", "use_bidirectional_attention",
+    "attention_bias", "bias", "head_dim", "hidden_act", "layer_types", "mlp_bias", "mlp_only_layers",
+    "num_local_experts", "original_max_position_embeddings", "partial_rotary_factor", "quantization_config",
+    "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings", "use_bidirectional_attention",
     "use_sliding_window",
 ]  # fmt: skip
 ROPE_KEYS = [
