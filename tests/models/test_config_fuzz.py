@@ -20,8 +20,8 @@ from tests.models.golden import Golden, names
 KEYS = [
     "attention_bias", "bias", "head_dim", "hidden_act", "layer_types", "mlp_bias", "mlp_only_layers",
     "num_local_experts", "original_max_position_embeddings", "partial_rotary_factor", "quantization_config",
-    "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings", "use_bidirectional_attention",
-    "use_sliding_window",
+    "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings",
+    "use_bidirectional_attention", "use_sliding_window",
 ]  # fmt: skip
 ROPE_KEYS = [
     "type", "rope_type", "factor", "rope_theta", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor",

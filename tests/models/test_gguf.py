@@ -16,7 +16,6 @@ from safetensors.numpy import load_file
 
 from jaxserve.models.config import ModelError, Rope
 from jaxserve.models.loading import hub
-from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.loading.gguf import QUANTISED, GGUFSource
 from jaxserve.models.loading.gguf_file import read_gguf
 from jaxserve.models.rope import rope_frequencies
