@@ -175,7 +175,11 @@ def open_checkpoint(model: str, load_format: str = "auto") -> Checkpoint:
         return OrbaxCheckpoint(path)
     if (path / "config.json").is_file():
         return HuggingFaceCheckpoint(path)
-    raise ModelError(f"{path}: neither config.json (Hugging Face) nor {orbax.CONFIG} (Orbax) in this folder")
+    files = ", ".join(sorted(file.name for file in path.glob("*.gguf")))
+    raise ModelError(
+        f"{path}: neither config.json (Hugging Face) nor {orbax.CONFIG} (Orbax) in this folder"
+        + (f"; name one of its GGUF files instead: {files}" if files else "")
+    )
 
 
 def _declared_eos(folder: Path, raw: Mapping[str, Any]) -> eos.Declared:

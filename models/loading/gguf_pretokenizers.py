@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from tokenizers import Regex, pre_tokenizers
+
 _Patterns = tuple[str, ...]
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -44,7 +46,7 @@ _CASED_LETTERS = (
 )
 _CJK = "[一-龥ࠀ-一가-퟿]+"
 _DEEPSEEK_LLM: _Patterns = (
-    r"[\r\n]", rf"\s?[{_CASED_LETTERS}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", _CJK, r"\p{N}",
+    r"[\r\n]", rf"\s?[{_CASED_LETTERS}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", _CJK, r"\p{N}+",
 )  # fmt: skip
 _DEEPSEEK_CODER: _Patterns = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")
 _DEEPSEEK_V3: _Patterns = (
@@ -80,3 +82,9 @@ WHOLE_WORDS: Final = frozenset(
 )
 """Those that take a whole word that is in the vocabulary without merging it, and begin texts with BOS where the file
 does not say."""
+
+
+def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
+    """One of PRE_TOKENIZERS, with the bytes of the pieces in GPT-2's alphabet."""
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[name]]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -7,12 +7,12 @@ from enum import IntEnum
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 from jaxserve.models.config import ModelError
 from jaxserve.models.fields import Fields
 from jaxserve.models.loading.eos import KNOWN_ENDS, Declared
-from jaxserve.models.loading.gguf_pretokenizers import PRE_TOKENIZERS, WHOLE_WORDS
+from jaxserve.models.loading.gguf_pretokenizers import PRE_TOKENIZERS, WHOLE_WORDS, pre_tokenizer
 
 _PREFIX = "tokenizer.ggml."
 _NEEDED = {"gpt2": "merges", "llama": "scores"}
@@ -103,9 +103,7 @@ def _byte_level(fields: Fields, vocabulary: dict[str, int], pre: str | None) -> 
     tokenizer = tokenizers.Tokenizer(model)
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[pre]]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    tokenizer.pre_tokenizer = pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
