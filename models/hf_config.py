@@ -88,7 +88,7 @@ class RawConfig(Fields):
 
         Defaults and precedence are those of RotaryEmbeddingConfigMixin.standardize_rope_params in transformers.
         """
-        found = self.fields("rope_scaling" if self.has("rope_scaling") else "rope_parameters")
+        found = self.fields("rope_scaling" if self.values.get("rope_scaling") else "rope_parameters")
         if layers is not None and found.has(layers):
             found = found.fields(layers)
         kind = found.text("rope_type") or found.text("type") or "default"

@@ -24,7 +24,7 @@ from jaxserve.tokenizer import Tokenizer
 
 
 class Checkpoint(ABC):
-    """Opening one reads headers only; ``load`` reads the weights."""
+    """Opening one reads headers only, but for heads (see head.settle); ``load`` reads the weights."""
 
     path: Path
     config: ModelConfig
@@ -88,7 +88,7 @@ class HuggingFaceCheckpoint(Checkpoint):
 
 
 class GGUFCheckpoint(Checkpoint):
-    """One .gguf file."""
+    """One .gguf file, or the parts of one that llama-gguf-split divided, by any of their names."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
