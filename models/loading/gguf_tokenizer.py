@@ -33,7 +33,7 @@ def special_tokens(metadata: Mapping[str, Any], where: object = "GGUF file") -> 
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: _token_id(fields, key) for name, key in names.items()}
     tokens = fields.texts(f"{_PREFIX}tokens") or []
-    return {name: tokens[i] for name, i in ids.items() if i is not None and 0 <= i < len(tokens)}
+    return {name: tokens[i] for name, i in ids.items() if i is not None and 0 <= i < len(tokens) and tokens[i]}
 
 
 def declared_eos(metadata: Mapping[str, Any], where: object) -> Declared:
@@ -69,13 +69,15 @@ def build(metadata: Mapping[str, Any], where: object = "GGUF file") -> tokenizer
             _byte_level(fields, vocabulary, pre) if kind == "gpt2" else _sentencepiece(fields, vocabulary, types)
         )
         _add_tokens(tokenizer, vocabulary, types)
+        # llama.cpp's defaults where older files have no flag.
+        add_bos = fields.flag(f"{_PREFIX}add_bos_token", kind == "llama" or pre in WHOLE_WORDS)
+        _add_template(tokenizer, special_tokens(metadata, where), add_bos, fields.flag(f"{_PREFIX}add_eos_token"))
     except ModelError:
         raise
     except Exception as error:  # the package raises bare Exception
-        raise ModelError(f"{where}: tokenizer.ggml.tokens and {_PREFIX}{_NEEDED[kind]} do not fit: {error}") from error
-    # llama.cpp's defaults where older files have no flag.
-    add_bos = fields.flag(f"{_PREFIX}add_bos_token", kind == "llama" or pre in WHOLE_WORDS)
-    _add_template(tokenizer, special_tokens(metadata, where), add_bos, fields.flag(f"{_PREFIX}add_eos_token"))
+        raise ModelError(
+            f"{where}: tokenizer.ggml.tokens and {_PREFIX}{_NEEDED[kind]} do not make a tokenizer: {error}"
+        ) from error
     return tokenizer
 
 

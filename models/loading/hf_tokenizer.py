@@ -59,7 +59,7 @@ def read(folder: Path) -> HuggingFaceTokenizer:
     backend.add_tokens([listed[index] for index in sorted(listed)])
     _add_missing(backend, [*named.values(), *_extra_tokens(both)])
     _report_moved(path, backend, listed)
-    eos_tokens = [_token(fields, "eos_token").content for fields in (config, legacy) if fields.has("eos_token")]
+    eos_tokens = [_token(fields, "eos_token").content for fields in (config, legacy) if fields.values.get("eos_token")]
     special = {name: token.content for name, token in named.items()}
     return HuggingFaceTokenizer(backend, special, tuple(dict.fromkeys(eos_tokens)), _chat_template(folder, config))
 

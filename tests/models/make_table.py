@@ -37,10 +37,10 @@ CASES = """
 What the files of a model say is taken together, as transformers, vLLM and llama.cpp take it:
 
 - **Ends of outputs.** The union of `eos_token_id` in generation_config.json and config.json (numbers, strings or
-  lists), `eos_token` in tokenizer_config.json and special_tokens_map.json, a GGUF file's eos, eot and eom ids, and tokens
-  that end a turn or a document in any vocabulary that has them (`<|im_end|>`, `<|eot_id|>`, `<end_of_turn>` and others of
-  llama.cpp's list, models/loading/eos.py). One line of the log names them. `--generation-config none` leaves out
-  sampling defaults only.
+  lists), `eos_token` in tokenizer_config.json and special_tokens_map.json, a GGUF file's eos, eot and eom ids, and
+  tokens that end a turn or a document in any vocabulary that has them (`<|im_end|>`, `<|eot_id|>`, `<end_of_turn>` and
+  others of llama.cpp's list, models/loading/eos.py). One line of the log names them. `--generation-config none`
+  leaves out sampling defaults only.
 - **Tokens.** tokenizer.json, and beside it the tokens of tokenizer_config.json (`added_tokens_decoder`,
   `extra_special_tokens`, names like `pad_token`), special_tokens_map.json and added_tokens.json. The chat template is
   that of chat_template.jinja, tokenizer_config.json or chat_template.json, the first that there is.
