@@ -16,22 +16,25 @@ import jinja2.sandbox
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
-from jaxserve.models.config import ModelError
-from jaxserve.models.loading import gguf_tokenizer
-from jaxserve.models.loading.hf import read_json
+from jaxserve.models.fields import Fields
+from jaxserve.models.loading import gguf_tokenizer, hf_tokenizer
 from jaxserve.request import RequestError
-
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class Tokenizer:
     """A model's tokenizer. Safe to use from several threads.
 
-    ``special_tokens`` maps bos_token, eos_token, unk_token and pad_token, as far as the model has them, to their text.
+    ``special_tokens`` maps bos_token, eos_token, unk_token and so on, as far as the model has them, to their text.
+    ``eos_tokens`` are those that its files give besides special_tokens' eos_token.
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, *, special_tokens: Mapping[str, str], chat_template: str | None
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special_tokens: Mapping[str, str],
+        chat_template: str | None,
+        eos_tokens: Sequence[str] = (),
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -42,24 +45,20 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(index for index, token in added.items() if token.special)
         self.vocab_size: int = backend.get_vocab_size()
-        self.eos_token_id: int | None = backend.token_to_id(special_tokens.get("eos_token", ""))
+        eos_token = special_tokens.get("eos_token")
+        self.eos_token_id: int | None = None if eos_token is None else backend.token_to_id(eos_token)
+        self.eos_tokens = tuple(dict.fromkeys(eos_tokens if eos_token is None else (eos_token, *eos_tokens)))
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """From tokenizer.json, tokenizer_config.json and chat_template.jinja. Raises ModelError."""
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            found = ", ".join(sorted(other.name for other in folder.glob("*token*"))) or "none"
-            raise ModelError(f"{folder}: holds no tokenizer.json, the supported kind of tokenizer; found: {found}")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises bare Exception
-            raise ModelError(f"{path}: cannot be read: {error}") from error
-        config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
-        special = {name: _token_text(config[name]) for name in _SPECIAL_NAMES if config.get(name)}
-        template = folder / "chat_template.jinja"
-        text = template.read_text(encoding="utf-8") if template.is_file() else _template_text(config)
-        return cls(backend, special_tokens=special, chat_template=text)
+        """From the files of a Hugging Face folder, see hf_tokenizer.read. Raises ModelError."""
+        found = hf_tokenizer.read(folder)
+        return cls(
+            found.backend,
+            special_tokens=found.special_tokens,
+            chat_template=found.chat_template,
+            eos_tokens=found.eos_tokens,
+        )
 
     @classmethod
     def of_bytes(cls) -> Tokenizer:
@@ -72,11 +71,12 @@ class Tokenizer:
         return cls(backend, special_tokens={}, chat_template=None)
 
     @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
-        """From a GGUF file's metadata. Raises ModelError for kinds that are not supported."""
-        backend = gguf_tokenizer.build(metadata)
-        special = gguf_tokenizer.special_tokens(metadata)
-        return cls(backend, special_tokens=special, chat_template=metadata.get("tokenizer.chat_template"))
+    def from_gguf(cls, metadata: Mapping[str, Any], where: object = "GGUF file") -> Tokenizer:
+        """From a GGUF file's metadata. Raises ModelError, with ``where`` in it, for what is not supported."""
+        backend = gguf_tokenizer.build(metadata, where)
+        special = gguf_tokenizer.special_tokens(metadata, where)
+        template = Fields(metadata, where).text("tokenizer.chat_template")
+        return cls(backend, special_tokens=special, chat_template=template)
 
     def save(self, folder: Path) -> None:
         """Write what ``from_folder`` and transformers read."""
@@ -85,6 +85,14 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if self._chat_template is not None:
             (folder / "chat_template.jinja").write_text(self._chat_template, encoding="utf-8", newline="")
+
+    def token_id(self, token: str) -> int | None:
+        """The id of ``token``, None where the vocabulary has no such token."""
+        return self._backend.token_to_id(token)
+
+    def token(self, token_id: int) -> str | None:
+        """The token of ``token_id`` as the vocabulary writes it, None for ids outside of it."""
+        return self._backend.id_to_token(token_id)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``. Special tokens written in it are recognised; ``add_special_tokens`` puts the model's
@@ -152,19 +160,6 @@ class TextStream:
     def flush(self) -> str:
         """What is still held back, for the end of the output: characters that never became whole, as U+FFFD."""
         return self._tokenizer.decode(self._ids, self._skip_special_tokens)[self._num_emitted :]
-
-
-def _token_text(token: str | Mapping[str, Any]) -> str:
-    """Configuration files write a token as its text or as a serialised AddedToken."""
-    return token if isinstance(token, str) else token["content"]
-
-
-def _template_text(config: Mapping[str, Any]) -> str | None:
-    """tokenizer_config.json's chat_template: a text, or a list of named ones of which "default" is used."""
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
 
 
 def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:

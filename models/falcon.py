@@ -44,20 +44,20 @@ class Falcon(Decoder):
 def read(raw: RawConfig) -> ModelConfig:
     raw.require("alibi", False)
     raw.require("parallel_attn", True)
-    hidden_size, num_heads = raw.number("hidden_size"), raw.number("num_attention_heads")
-    head_dim = hidden_size // max(num_heads, 1)
+    hidden_size, num_heads = raw.size("hidden_size"), raw.count("num_attention_heads")
+    head_dim = hidden_size // num_heads
     bias, new = raw.flag("bias"), raw.flag("new_decoder_architecture")
     old_kv_heads = 1 if raw.flag("multi_query") else num_heads
     return ModelConfig(
-        architecture=raw.values["architectures"][0],
-        vocab_size=raw.number("vocab_size"),
+        architecture=raw.architecture,
+        vocab_size=raw.size("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=raw.number("ffn_hidden_size", 4 * hidden_size),
-        num_layers=raw.number("num_hidden_layers"),
+        intermediate_size=raw.size("ffn_hidden_size", 4 * hidden_size),
+        num_layers=raw.count("num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=raw.number("num_kv_heads", num_heads) if new else old_kv_heads,
+        num_kv_heads=raw.count("num_kv_heads", num_heads) if new else old_kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=raw.number("max_position_embeddings"),
+        max_position_embeddings=raw.integer("max_position_embeddings"),
         norm="layer",
         norm_eps=raw.number("layer_norm_epsilon"),
         activation=raw.activation("activation"),
@@ -66,7 +66,7 @@ def read(raw: RawConfig) -> ModelConfig:
         out_bias=bias,
         mlp_bias=bias,
         rope=raw.rope(head_dim),
-        num_parallel_norms=raw.number("num_ln_in_parallel_attn", 2) if new else 1,
+        num_parallel_norms=raw.integer("num_ln_in_parallel_attn", 2, high=2) if new else 1,
         tie_word_embeddings=raw.flag("tie_word_embeddings"),
     )
 
@@ -100,6 +100,7 @@ def weights(config: ModelConfig) -> dict[str, Weight]:
 FALCON = Family(
     models="Falcon 7B, 40B, 180B; Falcon 2",
     model=Falcon,
+    base="transformer",
     read=read,
     weights=weights,
     defaults={

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,5 +32,25 @@ class Family:
     """config.json's values where it has none: those of transformers' configuration class."""
     nested: str | None = None
     """The key of config.json that holds the language model's part."""
+    base: str = "model"
+    """The prefix of all tensors but the head's, which a file may lack or have twice: what transformers calls
+    base_model_prefix."""
     tensor_name: Callable[[str], str | None] = same_name
-    """A file's tensor name as ``weights`` has it; None for tensors that are not needed."""
+    """A file's tensor name as ``weights`` has it, up to the prefix ``base``; None for tensors that are not needed."""
+
+    def names_for(self, config: ModelConfig) -> Callable[[str], str | None]:
+        """A file's tensor name -> the name in ``weights`` of ``config``, whether it has the prefix ``base`` or not.
+
+        As transformers' rename_source_key finds it. None for tensors that are not needed; others keep their names.
+        """
+        untied = dataclasses.replace(config, tie_word_embeddings=False)  # a tied model's file may have a head
+        wanted = {part.name for weight in self.weights(untied).values() for part in weight}
+
+        def name_of(stored: str) -> str | None:
+            name = self.tensor_name(stored)
+            if name is None or name in wanted:
+                return name
+            candidates = (f"{self.base}.{name}", name.removeprefix(f"{self.base}."))
+            return next((candidate for candidate in candidates if candidate in wanted), name)
+
+        return name_of

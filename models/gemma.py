@@ -48,37 +48,39 @@ def read_gemma(raw: RawConfig, **differences: Any) -> ModelConfig:
         raw,
         norm="rms_plus_one",
         activation="gelu_tanh",
-        embedding_scale=raw.number("hidden_size") ** 0.5,
+        embedding_scale=raw.size("hidden_size") ** 0.5,
         **differences,
     )
 
 
 def read_gemma2(raw: RawConfig, **differences: Any) -> ModelConfig:
-    layers = raw.number("num_hidden_layers")
+    layers = raw.count("num_hidden_layers")
     alternating = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
     return read_gemma(
         raw,
         attention_scale=raw.number("query_pre_attn_scalar") ** -0.5,
-        attention_softcap=raw.optional("attn_logit_softcapping"),
-        logits_softcap=raw.optional("final_logit_softcapping"),
+        attention_softcap=raw.optional_number("attn_logit_softcapping"),
+        logits_softcap=raw.optional_number("final_logit_softcapping"),
         **{"windows": raw.windows(layers, alternating)} | differences,
     )
 
 
 def read_gemma3(raw: RawConfig) -> ModelConfig:
     raw.require("use_bidirectional_attention", False)
-    layers, every = raw.number("num_hidden_layers"), raw.number("sliding_window_pattern")
+    layers, every = raw.count("num_hidden_layers"), raw.integer("sliding_window_pattern")
     types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
-    head_dim = raw.number("head_dim")
-    local = {"rope_theta": raw.number("rope_local_base_freq")}
-    if "sliding_attention" in (raw.values.get("rope_parameters") or {}):
-        local = raw.values["rope_parameters"]["sliding_attention"]
+    head_dim = raw.head_dim()
+    # One object of options for each kind of layer is how transformers 5 writes them.
+    local = {"rope_parameters": {"rope_theta": raw.number("rope_local_base_freq")}}
+    if raw.fields("rope_parameters").has("sliding_attention"):
+        local = {"rope_parameters": raw.values["rope_parameters"]}
+    local["max_position_embeddings"] = raw.values["max_position_embeddings"]
     return read_gemma2(
         raw,
         windows=raw.windows(layers, types),
         qk_norm=True,
         rope=raw.rope(head_dim, layers="full_attention"),
-        local_rope=RawConfig({"rope_parameters": local}, {}, raw.where).rope(head_dim),
+        local_rope=RawConfig(local, {}, raw.where, raw.prefix).rope(head_dim, layers="sliding_attention"),
     )
 
 

@@ -18,17 +18,17 @@ def read(raw: RawConfig) -> ModelConfig:
     raw.require("scale_attn_weights", True)
     raw.require("scale_attn_by_inverse_layer_idx", False)
     raw.require("add_cross_attention", False)
-    hidden_size, num_heads = raw.number("n_embd"), raw.number("n_head")
+    hidden_size, num_heads = raw.size("n_embd"), raw.count("n_head")
     return ModelConfig(
-        architecture=raw.values["architectures"][0],
-        vocab_size=raw.number("vocab_size"),
+        architecture=raw.architecture,
+        vocab_size=raw.size("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=raw.number("n_inner", 4 * hidden_size),
-        num_layers=raw.number("n_layer"),
+        intermediate_size=raw.size("n_inner", 4 * hidden_size),
+        num_layers=raw.count("n_layer"),
         num_heads=num_heads,
         num_kv_heads=num_heads,
-        head_dim=hidden_size // max(num_heads, 1),
-        max_position_embeddings=raw.number("n_positions"),
+        head_dim=hidden_size // num_heads,
+        max_position_embeddings=raw.size("n_positions"),
         norm="layer",
         norm_eps=raw.number("layer_norm_epsilon"),
         activation=raw.activation("activation_function"),
@@ -67,14 +67,13 @@ def weights(config: ModelConfig) -> dict[str, Weight]:
 
 
 def tensor_name(name: str) -> str | None:
-    """The hub's files lack the prefix, and carry the causal mask."""
-    if re.fullmatch(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)", name):
-        return None
-    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+    """Old files carry the causal mask."""
+    return None if re.fullmatch(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)", name) else name
 
 
 GPT2 = Family(
     models="GPT-2",
+    base="transformer",
     read=read,
     weights=weights,
     tensor_name=tensor_name,

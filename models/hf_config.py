@@ -5,69 +5,79 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxserve.models.config import ModelError, Rope
-from jaxserve.models.rope import ROPE_KINDS
+import numpy as np
 
+from jaxserve.models.config import ModelError, Rope
+from jaxserve.models.fields import LARGEST_COUNT, LARGEST_SIZE, Fields
+from jaxserve.models.rope import ROPE_KINDS, rope_frequencies
+
+_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+_LARGEST_HEAD = 2**14
+_LARGEST_STRETCH = 1e6
+
+# What each kind of rope takes, required first.
 _ROPE_REQUIRED = {
     "linear": ("factor",),
     "dynamic": ("factor",),
     "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+_YARN = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+_ROPE_OPTIONAL = {"yarn": _YARN, "longrope": ("factor", "attention_factor")}
+_ROPE_WITH_TRAINED_LENGTH = ("llama3", "yarn", "longrope")
 
 
-class RawConfig:
-    """The object of a config.json over a family's defaults; ``where`` is its name in messages.
+class RawConfig(Fields):
+    """The object of a config.json over a family's defaults; ``where`` is its name in messages."""
 
-    Every complaint is a ModelError that names the key, what was found and what is supported.
-    """
+    def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any], where: str, prefix: str = "") -> None:
+        super().__init__({**defaults, **values}, where, prefix)
 
-    def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
-        self.values = {**defaults, **values}
-        self.where = where
+    @property
+    def architecture(self) -> str:
+        return self.values["architectures"][0]
 
-    def number(self, key: str, default: float | None = None) -> Any:
-        """A number; ``default`` where the key is missing or null."""
-        value = self.values.get(key)
-        value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ModelError(f"{self.where}: {key} must be a number, found {self.values.get(key)!r}")
-        return value
+    def size(self, key: str, default: int | None = None) -> int:
+        """Of a tensor's dimension."""
+        return self.integer(key, default, high=LARGEST_SIZE)
 
-    def optional(self, key: str) -> Any:
-        """A number, or None where the key is missing or null."""
-        return None if self.values.get(key) is None else self.number(key)
+    def count(self, key: str, default: int | None = None) -> int:
+        """Of layers, experts or heads."""
+        return self.integer(key, default, high=LARGEST_COUNT)
 
-    def flag(self, key: str) -> bool:
-        return bool(self.values.get(key))
+    def head_dim(self, default: int | None = None) -> int:
+        return self.integer("head_dim", default, high=_LARGEST_HEAD)
 
-    def require(self, key: str, supported: object) -> None:
+    def require(self, key: str, supported: bool) -> None:
         """Refuse a model whose ``key`` is there and not ``supported``."""
-        found = self.values.get(key, supported)
-        if found != supported:
-            raise ModelError(f"{self.where}: {key} {found!r} is not supported; supported: {supported!r}")
+        if self.flag(key, supported) != supported:
+            raise ModelError(
+                f"{self.where}: {self.prefix}{key} {not supported} is not supported; supported: {supported}"
+            )
 
     def activation(self, key: str) -> str:
         """The activation under its name in ModelConfig."""
-        found = self.values.get(key)
+        found = self.text(key)
         if found not in _ACTIVATIONS:
             known = ", ".join(_ACTIVATIONS)
-            raise ModelError(f"{self.where}: {key} {found!r} is not supported; supported: {known}")
+            raise ModelError(f"{self.where}: {self.prefix}{key} {found!r} is not supported; supported: {known}")
         return _ACTIVATIONS[found]
 
     def windows(self, num_layers: int, default_types: Sequence[str]) -> tuple[int | None, ...]:
         """ModelConfig.windows from ``sliding_window`` and ``layer_types``, by default ``default_types``."""
-        types = self.values.get("layer_types") or default_types
-        unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+        types = self.texts("layer_types") or default_types
+        unknown = sorted(set(types) - set(_LAYER_TYPES))
         if unknown:
             raise ModelError(
-                f"{self.where}: layer_types {', '.join(unknown)} not supported; "
-                "supported: full_attention, sliding_attention"
+                f"{self.where}: {self.prefix}layer_types {', '.join(unknown)} not supported; "
+                f"supported: {', '.join(_LAYER_TYPES)}"
             )
         if len(types) != num_layers:
-            raise ModelError(f"{self.where}: layer_types must name {num_layers} layers, found {len(types)}")
-        window = self.optional("sliding_window")
+            raise ModelError(
+                f"{self.where}: {self.prefix}layer_types must name {num_layers} layers, found {len(types)}"
+            )
+        window = self.optional_integer("sliding_window")
         if window is None or "sliding_attention" not in types:
             return ()
         return tuple(window if kind == "sliding_attention" else None for kind in types)
@@ -78,28 +88,55 @@ class RawConfig:
 
         Defaults and precedence are those of RotaryEmbeddingConfigMixin.standardize_rope_params in transformers.
         """
-        raw = self.values
-        options = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
-        if layers is not None and layers in options:
-            options = dict(options[layers])
-        old_kind = options.pop("type", "default")
-        kind = options.pop("rope_type", old_kind)
+        found = self.fields("rope_scaling" if self.values.get("rope_scaling") else "rope_parameters")
+        if layers is not None and found.has(layers):
+            found = found.fields(layers)
+        kind = found.text("rope_type") or found.text("type") or "default"
         kind = {"su": "longrope"}.get(kind, kind)  # Phi-3's first name for it
-        theta = options.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
-        rotated = options.pop("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1.0
-        dim = int(head_dim * rotated)
         if kind not in ROPE_KINDS:
             raise ModelError(f"{self.where}: rope kind {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
-        if kind == "default":
-            return Rope(theta=float(theta), dim=dim)
-        missing = [key for key in _ROPE_REQUIRED.get(kind, ()) if options.get(key) is None]
+        theta = found.optional_number("rope_theta") or self.number("rope_theta", 10000.0)
+        share = found.optional_number("partial_rotary_factor", high=1) or self.number(
+            "partial_rotary_factor", 1.0, high=1
+        )
+        dim = int(head_dim * share)
+        rope = Rope(theta=float(theta), dim=dim, kind=kind, options=self._rope_options(found, kind, dim))
+        self._check_frequencies(rope, found)
+        return rope
+
+    def _rope_options(self, found: Fields, kind: str, dim: int) -> dict[str, Any]:
+        """What ``kind`` takes, of the values in ``found``."""
+        required = _ROPE_REQUIRED.get(kind, ())
+        missing = [key for key in required if not found.has(key)]
         if missing:
             raise ModelError(f"{self.where}: rope kind {kind!r} needs {', '.join(missing)}")
-        for key in ("short_factor", "long_factor"):
-            if key in options and len(options[key]) != dim // 2:
-                raise ModelError(f"{self.where}: {key} must hold {dim // 2} numbers, found {len(options[key])}")
-        if kind in ("llama3", "yarn", "longrope"):
+        options = {
+            key: _rope_option(key, found, dim) for key in (*required, *_ROPE_OPTIONAL.get(kind, ())) if found.has(key)
+        }
+        if kind in _ROPE_WITH_TRAINED_LENGTH:
             # Phi-3 and others keep the trained length outside of the rope options, and there it wins.
-            inside = options.get("original_max_position_embeddings") or self.number("max_position_embeddings")
-            options["original_max_position_embeddings"] = raw.get("original_max_position_embeddings") or inside
-        return Rope(theta=float(theta), dim=dim, kind=kind, options=options)
+            key = "original_max_position_embeddings"
+            inside = found.optional_integer(key) or self.integer("max_position_embeddings")
+            options[key] = self.integer(key, inside)
+        return options
+
+    def _check_frequencies(self, rope: Rope, found: Fields) -> None:
+        """Refuse values that are fine one by one and don't go together."""
+        try:
+            with np.errstate(all="ignore"):
+                frequencies, scale = rope_frequencies(rope, trained=self.integer("max_position_embeddings"), max_len=1)
+        except ArithmeticError:
+            frequencies, scale = np.zeros(1), 1.0
+        if not (np.isfinite(frequencies).all() and (frequencies > 0).all() and np.isfinite(scale)):
+            raise ModelError(
+                f"{self.where}: {found.prefix.removesuffix('.')} {found.values!r:.200} and rope_theta {rope.theta:g} "
+                f"give no usable frequencies for {rope.dim} rotated dimensions"
+            )
+
+
+def _rope_option(key: str, found: Fields, dim: int) -> Any:
+    if key in ("short_factor", "long_factor"):
+        return found.numbers(key, dim // 2)
+    if key == "truncate":
+        return found.flag(key)
+    return found.number(key, high=_LARGEST_STRETCH, zero=key.startswith("mscale"))

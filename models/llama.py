@@ -20,19 +20,19 @@ MISTRAL_DEFAULTS = DEFAULTS | {
 
 def read(raw: RawConfig, **differences: Any) -> ModelConfig:
     """A config.json with Llama's keys; ``differences`` are fields of ModelConfig that the family has otherwise."""
-    num_heads, hidden_size = raw.number("num_attention_heads"), raw.number("hidden_size")
-    head_dim = raw.number("head_dim", hidden_size // max(num_heads, 1))
+    num_heads, hidden_size = raw.count("num_attention_heads"), raw.size("hidden_size")
+    head_dim = raw.head_dim(hidden_size // num_heads)
     bias = raw.flag("attention_bias")
-    fields = {
-        "architecture": raw.values["architectures"][0],
-        "vocab_size": raw.number("vocab_size"),
+    fields: dict[str, Any] = {
+        "architecture": raw.architecture,
+        "vocab_size": raw.size("vocab_size"),
         "hidden_size": hidden_size,
-        "intermediate_size": raw.number("intermediate_size"),
-        "num_layers": raw.number("num_hidden_layers"),
+        "intermediate_size": raw.size("intermediate_size"),
+        "num_layers": raw.count("num_hidden_layers"),
         "num_heads": num_heads,
-        "num_kv_heads": raw.number("num_key_value_heads", num_heads),
+        "num_kv_heads": raw.count("num_key_value_heads", num_heads),
         "head_dim": head_dim,
-        "max_position_embeddings": raw.number("max_position_embeddings"),
+        "max_position_embeddings": raw.integer("max_position_embeddings"),
         "norm_eps": raw.number("rms_norm_eps"),
         "qkv_bias": bias,
         "out_bias": bias,
@@ -48,7 +48,7 @@ def read(raw: RawConfig, **differences: Any) -> ModelConfig:
 
 def read_windowed(raw: RawConfig) -> ModelConfig:
     """Every layer has the window, where there is one."""
-    layers = raw.number("num_hidden_layers")
+    layers = raw.count("num_hidden_layers")
     return read(raw, windows=raw.windows(layers, ["sliding_attention"] * layers))
 
 

@@ -13,11 +13,11 @@ from jaxserve.models.weights import Weight
 
 
 def read(raw: RawConfig) -> ModelConfig:
-    layers = raw.number("num_hidden_layers")
+    layers = raw.count("num_hidden_layers")
     experts = Experts(
-        count=raw.number("num_local_experts"),
-        per_token=raw.number("num_experts_per_tok"),
-        intermediate_size=raw.number("intermediate_size"),
+        count=raw.count("num_local_experts"),
+        per_token=raw.count("num_experts_per_tok"),
+        intermediate_size=raw.size("intermediate_size"),
         normalise=True,
         layers=tuple(range(layers)),
     )

@@ -16,7 +16,7 @@ def _windows(raw: RawConfig) -> tuple[int | None, ...]:
     """The layers from ``max_window_layers`` on have a window, where ``use_sliding_window`` says so."""
     if not raw.flag("use_sliding_window"):
         return ()
-    layers, first = raw.number("num_hidden_layers"), raw.number("max_window_layers")
+    layers, first = raw.count("num_hidden_layers"), raw.integer("max_window_layers", low=0)
     return raw.windows(layers, ["sliding_attention" if i >= first else "full_attention" for i in range(layers)])
 
 
@@ -29,13 +29,13 @@ def read_qwen3(raw: RawConfig) -> ModelConfig:
 
 
 def read_qwen3_moe(raw: RawConfig) -> ModelConfig:
-    layers, step = raw.number("num_hidden_layers"), raw.number("decoder_sparse_step")
-    dense = raw.values.get("mlp_only_layers") or ()
+    layers, step = raw.count("num_hidden_layers"), raw.integer("decoder_sparse_step")
+    dense = raw.integers("mlp_only_layers") or ()
     experts = Experts(
         # transformers 5 writes the first name, the hub's files have the second.
-        count=raw.optional("num_local_experts") or raw.number("num_experts"),
-        per_token=raw.number("num_experts_per_tok"),
-        intermediate_size=raw.number("moe_intermediate_size"),
+        count=raw.count("num_local_experts" if raw.has("num_local_experts") else "num_experts"),
+        per_token=raw.count("num_experts_per_tok"),
+        intermediate_size=raw.size("moe_intermediate_size"),
         normalise=raw.flag("norm_topk_prob"),
         layers=tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0),
     )

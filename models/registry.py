@@ -8,6 +8,7 @@ from typing import Any
 from jaxserve.models.config import ModelConfig, ModelError
 from jaxserve.models.falcon import FALCON
 from jaxserve.models.family import Family
+from jaxserve.models.fields import Fields
 from jaxserve.models.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_VISION
 from jaxserve.models.gpt2 import GPT2
 from jaxserve.models.hf_config import RawConfig
@@ -45,14 +46,16 @@ def family_of(architecture: str) -> Family:
 
 def read_config(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     """The object of a config.json as ModelConfig. Raises ModelError, naming the key."""
-    found = values.get("architectures")
-    if not isinstance(found, list) or len(found) != 1 or not isinstance(found[0], str):
-        raise ModelError(f"{where}: architectures must be a list of one name, found {found!r}")
+    top = Fields(values, where)
+    found = top.texts("architectures")
+    if found is None or len(found) != 1:
+        raise top.error("architectures", "a list of one name")
     family = family_of(found[0])
-    if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method", "unknown")
-        raise ModelError(f"{where}: quantization {method!r} is not supported; supported: F32, F16, BF16")
-    inner = values
-    if family.nested is not None:
-        inner = {**(values.get(family.nested) or {}), "architectures": found}
-    return family.read(RawConfig(inner, family.defaults, where))
+    quantization = top.fields("quantization_config")
+    if quantization.values:
+        method = quantization.text("quant_method", "unknown")
+        raise ModelError(
+            f"{where}: quantization_config: quantization {method!r} is not supported; supported: F32, F16, BF16"
+        )
+    inner = top if family.nested is None else top.fields(family.nested)
+    return family.read(RawConfig({**inner.values, "architectures": found}, family.defaults, where, inner.prefix))

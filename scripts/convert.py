@@ -21,7 +21,8 @@ def convert(source: str, destination: Path, dtype: str, tensor: int) -> None:
     """Write ``source`` to ``destination``, loaded over ``tensor`` devices. Raises ModelError."""
     checkpoint = open_checkpoint(source)
     config, family = checkpoint.config, family_of(checkpoint.config.architecture)
-    sampling_defaults = checkpoint.sampling_defaults
+    sampling_defaults, tokenizer = checkpoint.sampling_defaults, checkpoint.tokenizer()
+    eos_token_ids = checkpoint.eos_token_ids(tokenizer)
     _, state = abstract_model(family.model, config, max_len=config.max_position_embeddings, dtype=jnp.dtype(dtype))
     abstract, weights = abstract_parameters(state, make_mesh(tensor)), family.weights(config)
     checkpoint.check(abstract, weights)
@@ -30,9 +31,9 @@ def convert(source: str, destination: Path, dtype: str, tensor: int) -> None:
         destination,
         parameters,
         config,
-        eos_token_ids=checkpoint.eos_token_ids,
+        eos_token_ids=eos_token_ids,
         sampling_defaults=sampling_defaults,
-        tokenizer=checkpoint.tokenizer(),
+        tokenizer=tokenizer,
     )
 
 

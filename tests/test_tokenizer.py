@@ -227,7 +227,7 @@ def test_bos_and_eos_flags() -> None:
     ("change", "message"),
     [
         ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model 'bert' is not supported; supported: gpt2, llama"),
-        ({"tokenizer.ggml.pre": "viking"}, "tokenizer.ggml.pre 'viking' is not supported; supported: default, gpt-2"),
+        ({"tokenizer.ggml.pre": "kimi"}, "tokenizer.ggml.pre 'kimi' is not supported; supported: default, gpt-2"),
         ({"tokenizer.ggml.model": "llama"}, "missing metadata: tokenizer.ggml.scores"),
     ],
 )

@@ -91,7 +91,7 @@ class Engine:
         self.tokenizer = (
             Tokenizer.from_folder(resolve(config.tokenizer)) if config.tokenizer else checkpoint.tokenizer()
         )
-        self.eos_token_ids = checkpoint.eos_token_ids
+        self.eos_token_ids = checkpoint.eos_token_ids(self.tokenizer)
         self.sampling_defaults: Mapping[str, Any] = (
             checkpoint.sampling_defaults if config.generation_config == "auto" else {}
         )

@@ -18,8 +18,8 @@ from jaxserve.evaluation.latency import Percentiles, RunResult
 from jaxserve.evaluation.load import make_prompts
 from jaxserve.evaluation.report import machine
 from jaxserve.evaluation.workload import WorkloadConfig, WorkloadRequest, make_workload
+from jaxserve.models.loading.files import read_json
 from jaxserve.models.loading.gguf import GGUFSource, write_hf_folder
-from jaxserve.models.loading.hf import read_json
 from jaxserve.models.loading.hub import resolve
 from jaxserve.models.registry import read_config
 

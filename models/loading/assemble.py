@@ -18,8 +18,10 @@ from jax.sharding import SingleDeviceSharding
 from jaxserve.models.config import ModelError
 from jaxserve.models.weights import Part, TensorSource, Weight
 
-# Rotary tables that old checkpoints carry, and the output head that some carry besides a tied embedding.
-_HARMLESS = re.compile(r".*rotary_emb\.inv_freq|lm_head\.weight")
+# Rotary tables that old checkpoints carry.
+_HARMLESS = re.compile(r".*rotary_emb\.inv_freq")
+
+_UNTIED = " (tie_word_embeddings is false, so the model needs a head of its own)"
 
 STAGING_BYTES = 2**30
 
@@ -97,7 +99,8 @@ def check(
     """
     names = source.names()
     wanted = {part.name for parameter in abstract for part in weights[parameter]}
-    problems = [f"missing {name}" for name in sorted(wanted - names)]
+    head = {part.name for part in weights.get("lm_head", ())}
+    problems = [f"missing {name}{_UNTIED if name in head else ''}" for name in sorted(wanted - names)]
     problems += [f"unexpected {name}" for name in sorted(names - wanted) if not _HARMLESS.fullmatch(name)]
     for parameter, spec in abstract.items():
         used = {part.name: None for part in weights[parameter]}  # ordered, each once

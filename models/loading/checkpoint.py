@@ -11,8 +11,10 @@ from typing import Any
 import jax
 
 from jaxserve.models.config import ModelConfig, ModelError
-from jaxserve.models.loading import assemble, generation, hf, orbax
+from jaxserve.models.fields import Fields
+from jaxserve.models.loading import assemble, eos, generation, gguf_tokenizer, head, hf, orbax
 from jaxserve.models.loading.dummy import random_parameters
+from jaxserve.models.loading.files import read_json
 from jaxserve.models.loading.gguf import GGUFSource
 from jaxserve.models.loading.hub import resolve
 from jaxserve.models.presets import PRESETS
@@ -22,12 +24,16 @@ from jaxserve.tokenizer import Tokenizer
 
 
 class Checkpoint(ABC):
-    """Opening one reads headers only; ``load`` reads the weights."""
+    """Opening one reads headers only, but for heads (see head.settle); ``load`` reads the weights."""
 
     path: Path
     config: ModelConfig
-    eos_token_ids: tuple[int, ...]
-    """Ids that end an output unless the request ignores them."""
+    declared_eos: eos.Declared
+    """What the model's files say ends an output; its tokenizer's files may say more."""
+
+    def eos_token_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """Ids that end an output unless the request ignores them."""
+        return eos.union(self.path, self.declared_eos, tokenizer, self.config.vocab_size)
 
     @property
     @abstractmethod
@@ -56,11 +62,12 @@ class HuggingFaceCheckpoint(Checkpoint):
     """A folder of config.json, tokenizer.json and safetensors files."""
 
     def __init__(self, folder: Path) -> None:
-        raw = hf.read_json(folder / "config.json")
         self.path = folder
+        raw = read_json(folder / "config.json")
         self.config = read_config(raw, str(folder / "config.json"))
-        generation = hf.read_json(folder / "generation_config.json")
-        self.eos_token_ids = hf.eos_token_ids(generation) or hf.eos_token_ids(raw) or _tokenizer_eos(self.tokenizer())
+        if self.config.tie_word_embeddings:
+            self.config = head.settle(self._source, self.config, family_of(self.config.architecture))
+        self.declared_eos = _declared_eos(folder, raw)
 
     @property
     def sampling_defaults(self) -> Mapping[str, Any]:
@@ -71,7 +78,7 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     @cached_property
     def _source(self) -> hf.SafetensorsSource:
-        return hf.SafetensorsSource(self.path, family_of(self.config.architecture).tensor_name)
+        return hf.SafetensorsSource(self.path, family_of(self.config.architecture).names_for(self.config))
 
     def check(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> None:
         assemble.check(self.path, self._source, abstract, weights)
@@ -81,23 +88,20 @@ class HuggingFaceCheckpoint(Checkpoint):
 
 
 class GGUFCheckpoint(Checkpoint):
-    """One .gguf file."""
+    """One .gguf file, or the parts of one that llama-gguf-split divided, by any of their names."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._source = GGUFSource(path)
         self.config = self._source.config
-        metadata = self._source.file.metadata
-        # Chat models may end a turn with another token than a document.
-        ids = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
-        self.eos_token_ids = tuple(dict.fromkeys(i for i in ids if i is not None))
+        self.declared_eos = gguf_tokenizer.declared_eos(self._source.file.metadata, path)
 
     @property
     def sampling_defaults(self) -> Mapping[str, Any]:
         return generation.from_gguf(self.path, self._source.file.metadata)
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_gguf(self._source.file.metadata)
+        return Tokenizer.from_gguf(self._source.file.metadata, self.path)
 
     def check(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> None:
         assemble.check(self.path, self._source, abstract, weights)
@@ -111,7 +115,7 @@ class OrbaxCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
-        self.config, self.eos_token_ids = orbax.read_config(folder)
+        self.config, self.declared_eos = orbax.read_config(folder)
         family_of(self.config.architecture)
 
     @property
@@ -139,9 +143,9 @@ class DummyCheckpoint(Checkpoint):
         if not (model in PRESETS or (self.path / "config.json").is_file()):
             known = ", ".join(PRESETS)
             raise ModelError(f"load_format dummy needs a folder with config.json, or one of {known}; got {model!r}")
-        raw = PRESETS.get(model) or hf.read_json(self.path / "config.json")
+        raw = PRESETS.get(model) or read_json(self.path / "config.json")
         self.config = read_config(raw, model)
-        self.eos_token_ids = hf.eos_token_ids(raw)
+        self.declared_eos = _declared_eos(self.path, raw)
 
     @property
     def sampling_defaults(self) -> Mapping[str, Any]:
@@ -171,8 +175,16 @@ def open_checkpoint(model: str, load_format: str = "auto") -> Checkpoint:
         return OrbaxCheckpoint(path)
     if (path / "config.json").is_file():
         return HuggingFaceCheckpoint(path)
-    raise ModelError(f"{path}: neither config.json (Hugging Face) nor {orbax.CONFIG} (Orbax) in this folder")
+    files = ", ".join(sorted(file.name for file in path.glob("*.gguf")))
+    raise ModelError(
+        f"{path}: neither config.json (Hugging Face) nor {orbax.CONFIG} (Orbax) in this folder"
+        + (f"; name one of its GGUF files instead: {files}" if files else "")
+    )
 
 
-def _tokenizer_eos(tokenizer: Tokenizer) -> tuple[int, ...]:
-    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+def _declared_eos(folder: Path, raw: Mapping[str, Any]) -> eos.Declared:
+    """Of generation_config.json and of ``raw``, config.json's object, which may hold the language model's part."""
+    path = folder / "generation_config.json"
+    config = Fields(raw, folder / "config.json")
+    found = (Fields(read_json(path), path), config, config.fields("text_config"))
+    return tuple(one for fields in found for one in eos.declared(fields))

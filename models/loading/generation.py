@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxserve.models.config import ModelError
-from jaxserve.models.loading.hf import read_json
+from jaxserve.models.loading.files import read_json
 from jaxserve.request import RequestError, SamplingParams
 
 logger = logging.getLogger(__name__)

@@ -63,13 +63,13 @@ class GGUFSource:
 
     def __init__(self, path: Path) -> None:
         self.file = read_gguf(path)
-        self.config = config_from_gguf(self.file)
-        self._architecture = self.file.require("general.architecture", str)
         readable = (*FLOATS, *QUANTISED)
         wrong = [f"{name} ({info.kind.name})" for name, info in self.file.tensors.items() if info.kind not in readable]
         if wrong:
             supported = ", ".join(kind.name for kind in readable)
             raise ModelError(f"{path}: tensor types not supported: {', '.join(wrong)}; supported: {supported}")
+        self.config = config_from_gguf(self.file)
+        self._architecture = self.file.metadata["general.architecture"]
         # The rope factors are part of the configuration (see _rope_scaling).
         self._names = {hf_name(name, self._architecture): name for name in self.file.tensors if name != _ROPE_FACTORS}
 
@@ -141,28 +141,27 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
 
 def hf_config_from_gguf(file: GGUFFile) -> dict[str, Any]:
     """The metadata (key names: docs/gguf.md of ggml) in config.json's terms. Raises ModelError."""
-    architecture = file.require("general.architecture", str)
+    fields = file.fields
+    architecture = fields.text("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ModelError(
             f"{file.path}: architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
-    if file.metadata.get(f"{architecture}.expert_count"):
+    if fields.integer(f"{architecture}.expert_count", 0, low=0):
         raise ModelError(f"{file.path}: mixtures of experts are not supported in GGUF files")
     if "token_embd.weight" not in file.tensors:
         raise ModelError(f"{file.path}: missing tensor token_embd.weight")
 
-    def get(key: str, default: Any = None) -> Any:
-        return file.metadata.get(f"{architecture}.{key}", default)
-
     def integer(key: str, default: int | None = None) -> int:
-        if default is not None and get(key) is None:
-            return default
-        return file.require(f"{architecture}.{key}", int)
+        return fields.integer(f"{architecture}.{key}", default)
+
+    def number(key: str, default: float | None = None) -> float:
+        return fields.number(f"{architecture}.{key}", default)
 
     num_heads, hidden_size, num_layers = (
         integer("attention.head_count"), integer("embedding_length"), integer("block_count"),
     )  # fmt: skip
-    head_dim = integer("attention.key_length", hidden_size // max(num_heads, 1))
+    head_dim = integer("attention.key_length", hidden_size // num_heads)
     for key in ("rope.dimension_count", "attention.value_length"):
         if integer(key, head_dim) != head_dim:
             raise ModelError(
@@ -179,8 +178,8 @@ def hf_config_from_gguf(file: GGUFFile) -> dict[str, Any]:
         "num_key_value_heads": integer("attention.head_count_kv", num_heads),
         "head_dim": head_dim,
         "max_position_embeddings": integer("context_length"),
-        "rms_norm_eps": file.require(f"{architecture}.attention.layer_norm_rms_epsilon", float),
-        "rope_theta": get("rope.freq_base", 10000.0),
+        "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": number("rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(file, architecture),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
@@ -192,35 +191,37 @@ def hf_config_from_gguf(file: GGUFFile) -> dict[str, Any]:
         values |= {
             "query_pre_attn_scalar": hidden_size // num_heads if wide else head_dim,
             "sliding_window": integer("attention.sliding_window", 4096),
-            "rope_local_base_freq": get("rope.freq_base_swa", 10000.0),
-            "attn_logit_softcapping": get("attn_logit_softcapping"),
-            "final_logit_softcapping": get("final_logit_softcapping"),
+            "rope_local_base_freq": number("rope.freq_base_swa", 10000.0),
+            "attn_logit_softcapping": fields.optional_number(f"{architecture}.attn_logit_softcapping"),
+            "final_logit_softcapping": fields.optional_number(f"{architecture}.final_logit_softcapping"),
         }
     return values
 
 
 def _rope_scaling(file: GGUFFile, architecture: str) -> dict[str, Any] | None:
     """As config.json's rope_scaling."""
-    trained = file.require(f"{architecture}.context_length", int)
+    fields, trained = file.fields, f"{architecture}.context_length"
     if _ROPE_FACTORS in file.tensors:
         # llama3's scaling, worked out by the converter into a divisor for each frequency: longrope with one list.
-        factors = decode(file.bytes_of(_ROPE_FACTORS), file.tensors[_ROPE_FACTORS]).tolist()
+        factors = decode(file.bytes_of(_ROPE_FACTORS), file.tensors[_ROPE_FACTORS]).ravel().tolist()
         return {
             "rope_type": "longrope",
             "short_factor": factors,
             "long_factor": factors,
             "attention_factor": 1.0,
-            "original_max_position_embeddings": trained,
+            "original_max_position_embeddings": fields.integer(trained),
         }
     prefix = f"{architecture}.rope.scaling."
-    scaling = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
-    kind = scaling.pop("type", "none")
-    scaling.pop("finetuned", None)
-    factor = scaling.pop("factor", 1.0)
-    trained = scaling.pop("original_context_length", trained)
-    if kind not in ("none", "linear", "yarn") or scaling:
-        found = ", ".join([f"{prefix}type = {kind}", *(prefix + key for key in scaling)])
+    kind = fields.text(f"{prefix}type", "none")
+    known = [f"{prefix}{key}" for key in ("type", "finetuned", "factor", "original_context_length")]
+    others = [key for key in file.metadata if key.startswith(prefix) and key not in known]
+    if kind not in ("none", "linear", "yarn") or others:
+        found = ", ".join([f"{prefix}type = {kind}", *others])
         raise ModelError(f"{file.path}: rope scaling not supported: {found}; supported types: none, linear, yarn")
     if kind == "none":
         return None
-    return {"rope_type": kind, "factor": factor, "original_max_position_embeddings": trained}
+    return {
+        "rope_type": kind,
+        "factor": fields.number(f"{prefix}factor", 1.0),
+        "original_max_position_embeddings": fields.integer(f"{prefix}original_context_length", fields.integer(trained)),
+    }

@@ -7,8 +7,10 @@ one takes 0.2 s.
 from __future__ import annotations
 
 import math
+import re
 import struct
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,11 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
 from jaxserve.models.config import ModelError
+from jaxserve.models.fields import Fields
+from jaxserve.models.loading.files import refuse_pointer
 
 _VERSIONS = (2, 3)
+_KINDS = frozenset(GGMLQuantizationType)
 _SCALARS = {
     GGUFValueType.UINT8: "B",
     GGUFValueType.INT8: "b",
@@ -33,61 +38,96 @@ _SCALARS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TensorInfo:
-    """Where a tensor lies in the file. ``shape`` has the slowest dimension first, as in Hugging Face's files."""
+    """Where a tensor lies. ``shape`` has the slowest dimension first, as in Hugging Face's files."""
 
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
+    data: np.ndarray
+    """The memory-mapped file that holds it, ``uint8[file size]``."""
     start: int
     num_bytes: int
 
 
 @dataclass(frozen=True)
 class GGUFFile:
+    """A file, or all files of a model that llama-gguf-split divided. Metadata that counts is in the first."""
+
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
-    data: np.ndarray
-    """The memory-mapped file, ``uint8[file size]``."""
 
-    def require(self, key: str, kind: type | tuple[type, ...]) -> Any:
-        """A metadata value; ModelError where it is missing or of another type."""
-        value = self.metadata.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ModelError(f"{self.path}: metadata {key} is {value!r}, expected a value of type {kind}")
-        return value
+    @property
+    def fields(self) -> Fields:
+        return Fields(self.metadata, self.path)
 
     def bytes_of(self, name: str) -> np.ndarray:
         info = self.tensors[name]
-        return self.data[info.start : info.start + info.num_bytes]
+        return info.data[info.start : info.start + info.num_bytes]
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """Read the header of ``path``; tensors stay in the mapped file. Raises ModelError."""
+    """Read the header of ``path``, and of the other parts of its model; tensors stay in the mapped files.
+
+    Raises ModelError.
+    """
+    file = _read_part(path)
+    count = file.fields.integer("split.count", 1, low=0)
+    return file if count <= 1 else _join(file, count)
+
+
+def _join(file: GGUFFile, count: int) -> GGUFFile:
+    """``file``, one of ``count`` parts, with all others."""
+    path = file.path
+    name = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
+    if name is None or int(name[2]) != count:
+        raise ModelError(
+            f"{path}: one of {count} parts of a model, which are found by their names: they must end in "
+            f"-00001-of-{count:05}.gguf and so on"
+        )
+    paths = [path.with_name(f"{name[1]}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+    missing = [part.name for part in paths if not part.is_file()]
+    if missing:
+        raise ModelError(f"{path}: one of {count} parts of a model; missing beside it: {', '.join(missing)}")
+    tensors: dict[str, TensorInfo] = {}
+    parts = [file if part == path else _read_part(part) for part in paths]
+    for number, part in enumerate(parts):
+        if (part.fields.integer("split.no", low=0), part.fields.integer("split.count")) != (number, count):
+            raise ModelError(
+                f"{part.path}: split.no {part.metadata['split.no']} and split.count {part.metadata['split.count']} "
+                f"do not fit its name"
+            )
+        twice = tensors.keys() & part.tensors.keys()
+        if twice:
+            raise ModelError(f"{part.path}: another part has tensors {', '.join(sorted(twice))} too")
+        tensors |= part.tensors
+    total = parts[0].fields.integer("split.tensors.count", len(tensors), low=0)
+    if total != len(tensors):
+        raise ModelError(f"{path}: the parts hold {len(tensors)} tensors, split.tensors.count is {total}")
+    return GGUFFile(path, parts[0].metadata, tensors)
+
+
+def _read_part(path: Path) -> GGUFFile:
+    refuse_pointer(path)
     if path.stat().st_size < 4:
         raise ModelError(f"{path}: truncated, {path.stat().st_size} bytes")
     data = np.memmap(path, np.uint8, mode="r")
-    header = _Header(path, data)
-    try:
-        metadata, tensors = header.read()
-    except ModelError:
-        raise
-    except (struct.error, LookupError, ValueError, TypeError, ArithmeticError) as error:
-        raise ModelError(f"{path}: truncated or damaged inside its header, {len(data)} bytes: {error}") from error
+    metadata, tensors = _Header(path, data).read()
     for name, info in tensors.items():
         if info.start + info.num_bytes > len(data):
             raise ModelError(
                 f"{path}: truncated, tensor {name} ends at byte {info.start + info.num_bytes} of {len(data)}"
             )
-    return GGUFFile(path, metadata, tensors, data)
+    return GGUFFile(path, metadata, tensors)
 
 
 class _Header:
-    """A cursor over the little-endian header; struct.error past the end of the file."""
+    """A cursor over the little-endian header. Nothing is allocated for a count before that many bytes are there."""
 
     def __init__(self, path: Path, data: np.ndarray) -> None:
         self._path = path
+        self._array = data
         self._data = memoryview(data)
         self._at = 0
 
@@ -95,49 +135,106 @@ class _Header:
         magic = bytes(self._data[:4])
         if magic != b"GGUF":
             raise ModelError(f"{self._path}: not a GGUF file, it starts with {magic!r}")
-        _, version, num_tensors, num_metadata = self._unpack("4sIQQ")
-        if version not in _VERSIONS:
-            raise ModelError(f"{self._path}: GGUF version {version} is not supported; supported: 2, 3 (little-endian)")
-        metadata = {}
+        _, number, num_tensors, num_metadata = self._unpack("4sIQQ")
+        if number not in _VERSIONS:
+            swapped = int.from_bytes(number.to_bytes(4, "little"), "big") in _VERSIONS
+            found = "big-endian files are" if swapped else f"version {number} is"
+            raise ModelError(f"{self._path}: GGUF {found} not supported; supported: versions 2, 3 (little-endian)")
+        metadata: dict[str, Any] = {}
         for _ in range(num_metadata):
             key = self._string()
-            metadata[key] = self._value(GGUFValueType(self._one("I")))
-        entries = [self._tensor() for _ in range(num_tensors)]
-        alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
-        base = -(-self._at // alignment) * alignment
-        return metadata, {name: self._info(base, name, *rest) for name, rest in entries}
+            if key in metadata:
+                raise self._damage(f"it has {key!r:.80} twice")
+            metadata[key] = self._value(key, self._one("I"))
+        return metadata, self._tensors(num_tensors, self._alignment(metadata))
+
+    def _damage(self, reason: str) -> ModelError:
+        size = len(self._data)
+        return ModelError(
+            f"{self._path}: truncated or damaged inside its header, at byte {self._at} of {size}: {reason}"
+        )
+
+    def _need(self, num_bytes: int) -> None:
+        if num_bytes > len(self._data) - self._at:
+            raise self._damage(f"{num_bytes} more bytes should follow")
 
     def _unpack(self, layout: str) -> tuple[Any, ...]:
+        num_bytes = struct.calcsize("<" + layout)
+        self._need(num_bytes)
         values = struct.unpack_from("<" + layout, self._data, self._at)
-        self._at += struct.calcsize("<" + layout)
+        self._at += num_bytes
         return values
 
     def _one(self, layout: str) -> Any:
         return self._unpack(layout)[0]
 
     def _string(self) -> str:
-        return str(self._one(f"{self._one('Q')}s"), "utf-8")
+        num_bytes = self._one("Q")
+        self._need(num_bytes)
+        try:
+            text = str(self._data[self._at : self._at + num_bytes], "utf-8")
+        except UnicodeDecodeError as error:
+            raise self._damage(f"a string is not UTF-8: {error.reason}") from error
+        self._at += num_bytes
+        return text
 
-    def _value(self, kind: GGUFValueType) -> Any:
+    def _value(self, key: str, kind: int) -> Any:
         if kind == GGUFValueType.STRING:
             return self._string()
         if kind != GGUFValueType.ARRAY:
-            return self._one(_SCALARS[kind])
+            return self._one(self._layout(key, kind))
         inner, count = self._unpack("IQ")
         if inner == GGUFValueType.STRING:
+            self._need(8 * count)  # their lengths
             return [self._string() for _ in range(count)]
-        return list(self._unpack(f"{count}{_SCALARS[GGUFValueType(inner)]}"))
+        layout = self._layout(key, inner)
+        self._need(struct.calcsize(layout) * count)
+        return list(self._unpack(f"{count}{layout}"))
 
-    def _tensor(self) -> tuple[str, tuple[tuple[int, ...], int, int]]:
-        """Name, shape, type number and offset of one entry of the tensor table."""
-        name = self._string()
-        shape = self._unpack(f"{self._one('I')}Q")[::-1]
-        kind, offset = self._unpack("IQ")
-        return name, (shape, kind, offset)
+    def _layout(self, key: str, kind: int) -> str:
+        if kind not in _SCALARS:
+            raise self._damage(f"{key!r:.80} has the unknown value type {kind}")
+        return _SCALARS[GGUFValueType(kind)]
 
-    def _info(self, base: int, name: str, shape: tuple[int, ...], number: int, offset: int) -> TensorInfo:
-        kind = GGMLQuantizationType(number)
-        block, block_bytes = GGML_QUANT_SIZES[kind]
-        if shape[-1] % block:
-            raise ValueError(f"rows of {name} hold {shape[-1]} values, no multiple of {kind.name}'s blocks of {block}")
-        return TensorInfo(shape, kind, base + offset, math.prod(shape) // block * block_bytes)
+    def _alignment(self, metadata: dict[str, Any]) -> int:
+        fields = Fields(metadata, self._path)
+        alignment = fields.integer("general.alignment", GGUF_DEFAULT_ALIGNMENT, high=2**20)
+        if alignment & (alignment - 1):
+            raise fields.error("general.alignment", "a power of two")
+        return alignment
+
+    def _tensors(self, count: int, alignment: int) -> dict[str, TensorInfo]:
+        """The table that follows the metadata; the tensors lie one after the other in its order."""
+        entries = [self._entry() for _ in range(count)]
+        start = -(-self._at // alignment) * alignment
+        base, tensors = start, {}
+        for name, shape, kind, offset in entries:
+            block, block_bytes = GGML_QUANT_SIZES[kind]
+            if base + offset != start:
+                raise self._damage(f"tensor {name} lies at offset {offset}, expected {start - base}")
+            num_bytes = math.prod(shape) // block * block_bytes
+            if name in tensors:
+                raise self._damage(f"it has tensor {name} twice")
+            tensors[name] = TensorInfo(shape, kind, self._array, start, num_bytes)
+            start += -(-num_bytes // alignment) * alignment
+        return tensors
+
+    def _entry(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+        """Name, shape, type and offset of one entry of the tensor table."""
+        name, num_dims = self._string(), self._one("I")
+        if not 1 <= num_dims <= 4:
+            raise self._damage(f"tensor {name!r:.80} has {num_dims} dimensions, expected 1 to 4")
+        shape = self._unpack(f"{num_dims}Q")[::-1]
+        number, offset = self._unpack("IQ")
+        if number not in _KINDS:
+            raise ModelError(
+                f"{self._path}: tensor {name} has type number {number}, which gguf {version('gguf')} does not know: "
+                "the file is damaged, or newer than this package"
+            )
+        block, _ = GGML_QUANT_SIZES[GGMLQuantizationType(number)]
+        if min(shape) < 1 or shape[-1] % block:
+            raise self._damage(
+                f"tensor {name} of type {GGMLQuantizationType(number).name} has shape {shape}, whose rows should be a "
+                f"multiple of {block}"
+            )
+        return name, shape, GGMLQuantizationType(number), offset

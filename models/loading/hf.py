@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json, generation_config.json and safetensors files."""
+"""Safetensors files of Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -7,36 +7,17 @@ import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxserve.models.config import ModelError
+from jaxserve.models.fields import Fields
+from jaxserve.models.loading.files import read_json, refuse_pointer, unreadable
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _INDEX = "model.safetensors.index.json"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in ``path``, empty where there is no such file; ModelError where it holds anything else."""
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path}: must hold a JSON object, found {type(data).__name__}")
-    return data
-
-
-def eos_token_ids(raw: dict[str, Any]) -> tuple[int, ...]:
-    """``eos_token_id`` of a generation_config.json or config.json: an integer, a list of them, or missing."""
-    value = raw.get("eos_token_id")
-    ids = value if isinstance(value, list) else [value]
-    return tuple(i for i in ids if isinstance(i, int))
 
 
 class SafetensorsSource:
@@ -47,6 +28,7 @@ class SafetensorsSource:
 
     def __init__(self, folder: Path, name_of: Callable[[str], str | None] = lambda name: name) -> None:
         self._tensors: dict[str, np.ndarray] = {}
+        stored_as: dict[str, str] = {}
         wrong = {}
         for path, expected in _shards(folder).items():
             found = _map(path)
@@ -57,6 +39,9 @@ class SafetensorsSource:
                 name, tensor = name_of(stored), found[stored]
                 if name is None:
                     continue
+                if name in stored_as:
+                    raise ModelError(f"{folder}: {stored_as[name]} and {stored} are both {name}")
+                stored_as[name] = stored
                 if isinstance(tensor, np.ndarray):
                     self._tensors[name] = tensor
                 else:
@@ -64,6 +49,12 @@ class SafetensorsSource:
         if wrong:
             listed = _listed(f"{name} ({dtype})" for name, dtype in wrong.items())
             raise ModelError(f"{folder}: tensor types not supported: {listed}; supported: {', '.join(DTYPES)}")
+
+    def take(self, name: str, new_name: str | None = None) -> None:
+        """Give the tensor ``name`` the ``new_name``, or take it out."""
+        tensor = self._tensors.pop(name)
+        if new_name is not None:
+            self._tensors[new_name] = tensor
 
     def names(self) -> set[str]:
         return set(self._tensors)
@@ -81,6 +72,7 @@ def _listed(names: Iterable[str]) -> str:
 
 def _map(path: Path) -> dict[str, np.ndarray | str]:
     """Each tensor of a file as a view of the mapped file, or the name of its type where that is not supported."""
+    refuse_pointer(path)
     try:
         # The library checks the header against the file's length; its own reads would copy whole tensors.
         with safe_open(path, framework="numpy"):
@@ -88,10 +80,10 @@ def _map(path: Path) -> dict[str, np.ndarray | str]:
         with path.open("rb") as file:
             (header_bytes,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(header_bytes))
+        header.pop("__metadata__", None)
         data = np.memmap(path, np.uint8, mode="r", offset=8 + header_bytes) if header else np.empty(0, np.uint8)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from error
-    header.pop("__metadata__", None)
+        raise unreadable(path, error) from error
     tensors: dict[str, np.ndarray | str] = {}
     for name, entry in header.items():
         first, end = entry["data_offsets"]
@@ -101,16 +93,33 @@ def _map(path: Path) -> dict[str, np.ndarray | str]:
 
 
 def _shards(folder: Path) -> dict[Path, set[str]]:
-    """Each file to read and the tensors that the index expects in it; none where there is no index."""
-    weight_map = read_json(folder / _INDEX).get("weight_map")
-    if weight_map:
-        shards: dict[Path, set[str]] = defaultdict(set)
-        for name, file in weight_map.items():
-            # Only the last part: an index must not reach outside of its folder.
-            shards[folder / Path(file).name].add(name)
-        return shards
-    single = folder / "model.safetensors"
-    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    """Each file to read and the tensors that the index expects in it; none where there is no index.
+
+    As transformers chooses them: the one file, the index, any other safetensors files.
+    """
+    single, index = folder / "model.safetensors", folder / _INDEX
+    if single.is_file():
+        return {single: set()}
+    if index.is_file():
+        return _indexed(folder, index)
+    files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ModelError(f"{folder}: holds no .safetensors files")
+        others = _listed(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        raise ModelError(f"{folder}: holds no .safetensors files" + (f"; found: {others}" if others else ""))
     return {file: set() for file in files}
+
+
+def _indexed(folder: Path, index: Path) -> dict[Path, set[str]]:
+    weight_map = Fields(read_json(index), index).fields("weight_map")
+    if not weight_map.values:
+        raise ModelError(f"{index}: weight_map must name the file of each tensor, found none")
+    shards: dict[Path, set[str]] = defaultdict(set)
+    for name in weight_map.values:
+        file = weight_map.text(name) or ""
+        if not file or Path(file).is_absolute() or ".." in Path(file).parts:
+            raise weight_map.error(name, "the name of a file in this folder")
+        shards[folder / file].add(name)
+    missing = [path.name for path in shards if not path.is_file()]
+    if missing:
+        raise ModelError(f"{index}: names files that are not there: {_listed(missing)}")
+    return shards

@@ -19,9 +19,10 @@ from typing import Any
 import jax
 
 from jaxserve.models.config import Experts, ModelConfig, ModelError, Rope
-from jaxserve.models.loading import generation
+from jaxserve.models.fields import Fields
+from jaxserve.models.loading import eos, generation
 from jaxserve.models.loading.assemble import placement, report
-from jaxserve.models.loading.hf import read_json
+from jaxserve.models.loading.files import read_json
 from jaxserve.tokenizer import Tokenizer
 
 CONFIG = "jaxserve_config.json"
@@ -54,7 +55,7 @@ def save(
     (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
-def read_config(folder: Path) -> tuple[ModelConfig, tuple[int, ...]]:
+def read_config(folder: Path) -> tuple[ModelConfig, eos.Declared]:
     """The dimensions and the ids that end an output. Raises ModelError."""
     raw = read_json(folder / CONFIG)
     try:
@@ -65,8 +66,9 @@ def read_config(folder: Path) -> tuple[ModelConfig, tuple[int, ...]]:
         if model["experts"] is not None:
             model["experts"] = Experts(**model["experts"] | {"layers": tuple(model["experts"]["layers"])})
         model["windows"] = tuple(model["windows"])
-        return ModelConfig(**model), tuple(raw["eos_token_ids"])
-    except (KeyError, TypeError) as error:
+        eos_token_ids = eos.declared(Fields({"eos_token_id": raw["eos_token_ids"]}, folder / CONFIG))
+        return ModelConfig(**model), eos_token_ids
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{folder / CONFIG}: not a configuration of this version of jaxserve: {error}") from error
 
 

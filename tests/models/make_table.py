@@ -32,6 +32,27 @@ llama2-70b and falcon-180b by name.
 |---|---|---|---|
 """
 CASES = """
+## Files
+
+What the files of a model say is taken together, as transformers, vLLM and llama.cpp take it:
+
+- **Ends of outputs.** The union of `eos_token_id` in generation_config.json and config.json (numbers, strings or
+  lists), `eos_token` in tokenizer_config.json and special_tokens_map.json, a GGUF file's eos, eot and eom ids, and
+  tokens that end a turn or a document in any vocabulary that has them (`<|im_end|>`, `<|eot_id|>`, `<end_of_turn>` and
+  others of llama.cpp's list, models/loading/eos.py). One line of the log names them. `--generation-config none`
+  leaves out sampling defaults only.
+- **Tokens.** tokenizer.json, and beside it the tokens of tokenizer_config.json (`added_tokens_decoder`,
+  `extra_special_tokens`, names like `pad_token`), special_tokens_map.json and added_tokens.json. The chat template is
+  that of chat_template.jinja, tokenizer_config.json or chat_template.json, the first that there is.
+- **Heads.** With `tie_word_embeddings` true, a head in the files that differs from the embedding is used, with a
+  warning, and a head without an embedding is both. Names may have the model's prefix (`model.`, `transformer.`) or not.
+- **GGUF.** A model in parts (`-00001-of-00003.gguf`) loads by the name of any of them. Texts are split as
+  `tokenizer.ggml.pre` says, which may be the name of Llama 3, Qwen, DeepSeek, Mistral (tekken) and others
+  (models/loading/gguf_pretokenizers.py).
+
+A value of another type, a damaged or missing file, a Git LFS pointer in its place: refused, with the file, the key and
+what was found.
+
 ## Reference checkpoints
 
 Largest absolute difference of any logit from transformers', with prompt and continuation in one step, in chunks of

@@ -16,7 +16,6 @@ from safetensors.numpy import load_file
 
 from jaxserve.models.config import ModelError, Rope
 from jaxserve.models.loading import hub
-from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.loading.gguf import QUANTISED, GGUFSource
 from jaxserve.models.loading.gguf_file import read_gguf
 from jaxserve.models.rope import rope_frequencies
@@ -242,7 +241,6 @@ def test_embedded_model_matches_the_gguf_packages_reader() -> None:
     for tensor in theirs.tensors:
         assert file.tensors[tensor.name].shape == tuple(map(int, tensor.shape[::-1]))
         assert file.tensors[tensor.name].start == tensor.data_offset
-    assert open_checkpoint("smollm2-135m").eos_token_ids == (2,)
 
 
 @pytest.mark.parametrize("kept", [0, 3, 10, 100, 400, -1])
@@ -259,7 +257,7 @@ def test_not_gguf(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not a GGUF file, it starts with b'PK"):
         read_gguf(path)
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 9, 0, 0))
-    with pytest.raises(ModelError, match="version 9 is not supported; supported: 2, 3"):
+    with pytest.raises(ModelError, match="GGUF version 9 is not supported; supported: versions 2, 3"):
         read_gguf(path)
 
 
@@ -272,7 +270,7 @@ def test_unsupported(tmp_path: Path) -> None:
         GGUFSource(write(path, EMBEDDING, architecture="mamba"))
     with pytest.raises(ModelError, match="mixtures of experts"):
         GGUFSource(write(path, EMBEDDING, expert_count=8))
-    with pytest.raises(ModelError, match=r"metadata llama\.block_count is 'two'"):
+    with pytest.raises(ModelError, match=r"llama\.block_count must be an integer in .* found 'two'"):
         GGUFSource(write(path, EMBEDDING, block_count="two"))
 
 

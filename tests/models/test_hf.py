@@ -128,8 +128,8 @@ def test_default_rope_in_new_layout() -> None:
         ({"partial_rotary_factor": 0.4}, "rotary embeddings need an even number of dimensions, got 3"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization 'awq' is not supported; supported: F32, F16"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported; supported: silu, gelu"),
-        ({"hidden_size": "32"}, "hidden_size must be a number, found '32'"),
-        ({"num_hidden_layers": 0}, "num_layers must be at least 1"),
+        ({"hidden_size": "32"}, r"hidden_size must be an integer in \[1, 16777216\], found '32'"),
+        ({"num_hidden_layers": 0}, r"num_hidden_layers must be an integer in \[1, 4096\], found 0"),
     ],
 )
 def test_config_that_cannot_be_served(change: dict[str, Any], message: str) -> None:
@@ -150,13 +150,6 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ModelError, match="must hold a JSON object, found list"):
         open_checkpoint(str(tmp_path))
-
-
-def test_eos_ids(tmp_path: Path) -> None:
-    write(tmp_path, {})
-    assert open_checkpoint(str(tmp_path)).eos_token_ids == (2,)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
-    assert open_checkpoint(str(tmp_path)).eos_token_ids == (7, 8)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -227,7 +220,7 @@ def test_everything_that_does_not_fit_is_named_at_once(tmp_path: Path, monkeypat
 def test_untied_head_is_required(tmp_path: Path) -> None:
     untied = RAW | {"tie_word_embeddings": False}
     write(tmp_path, tensors(RAW), untied)
-    with pytest.raises(ModelError, match=r"missing lm_head\.weight$"):
+    with pytest.raises(ModelError, match=r"missing lm_head\.weight \(tie_word_embeddings is false"):
         load(tmp_path, raw=untied)
 
 
@@ -240,7 +233,7 @@ def test_damaged_files(tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=f"{shard.name}: cannot be read"):
             SafetensorsSource(tmp_path)
     shard.unlink()
-    with pytest.raises(ModelError, match=f"{shard.name}: cannot be read: .*No such file"):
+    with pytest.raises(ModelError, match=f"index.json: names files that are not there: {shard.name}"):
         SafetensorsSource(tmp_path)
     held = dict(list(load_file(tmp_path / "model-00001-of-00003.safetensors").items())[1:])
     save_file(held, shard)
@@ -268,7 +261,7 @@ def test_parts_are_views_of_the_file(name: str) -> None:
     checkpoint = open_checkpoint(str(Golden(name).checkpoint))
     if not isinstance(checkpoint, HuggingFaceCheckpoint):
         return  # GGUF: quantised tensors have to be worked out
-    source = SafetensorsSource(checkpoint.path, family_of(checkpoint.config.architecture).tensor_name)
+    source = SafetensorsSource(checkpoint.path, family_of(checkpoint.config.architecture).names_for(checkpoint.config))
     for weight in family_of(checkpoint.config.architecture).weights(checkpoint.config).values():
         for part in weight:
             tensor = source.read(part.name)
