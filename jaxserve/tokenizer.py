@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +168,11 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, after: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._context, self._given = self._context_of(after)
+        self._context = self._context_of(after)
+        self._given = [self._decode(self._context)]
+        """The context's text; where that may end in half a character also, shorter, what it is without the half."""
+        if self._given[0].endswith("\ufffd"):
+            self._given += [self._decode(self._context[:-num_tokens]) for num_tokens in (1, 2, 3)]
         self._stream = DecodeStream(ids=self._context, skip_special_tokens=skip_special_tokens)
         self._ids: list[int] = []
         self._num_emitted = 0
@@ -179,9 +182,9 @@ class TextStream:
         self._ids.append(token_id)
         try:
             text = self._stream.step(self._tokenizer._backend, token_id) or ""
-            if not self._num_emitted and text and self._given.endswith("\ufffd"):
-                # The stream takes this for half a character that it still has to give, and all before it too.
-                text = _continuation(self._given, text)
+            if not self._num_emitted and text and len(self._given) > 1:
+                # A stream whose context ends in half a character gives all of it once more.
+                text = self._continuation(text)
         except Exception:  # the package's only word for text that changed under it (see above)
             text = self.flush()
             self._stream = DecodeStream(ids=self._context + self._ids, skip_special_tokens=self._skip_special_tokens)
@@ -190,13 +193,18 @@ class TextStream:
 
     def flush(self) -> str:
         """What is still held back, for the end of the output: characters that never became whole, as U+FFFD."""
-        return _continuation(self._given, self._decode(self._context + self._ids))[self._num_emitted :]
+        return self._continuation(self._decode(self._context + self._ids))[self._num_emitted :]
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, self._skip_special_tokens)
 
-    def _context_of(self, after: Sequence[int]) -> tuple[list[int], str]:
-        """The last few of these tokens and their text: as many as have any, from the beginning of a character on.
+    def _continuation(self, text: str) -> str:
+        """What follows the context in ``text``."""
+        given = next((given for given in self._given if text.startswith(given)), self._given[0])
+        return text[len(given) :]
+
+    def _context_of(self, after: Sequence[int]) -> list[int]:
+        """The last few of these tokens: as many as have any text, from the beginning of a character on.
 
         One of four neighbours begins a character, unless bytes are invalid; special tokens may have no text.
         """
@@ -205,15 +213,7 @@ class TextStream:
             text = self._decode(context)
             if num_tokens >= len(after) or (text and text[0] != "\ufffd"):
                 break
-        return context, text
-
-
-def _continuation(text: str, longer: str) -> str:
-    """``longer`` without what it has in common with ``text`` at the beginning: all of it but for broken characters."""
-    if longer.startswith(text):
-        return longer[len(text) :]
-    num_common = next(i for i, pair in enumerate(zip_longest(text, longer)) if pair[0] != pair[1])
-    return longer[num_common:]
+        return context
 
 
 def _token_text(token: str | Mapping[str, Any]) -> str:
