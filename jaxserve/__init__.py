@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.prompts import TextPrompt, TokensPrompt
 from jaxserve.request import CompletionOutput, Logprob, RequestError, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "TextPrompt",
+    "TokensPrompt",
 ]
 
 

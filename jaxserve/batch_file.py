@@ -7,33 +7,54 @@ result with an error and hurts no other line. To run such lines again, delete th
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
+import shutil
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from tqdm import tqdm
 
-from jaxserve.engine.engine import Engine
+from jaxserve.engine.call_thread import CallThread
+from jaxserve.engine.engine import Engine, clear
 from jaxserve.request import Logprob, RequestDelta, RequestError, SamplingParams
+from jaxserve.result_file import BatchFileError, ResultFile, result_key
 from jaxserve.tokenizer import Tokenizer
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LOOKAHEAD = 4
 """Requests in the engine per sequence that it can run: enough to keep it full, and the file may be of any size."""
 SAMPLING = {f.name for f in fields(SamplingParams)} - {"prompt_logprobs"}
-NEUTRAL = {"n": 1, "stream": False, "frequency_penalty": 0, "presence_penalty": 0}
-"""Body parameters that clients write although only this value can be served."""
-_RESULT_START = b'{"id": "batch_req_'
-
-
-class BatchFileError(ValueError):
-    """An output file that no batch wrote."""
+IGNORED = {
+    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+    "service_tier", "store", "stream_options", "user",
+}  # fmt: skip
+"""Body parameters that clients write and that no output depends on."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "stream": (False,),
+    "echo": (False,),
+    "suffix": ("",),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "min_tokens": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+}
+"""Body parameters that clients write although only these values can be served; null is always one."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +68,39 @@ class BatchLine:
     error: str | None = None
 
 
-def result_key(line_id: str, custom_id: str | None) -> tuple[str, str]:
-    """What a result is found by on restart: its custom_id, or its line's number if that line has none."""
-    return ("line", line_id) if custom_id is None else ("custom_id", custom_id)
+def open_source(path: Path) -> IO[bytes]:
+    """The input file; ``-`` is standard input. What can be read only once, a pipe, is copied to a temporary file."""
+    with contextlib.ExitStack() as stack:
+        source: IO[bytes] = sys.stdin.buffer if str(path) == "-" else stack.enter_context(path.open("rb"))
+        if source.seekable():
+            stack.pop_all()
+            return source
+        return _copied(source)
 
 
-def read_lines(source: BinaryIO) -> Iterator[BatchLine]:
+def _copied(source: IO[bytes]) -> IO[bytes]:
+    copy = tempfile.TemporaryFile()  # noqa: SIM115  (the caller's)
+    shutil.copyfileobj(source, copy)
+    copy.seek(0)
+    return copy
+
+
+def check_models(source: IO[bytes], served_model_names: Sequence[str]) -> None:
+    """Raise BatchFileError if no request of the input could be served because all name another model."""
+    model = None
+    for line in read_lines(source):
+        if line.error is None and (model := line.body.get("model")) in (None, *served_model_names):
+            break
+    else:
+        if model is not None:
+            raise BatchFileError(
+                f"model must be {_any_of(served_model_names)}, which is served here, but every request has another, "
+                f"such as {model!r:.80}; --served-model-name gives the model a name"
+            )
+    source.seek(0)
+
+
+def read_lines(source: IO[bytes]) -> Iterator[BatchLine]:
     """Every line but blank ones. A custom_id belongs to the first line that has it."""
     owners: dict[str, str] = {}
     for number, raw in enumerate(source, 1):
@@ -84,18 +132,21 @@ def _parse_line(line_id: str, raw: bytes) -> BatchLine:
     return BatchLine(line_id, custom_id if isinstance(custom_id, str) else None, url, body, next(wrong, None))
 
 
-def parse_body(line: BatchLine, engine: Engine) -> tuple[list[int], SamplingParams]:
+def parse_body(
+    line: BatchLine, engine: Engine, served_model_names: Sequence[str] = ()
+) -> tuple[list[int], SamplingParams]:
     """The prompt's token ids and the sampling parameters of a request. Raises RequestError, naming the field.
 
     What the body leaves open has the model's defaults, then those of its endpoint, then those of SamplingParams.
+    ``served_model_names``: what bodies may call the model; by default as the engine does.
     """
-    model, defaults = engine.config.model, engine.sampling_defaults
-    given = {name: value for name, value in line.body.items() if value is not None}
-    if given.pop("model", model) != model:
-        raise RequestError(f"model must be {model!r}, which is served here, got {line.body['model']!r:.80}")
+    names, defaults = served_model_names or (engine.config.model,), engine.sampling_defaults
+    given = {name: value for name, value in line.body.items() if value is not None and name not in IGNORED}
+    if (model := given.pop("model", names[0])) not in names:
+        raise RequestError(f"model must be {_any_of(names)}, which is served here, got {model!r:.80}")
     for name, neutral in NEUTRAL.items():
-        if given.pop(name, neutral) != neutral:
-            raise RequestError(f"{name} must be {neutral!r} in a batch, got {line.body[name]!r:.80}")
+        if (value := given.pop(name, neutral[0])) not in neutral:
+            raise RequestError(f"{name} must be {_any_of(neutral)} in a batch, got {value!r:.80}")
     if "max_completion_tokens" in given:
         given["max_tokens"] = given.pop("max_completion_tokens")
     token_ids = _take_prompt(given, line.url, engine.tokenizer)
@@ -105,6 +156,10 @@ def parse_body(line: BatchLine, engine: Engine) -> tuple[list[int], SamplingPara
     if unknown := sorted(given.keys() - SAMPLING):
         raise RequestError(f"unknown parameter {unknown[0]!r} for {line.url}; known: {', '.join(sorted(SAMPLING))}")
     return token_ids, SamplingParams.with_defaults(given, defaults, engine.max_model_len - len(token_ids))
+
+
+def _any_of(values: Sequence[Any]) -> str:
+    return " or ".join(map(repr, values))
 
 
 def _take_prompt(given: dict[str, Any], url: str, tokenizer: Tokenizer) -> list[int]:
@@ -127,44 +182,6 @@ def _take_chat_logprobs(given: dict[str, Any]) -> int | None:
     if num_top is not None and not wanted:
         raise RequestError(f"top_logprobs needs logprobs to be true, got {num_top!r:.80} without")
     return (num_top or 0) if wanted else None
-
-
-class ResultFile:
-    """The output: appended to and synced, so a killed run loses what was in flight and nothing else.
-
-    ``done`` holds the keys of the results that were there before; a torn last line is cut off. Raises BatchFileError,
-    and leaves the file as it is, if it holds anything but results.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.done = _recover(path)
-        self._file = path.open("ab")
-
-    def append(self, results: list[dict[str, Any]]) -> None:
-        """Write results; they are on the disk when this returns."""
-        self._file.writelines(json.dumps(result).encode() + b"\n" for result in results)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _recover(path: Path) -> set[tuple[str, str]]:
-    done, num_bytes = set(), 0
-    with path.open("a+b") as file:
-        file.seek(0)
-        for number, raw in enumerate(file, 1):
-            if not raw.endswith(b"\n") and raw[: len(_RESULT_START)] == _RESULT_START[: len(raw)]:
-                break
-            try:
-                result = json.loads(raw)
-                done.add(result_key(result["id"], result["custom_id"]))
-                num_bytes += len(raw)
-            except (ValueError, TypeError, KeyError) as error:
-                raise BatchFileError(f"{path}, line {number}: not a batch result: {raw[:80]!r}") from error
-        file.truncate(num_bytes)
-    return done
 
 
 @dataclass
@@ -195,13 +212,29 @@ class _Answer:
     num_tokens: int = 0
     text: str = ""
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    prompt_token_ids: Sequence[int] = ()
+    skip_special_tokens: bool = True
 
 
 class BatchRun:
-    """Gives every line of ``source`` that has no result in ``results`` one. ``run`` may be called once."""
+    """Gives every line of ``source`` that has no result in ``results`` one. ``run`` may be called once.
 
-    def __init__(self, engine: Engine, source: BinaryIO, results: ResultFile, *, show_progress: bool = True) -> None:
+    ``served_model_names``: what requests may call the model, and, the first, what results call it; by default as the
+    engine does.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        source: IO[bytes],
+        results: ResultFile,
+        *,
+        served_model_names: Sequence[str] = (),
+        show_progress: bool = True,
+    ) -> None:
+        source = source if source.seekable() else _copied(source)
         self._engine, self._lines, self._results = engine, read_lines(source), results
+        self._model_names = served_model_names or (engine.config.model,)
         self._in_flight: dict[str, _Answer] = {}
         self._summary = BatchSummary()
         total = sum(bool(raw.strip()) for raw in source)
@@ -211,39 +244,44 @@ class BatchRun:
     def run(self) -> BatchSummary:
         """Whatever stops it, the results of what has finished are on the disk and the engine is left empty."""
         start_seconds = time.monotonic()
-        max_in_flight = LOOKAHEAD * self._engine.config.max_num_seqs
-        try:
-            with self._progress:
-                while True:
-                    while len(self._in_flight) < max_in_flight and (line := next(self._lines, None)):
-                        self._start(line)
-                    if not self._in_flight:
-                        break
-                    self._step()
-        finally:
-            for request_id in self._in_flight:
-                self._engine.abort(request_id)
-            while self._engine.has_unfinished():
-                self._engine.step()
+        with self._progress:
+            CallThread().run(self._serve(), self._progress.update)
         self._summary.elapsed_seconds = time.monotonic() - start_seconds
         return self._summary
 
-    def _start(self, line: BatchLine) -> None:
+    def _serve(self) -> Generator[int]:
+        """On the engine's thread; yields the number of new results after every line and every step."""
+        max_in_flight = LOOKAHEAD * self._engine.config.max_num_seqs
+        try:
+            while True:
+                while len(self._in_flight) < max_in_flight and (line := next(self._lines, None)):
+                    yield self._start(line)
+                if not self._in_flight:
+                    break
+                yield self._step()
+        finally:
+            clear(self._engine, self._in_flight)
+
+    def _start(self, line: BatchLine) -> int:
         """Hand the line to the engine, unless it has a result already or its result is an error."""
         if result_key(line.id, line.custom_id) in self._results.done:
             self._summary.num_skipped += 1
-            return
+            return 0
         try:
             if line.error is not None:
                 raise RequestError(line.error)
-            prompt, params = parse_body(line, self._engine)
+            prompt, params = parse_body(line, self._engine, self._model_names)
             self._engine.add_request(line.id, prompt, params)
-            self._in_flight[line.id] = _Answer(line, params.logprobs)
         except RequestError as error:
+            self._results.append([_result(line, 400, body=None, error=str(error))])
             self._summary.num_errors += 1
-            self._finish([_result(line, 400, body=None, error=str(error))])
+            return 1
+        self._in_flight[line.id] = _Answer(
+            line, params.logprobs, prompt_token_ids=prompt, skip_special_tokens=params.skip_special_tokens
+        )
+        return 0
 
-    def _step(self) -> None:
+    def _step(self) -> int:
         finished = []
         for delta in self._engine.step():
             answer = self._in_flight[delta.request_id]
@@ -252,16 +290,13 @@ class BatchRun:
             answer.logprobs += delta.logprobs or []
             if delta.finish_reason is not None:
                 del self._in_flight[delta.request_id]
+                finished.append(_result(answer.line, 200, self._body(answer, delta), error=None))
                 self._summary.num_succeeded += 1
                 self._summary.num_prompt_tokens += delta.num_prompt_tokens
                 self._summary.num_output_tokens += answer.num_tokens
-                finished.append(_result(answer.line, 200, body=self._body(answer, delta), error=None))
         if finished:
-            self._finish(finished)
-
-    def _finish(self, results: list[dict[str, Any]]) -> None:
-        self._results.append(results)
-        self._progress.update(len(results))
+            self._results.append(finished)
+        return len(finished)
 
     def _body(self, answer: _Answer, last: RequestDelta) -> dict[str, Any]:
         chat, prompt, output = answer.line.url == CHAT, last.num_prompt_tokens, answer.num_tokens
@@ -271,7 +306,7 @@ class BatchRun:
             "id": answer.line.id,
             "object": "chat.completion" if chat else "text_completion",
             "created": int(time.time()),
-            "model": self._engine.config.model,
+            "model": self._model_names[0],
             "choices": [{"index": 0, **text, "logprobs": logprobs, "finish_reason": last.finish_reason}],
             "usage": {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output},
         }
@@ -287,18 +322,47 @@ def _result(line: BatchLine, status_code: int, body: dict[str, Any] | None, erro
 
 
 def _logprobs(answer: _Answer, num_top: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Log-probabilities as the request's endpoint gives them."""
-    decode = partial(tokenizer.decode, skip_special_tokens=False)
-    content: list[dict[str, Any]] = []
-    for position in answer.logprobs:
-        tokens = [{"token": decode([i]), "logprob": entry.logprob} for i, entry in position.items()]
-        # The first is the token that was chosen; it need not be among the likeliest.
-        likeliest = sorted(tokens, key=itemgetter("logprob"), reverse=True)
-        content.append({**tokens[0], "top_logprobs": likeliest[:num_top]})
+    """Log-probabilities as the request's endpoint gives them. The first entry of a position is the chosen token."""
     if answer.line.url == CHAT:
-        return {"content": content}
+        return {"content": [_chat_position(position, num_top, tokenizer) for position in answer.logprobs]}
+    chosen = [next(iter(position)) for position in answer.logprobs]
     return {
-        "tokens": [token["token"] for token in content],
-        "token_logprobs": [token["logprob"] for token in content],
-        "top_logprobs": [{top["token"]: top["logprob"] for top in token["top_logprobs"]} for token in content],
+        "tokens": [_completion_token(tokenizer.token_bytes(token_id)) for token_id in chosen],
+        "token_logprobs": [next(iter(position.values())).logprob for position in answer.logprobs],
+        "top_logprobs": [_completion_position(position, tokenizer) for position in answer.logprobs],
+        "text_offset": _offsets(answer, chosen, tokenizer),
     }
+
+
+def _chat_position(position: dict[int, Logprob], num_top: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    tokens = []
+    for token_id, entry in position.items():
+        raw = tokenizer.token_bytes(token_id)
+        tokens.append({"token": raw.decode(errors="backslashreplace"), "logprob": entry.logprob, "bytes": list(raw)})
+    # The chosen token need not be among the likeliest.
+    likeliest = sorted(tokens, key=itemgetter("logprob"), reverse=True)
+    return {**tokens[0], "top_logprobs": likeliest[:num_top]}
+
+
+def _completion_position(position: dict[int, Logprob], tokenizer: Tokenizer) -> dict[str, float]:
+    """By text, the likeliest first, always with the chosen token; where several tokens have a text, the likeliest."""
+    by_text: dict[str, float] = {}
+    for token_id, entry in sorted(position.items(), key=lambda item: item[1].logprob, reverse=True):
+        by_text.setdefault(_completion_token(tokenizer.token_bytes(token_id)), entry.logprob)
+    return by_text
+
+
+def _completion_token(raw: bytes) -> str:
+    """A token as OpenAI's completions write it: parts of characters by their bytes, or they would all look alike."""
+    text = raw.decode(errors="backslashreplace")
+    return text if text.encode() == raw else f"bytes:{text}"
+
+
+def _offsets(answer: _Answer, token_ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """Where in the answer's text each token's begins; for the later parts of a character, where the character does."""
+    stream = tokenizer.decode_stream(answer.skip_special_tokens, answer.prompt_token_ids)
+    offsets, offset = [], 0
+    for token_id in token_ids:
+        offsets.append(min(offset, len(answer.text)))  # a stop string is left out of the text
+        offset += len(stream.step(token_id))
+    return offsets

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
@@ -37,22 +38,55 @@ class Logprob(NamedTuple):
     rank: int
 
 
-def _check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-    if not ok or (open_low and value == low):
+class SoftLimit(int):
+    """A ``max_tokens`` that the caller did not set: cut to what max_model_len leaves instead of refused."""
+
+
+def as_integer(value: object) -> int:
+    """Python's own integer for any kind of integer, numpy's and jax's included. Raises TypeError, also for booleans."""
+    if isinstance(value, bool):
+        raise TypeError("a boolean is no integer")
+    return value if isinstance(value, int) else operator.index(value)  # type: ignore[arg-type]
+
+
+def _plain(value: Any) -> Any:
+    """Python's own value for a scalar of numpy's or jax's."""
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
+def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
+    number = _plain(value)
+    ok = isinstance(number, int | float) and not isinstance(number, bool) and low <= number <= high
+    if not ok or (open_low and number == low):
         bracket = "(" if open_low else "["
         raise RequestError(f"{name} must be in {bracket}{low:g}, {high:g}], got {value!r}")
+    return number
 
 
-def _check_int(name: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+def _integer(name: str, value: object, low: int, high: int) -> int:
+    try:
+        number = as_integer(value)
+    except TypeError:
+        number = low - 1
+    if not low <= number <= high:
         raise RequestError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
+    return number
 
 
 def _as_tuple(name: str, value: object) -> tuple[Any, ...]:
-    if value is not None and not isinstance(value, list | tuple):
+    if value is None:
+        return ()
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
         raise RequestError(f"{name} must be a list, got {value!r}")
-    return tuple(value or ())
+    return tuple(value)
+
+
+_OPTIONAL_INTEGERS = (
+    ("seed", 0, MAX_SEED),
+    ("max_tokens", 1, 2**31 - 1),
+    ("logprobs", 0, MAX_LOGPROBS),
+    ("prompt_logprobs", 0, MAX_LOGPROBS),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +96,11 @@ class SamplingParams:
     temperature: 0 is greedy.   top_k: 0 or -1 keeps the whole vocabulary.
     min_p: drops tokens less likely than ``min_p`` times the likeliest.
     seed: makes a sampled request repeatable whatever it is batched with.
-    max_tokens: None continues up to the engine's max_model_len.
+    max_tokens: None continues up to the engine's max_model_len, where its default ends too.
     stop, stop_token_ids: end the output; a stop string is left out of the text unless include_stop_str_in_output.
-    logprobs, prompt_logprobs: that many alternatives per position besides the chosen token.
+    logprobs, prompt_logprobs: that many alternatives per position besides the chosen token. A prompt as long as
+    max_model_len has prompt_logprobs and no output, unless max_tokens is set.
+    Numbers may be numpy's or jax's, lists any iterable; they become Python's own and tuples.
     Raises RequestError, naming the field and the limit.
     """
 
@@ -73,9 +109,9 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
-    max_tokens: int | None = 16
-    stop: str | tuple[str, ...] | list[str] | None = ()
-    stop_token_ids: tuple[int, ...] | list[int] | None = ()
+    max_tokens: int | None = SoftLimit(16)
+    stop: str | Iterable[str] | None = ()
+    stop_token_ids: Iterable[int] | None = ()
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -83,40 +119,45 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        _check_range("temperature", self.temperature, 0.0, 100.0)
-        _check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _check_range("min_p", self.min_p, 0.0, 1.0)
-        _check_int("top_k", self.top_k, -1, 2**31 - 1)
-        if self.seed is not None:
-            _check_int("seed", self.seed, 0, MAX_SEED)
-        if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
+        checked: dict[str, Any] = {
+            "temperature": _number("temperature", self.temperature, 0.0, 100.0),
+            "top_p": _number("top_p", self.top_p, 0.0, 1.0, open_low=True),
+            "min_p": _number("min_p", self.min_p, 0.0, 1.0),
+            "top_k": _integer("top_k", self.top_k, -1, 2**31 - 1),
+        }
+        for name, low, high in _OPTIONAL_INTEGERS:
+            if (value := getattr(self, name)) is not None:
+                checked[name] = _integer(name, value, low, high)
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
-            if not isinstance(getattr(self, name), bool):
+            checked[name] = _plain(getattr(self, name))
+            if not isinstance(checked[name], bool):
                 raise RequestError(f"{name} must be True or False, got {getattr(self, name)!r}")
         stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
         if len(stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in stop):
             raise RequestError(f"stop must be at most {MAX_STOP_STRINGS} non-empty strings, got {stop!r}")
         stop_token_ids = _as_tuple("stop_token_ids", self.stop_token_ids)
-        for token_id in stop_token_ids:
-            _check_int("stop_token_ids", token_id, 0, 2**31 - 1)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", stop_token_ids)
+        checked["stop"] = stop
+        checked["stop_token_ids"] = tuple(_integer("stop_token_ids", token, 0, 2**31 - 1) for token in stop_token_ids)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def with_defaults(cls, given: Mapping[str, Any], defaults: Mapping[str, Any], num_room_tokens: int) -> Self:
         """The fields ``given`` by a request, the model's ``defaults`` for the others, then those of this class.
 
-        A max_tokens among the defaults is cut to the room that max_model_len leaves after the prompt: a request must
-        not fail for a limit that it did not set. Raises RequestError.
+        A max_tokens that is not given is cut to the room that max_model_len leaves after the prompt: a request must not
+        fail for a limit that it did not set. Raises RequestError.
         """
-        limit = defaults.get("max_tokens")
+        limit = defaults.get("max_tokens", cls.max_tokens)
         if limit is not None:
-            defaults = {**defaults, "max_tokens": max(1, min(limit, num_room_tokens))}
+            defaults = {**defaults, "max_tokens": SoftLimit(max(1, min(limit, num_room_tokens)))}
         return cls(**{**defaults, **given})
+
+    def max_output_tokens(self, num_room_tokens: int) -> int:
+        """Output tokens to make at most where max_model_len leaves ``num_room_tokens``."""
+        if self.max_tokens is None:
+            return num_room_tokens
+        return min(self.max_tokens, num_room_tokens) if isinstance(self.max_tokens, SoftLimit) else self.max_tokens
 
     @property
     def greedy(self) -> bool:
@@ -167,7 +208,7 @@ class Request:
     """Best a tuple: what the garbage collector need not look into, while thousands of requests wait."""
     params: SamplingParams
     max_tokens: int
-    """Output tokens to make at most: params.max_tokens, or the room that max_model_len leaves."""
+    """Output tokens to make at most, as of ``SamplingParams.max_output_tokens``; 0: only the prompt is scored."""
     metrics: RequestMetrics
     stop_token_ids: frozenset[int] = frozenset()
     """Ids that end the output: the caller's, and the model's EOS unless ignore_eos."""
@@ -217,8 +258,11 @@ class Request:
 
     @property
     def exhausted(self) -> bool:
-        """True when every token the request may make has been sampled, processed by the host or not."""
-        return self.num_tokens - self.num_prompt_tokens >= self.max_tokens
+        """True when every token the request may make has been sampled, processed by the host or not.
+
+        The prompt's last step samples one even where none is wanted.
+        """
+        return self.num_tokens - self.num_prompt_tokens >= max(self.max_tokens, 1)
 
 
 class RequestDelta(NamedTuple):
@@ -230,7 +274,7 @@ class RequestDelta(NamedTuple):
     logprobs: list[dict[int, Logprob]] | None
     """One dict per new token: token id -> Logprob; the chosen token comes first."""
     prompt_logprobs: list[dict[int, Logprob] | None] | None
-    """Given once, with the first token: an entry per prompt token, the first None."""
+    """Given once, with the first token or the end: an entry per prompt token, the first None."""
     finish_reason: FinishReason | None
     stop_reason: int | str | None
     """The stop string or stop token id that ended the output; None for EOS and other endings."""

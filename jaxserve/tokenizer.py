@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,14 @@ from tokenizers.decoders import DecodeStream
 from jaxserve.models.fields import Fields
 from jaxserve.models.loading import gguf_tokenizer, hf_tokenizer
 from jaxserve.request import RequestError
+
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+"""How sentencepiece's vocabularies write a byte."""
+_KEPT_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTE_LEVEL = {chr(byte): byte for byte in _KEPT_BYTES} | {
+    chr(0x100 + i): byte for i, byte in enumerate(byte for byte in range(0x100) if byte not in _KEPT_BYTES)
+}
+"""How GPT-2's vocabulary writes bytes: as themselves where they are printable, in order above U+0100 elsewhere."""
 
 
 class Tokenizer:
@@ -106,22 +116,45 @@ class Tokenizer:
         """Text of ``ids``; ids outside of the vocabulary have none, bytes that are no character become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def decode_stream(self, skip_special_tokens: bool = True) -> TextStream:
-        return TextStream(self, skip_special_tokens)
+    def token_bytes(self, token_id: int) -> bytes:
+        """A token's text in the middle of others, in UTF-8: a space and a word, say, or a part of a character.
+
+        Ids outside of the vocabulary have none.
+        """
+        before = self.decode(self._letter, skip_special_tokens=False)
+        text = self.decode([*self._letter, token_id], skip_special_tokens=False).removeprefix(before)
+        piece = self._backend.id_to_token(token_id)
+        if "\ufffd" in text and piece is not None:
+            if match := _BYTE_TOKEN.fullmatch(piece):
+                return bytes.fromhex(match[1])
+            if all(character in _BYTE_LEVEL for character in piece):
+                return bytes(_BYTE_LEVEL[character] for character in piece)
+        return text.encode()
+
+    @cached_property
+    def _letter(self) -> list[int]:
+        """Something for a token to follow."""
+        return self.encode("a", add_special_tokens=False)
+
+    def decode_stream(self, skip_special_tokens: bool = True, after: Sequence[int] = ()) -> TextStream:
+        """For the text of tokens that arrive one by one and follow the tokens ``after``."""
+        return TextStream(self, skip_special_tokens, after)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """The prompt for ``messages`` (each with a role and a content), to encode without adding special tokens.
 
+        A content is a text, None, which stands for none, or a list of parts ``{"type": "text", "text": ...}``, whose
+        texts become lines of one. An assistant's message, which may be a call of a tool, need not have any.
         ``add_generation_prompt`` ends it where the assistant's answer begins. Raises RequestError for a model without
         a template, malformed messages, and what the template itself rejects.
         """
         if self._chat_template is None:
             raise RequestError("messages cannot be served: the model has no chat template")
-        _check_messages(messages)
+        rendered = [_checked(index, message) for index, message in enumerate(_checked_list(messages))]
         try:
             self._compiled = self._compiled or _environment().from_string(self._chat_template)
             return self._compiled.render(
-                messages=messages,
+                messages=rendered,
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
@@ -132,17 +165,24 @@ class Tokenizer:
 
 
 class TextStream:
-    """The text of tokens that arrive one by one.
+    """The text of tokens that arrive one by one, as the continuation of the text of the tokens ``after``.
 
-    Half a character is never emitted, and ``step``s and ``flush`` together give ``decode`` of all the tokens. The one
-    exception are sentencepiece's byte tokens: an invalid byte turns all bytes of its run into U+FFFD, also those whose
-    characters have been emitted, and these stay.
+    A token's text depends on those before it: sentencepiece drops the space of the first word, and a character may be
+    spread over several tokens. So tokens are decoded together with some before them, and what those alone give is left
+    out. Half a character is never emitted, and the text of ``after``, ``step``s and ``flush`` together are ``decode``
+    of all the tokens. The one exception are sentencepiece's byte tokens: an invalid byte turns all bytes of its run
+    into U+FFFD, also those whose characters have been emitted, and these stay.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, after: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._context = self._context_of(after)
+        self._given = [self._decode(self._context)]
+        """The context's text; where that may end in half a character also, shorter, what it is without the half."""
+        if self._given[0].endswith("\ufffd"):
+            self._given += [self._decode(self._context[:-num_tokens]) for num_tokens in (1, 2, 3)]
+        self._stream = DecodeStream(ids=self._context, skip_special_tokens=skip_special_tokens)
         self._ids: list[int] = []
         self._num_emitted = 0
 
@@ -151,26 +191,67 @@ class TextStream:
         self._ids.append(token_id)
         try:
             text = self._stream.step(self._tokenizer._backend, token_id) or ""
+            if not self._num_emitted and text and len(self._given) > 1:
+                # A stream whose context ends in half a character gives all of it once more.
+                text = self._continuation(text)
         except Exception:  # the package's only word for text that changed under it (see above)
             text = self.flush()
-            self._stream = DecodeStream(ids=self._ids, skip_special_tokens=self._skip_special_tokens)
+            self._stream = DecodeStream(ids=self._context + self._ids, skip_special_tokens=self._skip_special_tokens)
         self._num_emitted += len(text)
         return text
 
     def flush(self) -> str:
         """What is still held back, for the end of the output: characters that never became whole, as U+FFFD."""
-        return self._tokenizer.decode(self._ids, self._skip_special_tokens)[self._num_emitted :]
+        return self._continuation(self._decode(self._context + self._ids))[self._num_emitted :]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, self._skip_special_tokens)
+
+    def _continuation(self, text: str) -> str:
+        """What follows the context in ``text``."""
+        given = next((given for given in self._given if text.startswith(given)), self._given[0])
+        return text[len(given) :]
+
+    def _context_of(self, after: Sequence[int]) -> list[int]:
+        """The last few of these tokens: as many as have any text, from the beginning of a character on.
+
+        One of four neighbours begins a character, unless bytes are invalid; special tokens may have no text.
+        """
+        for num_tokens in (8, 9, 10, 11, 64, 512):
+            context = list(after[-num_tokens:])
+            text = self._decode(context)
+            if num_tokens >= len(after) or (text and text[0] != "\ufffd"):
+                break
+        return context
 
 
-def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+def _checked_list(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise RequestError(f"messages must be a list of at least one message, got {messages!r}")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise RequestError(f"messages[{index}] must be an object, got {message!r}")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise RequestError(f"messages[{index}].{key} must be a string, got {message.get(key)!r}")
+    return messages
+
+
+def _checked(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with its content as one text. Raises RequestError."""
+    name = f"messages[{index}]"
+    if not isinstance(message, Mapping):
+        raise RequestError(f"{name} must be an object, got {message!r}")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise RequestError(f"{name}.role must be a string, got {role!r}")
+    if content is None and ("content" in message or role == "assistant"):
+        content = ""
+    if isinstance(content, list | tuple):
+        content = "\n".join(_text_of(f"{name}.content[{i}]", part) for i, part in enumerate(content))
+    if not isinstance(content, str):
+        raise RequestError(f"{name}.content must be a string, got {content!r}")
+    return {**message, "content": content}
+
+
+def _text_of(name: str, part: object) -> str:
+    if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise RequestError(f"{name} must be {{'type': 'text', 'text': ...}}, got {part!r:.80}")
+    return part["text"]
 
 
 class _Generation(jinja2.ext.Extension):

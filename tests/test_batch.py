@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,14 +23,16 @@ from jaxserve.batch_file import (
     CHAT,
     COMPLETIONS,
     LOOKAHEAD,
-    BatchFileError,
     BatchLine,
     BatchRun,
     BatchSummary,
-    ResultFile,
+    _Answer,
+    _logprobs,
     parse_body,
 )
 from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestError, RequestMetrics
+from jaxserve.result_file import BatchFileError, ResultFile
+from jaxserve.tokenizer import Tokenizer
 
 MODEL, MAX_MODEL_LEN = "echo", 100
 
@@ -37,6 +45,12 @@ class EchoTokenizer:
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return "".join(map(chr, ids))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return chr(token_id).encode()
+
+    def decode_stream(self, skip_special_tokens: bool, after: list[int]) -> Any:
+        return SimpleNamespace(step=chr)
 
     def apply_chat_template(self, messages: Any) -> str:
         if not isinstance(messages, list):
@@ -187,19 +201,92 @@ def test_token_ids_as_prompt(tmp_path: Path) -> None:
 
 def test_logprobs_of_a_completion(tmp_path: Path) -> None:
     body = answer(tmp_path, line("a", prompt="hello", max_tokens=2, logprobs=1))["response"]["body"]
-    logprobs = {"tokens": ["x", "x"], "token_logprobs": [-1.0, -1.0], "top_logprobs": [{"y": -0.5}] * 2}
-    assert body["choices"][0]["logprobs"] == logprobs
+    assert body["choices"][0]["logprobs"] == {
+        "tokens": ["x", "x"],
+        "token_logprobs": [-1.0, -1.0],
+        "top_logprobs": [{"y": -0.5, "x": -1.0}] * 2,
+        "text_offset": [0, 1],
+    }
 
 
 @pytest.mark.parametrize(
     ("top_logprobs", "top"),
-    [(None, []), (0, []), (2, [{"token": "y", "logprob": -0.5}, {"token": "x", "logprob": -1}])],
+    [
+        (None, []),
+        (0, []),
+        (2, [{"token": "y", "logprob": -0.5, "bytes": [121]}, {"token": "x", "logprob": -1, "bytes": [120]}]),
+    ],
 )
 def test_logprobs_of_a_chat(tmp_path: Path, top_logprobs: int | None, top: list[dict[str, Any]]) -> None:
     messages = [{"role": "user", "content": "hi"}]
     one = line("a", CHAT, messages=messages, max_tokens=1, logprobs=True, top_logprobs=top_logprobs)
     choice = answer(tmp_path, one)["response"]["body"]["choices"][0]
-    assert choice["logprobs"] == {"content": [{"token": "x", "logprob": -1.0, "top_logprobs": top}]}
+    assert choice["logprobs"] == {"content": [{"token": "x", "logprob": -1.0, "bytes": [120], "top_logprobs": top}]}
+
+
+def test_logprobs_of_parts_of_a_character() -> None:
+    """Two bytes that are no characters alone: both would be written U+FFFD, and one would hide the other."""
+    tokenizer = Tokenizer.of_bytes()
+    token_ids = tokenizer.encode("é👋")
+    entries = [{token_id: Logprob(-5.0 - i, 2), 5: Logprob(-0.5, 1)} for i, token_id in enumerate(token_ids)]
+    entries[0] |= {token_ids[2]: Logprob(-1.0, 3)}
+    batch_line = BatchLine("batch_req_1", "a", COMPLETIONS, {})
+    logprobs = _logprobs(_Answer(batch_line, 1, 6, "é👋", entries), 1, tokenizer)
+    assert logprobs["tokens"][:3] == [r"bytes:\xc3", r"bytes:\xa9", r"bytes:\xf0"]
+    assert logprobs["text_offset"] == [0, 0, 1, 1, 1, 1]
+    five = tokenizer.decode([5])
+    assert logprobs["top_logprobs"][0] == {five: -0.5, r"bytes:\xf0": -1.0, r"bytes:\xc3": -5.0}
+    for token, value, top in zip(*(logprobs[k] for k in ("tokens", "token_logprobs", "top_logprobs")), strict=True):
+        assert top[token] == value, "the chosen token is among them, under its own name"
+    content = _logprobs(_Answer(replace(batch_line, url=CHAT), 1, 6, "é👋", entries), 1, tokenizer)["content"]
+    assert bytes(byte for token in content for byte in token["bytes"]).decode() == "é👋"
+    assert (content[0]["token"], content[0]["top_logprobs"][0]["token"]) == (r"\xc3", five)
+
+
+def test_logprobs_of_tokens_with_one_text() -> None:
+    """The likeliest of them is told, wherever it stands: evaluations compare the chosen one with the greatest."""
+
+    class Twins(EchoTokenizer):
+        def token_bytes(self, token_id: int) -> bytes:
+            return b"twin"
+
+    answer = _Answer(BatchLine("1", "a", COMPLETIONS, {}), 2, 1, "twin", [{1: Logprob(-5, 2), 2: Logprob(-0.1, 1)}])
+    assert _logprobs(answer, 2, Twins())["top_logprobs"] == [{"twin": -0.1}]  # type: ignore[arg-type]
+
+
+def test_offsets_end_where_a_stop_string_cut_the_text() -> None:
+    answer = _Answer(BatchLine("1", "a", COMPLETIONS, {}), 0, 3, "x", [{ord(c): Logprob(-1.0, 1)} for c in "xEN"])
+    assert _logprobs(answer, 0, EchoTokenizer())["text_offset"] == [0, 1, 1]  # type: ignore[arg-type]
+
+
+NEUTRAL_FIELDS = {
+    "user": "u-1", "metadata": {"run": "7"}, "store": True, "service_tier": "flex", "safety_identifier": "s",
+    "prompt_cache_key": "k", "parallel_tool_calls": True, "stream_options": {"include_usage": True},
+    "logit_bias": {}, "response_format": {"type": "text"}, "tools": [], "tool_choice": "auto", "n": 1, "best_of": 1,
+    "stream": False, "echo": False, "frequency_penalty": 0.0, "presence_penalty": 0, "logprobs": None, "seed": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEUTRAL_FIELDS)
+def test_fields_that_change_nothing_are_taken(name: str) -> None:
+    engine: Any = EchoEngine()
+    for one in (line("a", prompt="hi"), line("a", CHAT, messages=[{"role": "user", "content": "hi"}])):
+        plain = BatchLine("1", "a", one["url"], one["body"])
+        given = replace(plain, body={**plain.body, name: NEUTRAL_FIELDS[name]})
+        assert parse_body(given, engine) == parse_body(plain, engine)
+
+
+def test_served_model_names(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", *(line(str(m), prompt="hi", model=m) for m in ("one", "two", MODEL, None)))
+    with source.open("rb") as lines:
+        results = ResultFile(tmp_path / "out")
+        names = ["one", "two"]
+        summary = BatchRun(EchoEngine(), lines, results, served_model_names=names, show_progress=False).run()  # type: ignore[arg-type]
+        results.close()
+    assert (summary.num_succeeded, summary.num_errors) == (3, 1)
+    by_id = {result["custom_id"]: result for result in read(tmp_path / "out")}
+    assert by_id[MODEL]["error"]["message"] == "model must be 'one' or 'two', which is served here, got 'echo'"
+    assert by_id["two"]["response"]["body"]["model"] == by_id["None"]["response"]["body"]["model"] == "one"
 
 
 BAD_LINES = [
@@ -220,7 +307,15 @@ BAD_LINES = [
     (line("a", prompt=["hello"]), "prompt must be a string or a list of token ids, got ['hello']"),
     (line("a", prompt=[True]), "prompt must be a string or a list of token ids, got [True]"),
     (line("a", CHAT, prompt="hello"), "messages must be a list, got None"),
-    (line("a", prompt="hello", best_of=2), "unknown parameter 'best_of' for /v1/completions; known: ignore_eos, "),
+    (line("a", prompt="hello", beams=2), "unknown parameter 'beams' for /v1/completions; known: ignore_eos, "),
+    (line("a", prompt="hello", best_of=2), "best_of must be 1 in a batch, got 2"),
+    (line("a", prompt="hello", logit_bias={"5": 1}), "logit_bias must be {} in a batch, got {'5': 1}"),
+    (line("a", CHAT, messages=[], tools=[{"type": "function"}]), "tools must be [] in a batch, got [{'type':"),
+    (line("a", CHAT, messages=[], tool_choice="required"), "tool_choice must be 'none' or 'auto' in a batch, got "),
+    (
+        line("a", CHAT, messages=[], response_format={"type": "json_object"}),
+        "response_format must be {'type': 'text'} in a batch, got {'type': 'json_object'}",
+    ),
     (line("a", prompt="hello", prompt_logprobs=2), "unknown parameter 'prompt_logprobs'"),
     (line("a", prompt="hello", n=2), "n must be 1 in a batch, got 2"),
     (line("a", prompt="hello", stream=True), "stream must be False in a batch, got True"),
@@ -340,6 +435,48 @@ def test_other_files_are_not_written_to(tmp_path: Path, content: str) -> None:
     assert out.read_text() == content
 
 
+def test_two_runs_do_not_share_an_output(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "in", *LINES), tmp_path / "out"
+    first = ResultFile(out)
+    with pytest.raises(BatchFileError, match="out: another run is writing to this file"):
+        run(EchoEngine(), source, out)
+    first.close()
+    assert run(EchoEngine(), source, out).num_succeeded == len(LINES) - 2
+
+
+def test_results_go_to_files_only(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(BatchFileError, match=f"{path}: results must go to a file, which a restart can read"):
+            ResultFile(path)
+
+
+@contextlib.contextmanager
+def pipe_of(path: Path) -> Iterator[IO[bytes]]:
+    """The file's content through a pipe."""
+    reading, writing = os.pipe()
+
+    def fill() -> None:
+        with os.fdopen(writing, "wb") as end:
+            end.write(path.read_bytes())
+
+    with os.fdopen(reading, "rb") as source, ThreadPoolExecutor(1) as pool:
+        pool.submit(fill)
+        yield source
+
+
+def test_a_pipe_is_an_input(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(EchoEngine(), write(tmp_path / "in", *LINES), tmp_path / "whole")
+    for num_skipped in (0, len(LINES)):
+        results = ResultFile(out)
+        with pipe_of(tmp_path / "in") as source:
+            summary = BatchRun(EchoEngine(), source, results, show_progress=False).run()  # type: ignore[arg-type]
+        results.close()
+        assert summary.num_skipped == num_skipped
+    assert answers(out) == answers(tmp_path / "whole")
+
+
 @pytest.fixture
 def script() -> ModuleType:
     path = Path(__file__).parents[1] / "scripts" / "batch.py"
@@ -361,6 +498,35 @@ def test_script(
     assert capsys.readouterr().out.startswith("32 requests, 2 errors, 0 skipped in ")
 
 
+def test_script_with_a_pipe_and_a_name(
+    tmp_path: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(script, "Engine", EchoEngine)
+    source = write(tmp_path / "in", *(line(str(i), prompt="hi", model="my-model") for i in range(9)))
+    for name in ("-", "/dev/stdin"):
+        with pipe_of(source) as pipe:
+            monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=pipe))
+            path = name if name == "-" else f"/dev/fd/{pipe.fileno()}"
+            assert script.main([path, str(tmp_path / "out"), "--served-model-name", "my-model"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("9 requests, 0 errors, 0 skipped in ")
+    assert second.startswith("0 requests, 0 errors, 9 skipped in ")
+
+
+def test_an_interrupted_script_says_so(
+    tmp_path: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(script, "Engine", partial(EchoEngine, interrupt_at=6))
+    source, out = write(tmp_path / "in", *LINES), tmp_path / "out"
+    assert script.main([str(source), str(out)]) == 130
+    assert "batch.py: interrupted; run it again to go on" in capsys.readouterr().err
+    done = len(read(out))
+    assert 0 < done < len(LINES)
+    monkeypatch.setattr(script, "Engine", EchoEngine)
+    assert script.main([str(source), str(out)]) == 0
+    assert f"{done} skipped" in capsys.readouterr().out
+
+
 def test_script_fails_before_a_model_is_loaded(
     tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -369,6 +535,15 @@ def test_script_fails_before_a_model_is_loaded(
     assert "No such file or directory" in capsys.readouterr().err
     assert script.main([str(source), str(source)]) == 2
     assert "not a batch result" in capsys.readouterr().err
+    other = write(tmp_path / "other", line("a", prompt="hi", model="gpt-4o"), line("b", prompt="hi", model="o1"))
+    assert script.main([str(other), str(out)]) == 2
+    assert "model must be 'smollm2-135m', which is served here, but every request has another, such as 'o1'" in (
+        capsys.readouterr().err
+    )
+    held = ResultFile(out)
+    assert script.main([str(source), str(out)]) == 2
+    assert "out: another run is writing to this file" in capsys.readouterr().err
+    held.close()
     assert script.main([str(source), str(out), "--model", "no-such-model"]) == 2
     assert "unknown model 'no-such-model'" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:

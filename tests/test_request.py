@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxserve.request import MAX_SEED, MAX_STOP_STRINGS, Request, RequestError, RequestMetrics, SamplingParams
 
 INT_LIMIT = 2**31 - 1
-NOT_NUMBERS = [True, math.nan, math.inf, -math.inf, "1", None, [1], 10**400]
+NOT_NUMBERS = [True, np.True_, np.float64("nan"), np.array([1]), math.nan, math.inf, -math.inf, "1", None, [1], 10**400]
 
 
 def error(**fields: Any) -> str:
@@ -44,7 +48,7 @@ def test_numbers(name: str, values: list[float], limits: str) -> None:
 )
 def test_integers(name: str, values: list[int], limits: str) -> None:
     optional = name != "top_k"
-    for value in [*values, 1.0, *(value for value in NOT_NUMBERS if value is not None or not optional)]:
+    for value in [*values, 1.0, np.float64(1), *(value for value in NOT_NUMBERS if value is not None or not optional)]:
         assert error(**{name: value}) == f"{name} must be an integer in {limits}, got {value!r}"
 
 
@@ -61,8 +65,33 @@ def test_stop_token_ids(value: Any) -> None:
     assert error(stop_token_ids=[3, value]) == expected
 
 
+@pytest.mark.parametrize("make", [np.int64, np.uint8, np.array, jnp.int32])
+def test_numbers_of_other_libraries_become_pythons(make: Callable[[int], Any]) -> None:
+    names = ("temperature", "top_p", "min_p", "top_k", "seed", "max_tokens", "logprobs", "prompt_logprobs")
+    params = SamplingParams(**{name: make(1) for name in names}, stop_token_ids=[make(1)], ignore_eos=make(1) == 1)
+    assert params == SamplingParams(**dict.fromkeys(names, 1), stop_token_ids=[1], ignore_eos=True)
+    assert {type(getattr(params, name)) for name in names} == {int}
+    assert type(params.stop_token_ids[0]) is int  # type: ignore[index]
+    assert params.ignore_eos is True
+    assert type(SamplingParams(temperature=np.float32(0.5)).temperature) is float
+
+
+def test_lists_may_be_any_iterable() -> None:
+    wanted = SamplingParams(stop=["a", "b"], stop_token_ids=[1, 2])
+    assert SamplingParams(stop=np.array(["a", "b"]), stop_token_ids=np.array([1, 2])) == wanted
+    assert SamplingParams(stop=iter(["a", "b"]), stop_token_ids=range(1, 3)) == wanted
+
+
 @pytest.mark.parametrize(
-    ("name", "value"), [("stop", 5), ("stop", {"a": 1}), ("stop_token_ids", 5), ("stop_token_ids", {5: 1})]
+    ("name", "value"),
+    [
+        ("stop", b"a"),
+        ("stop_token_ids", "12"),
+        ("stop", 5),
+        ("stop", {"a": 1}),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", {5: 1}),
+    ],
 )
 def test_stops_are_lists(name: str, value: Any) -> None:
     assert error(**{name: value}) == f"{name} must be a list, got {value!r}"
@@ -107,6 +136,7 @@ def test_stops_become_tuples() -> None:
         ({}, {"max_tokens": 50}, SamplingParams(max_tokens=50)),
         ({}, {"max_tokens": None}, SamplingParams(max_tokens=None)),
         ({"max_tokens": 500}, {"max_tokens": 50}, SamplingParams(max_tokens=500)),
+        ({}, {"max_tokens": 101}, SamplingParams(max_tokens=100)),
         ({"max_tokens": None}, {"max_tokens": 50}, SamplingParams(max_tokens=None)),
     ],
 )
@@ -117,7 +147,16 @@ def test_defaults_fill_in_what_is_not_given(
 
 
 def test_a_default_of_max_tokens_stays_valid_without_room() -> None:
-    assert SamplingParams.with_defaults({}, {"max_tokens": 50}, num_room_tokens=-3).max_tokens == 1
+    for defaults in ({}, {"max_tokens": 50}):
+        assert SamplingParams.with_defaults({}, defaults, num_room_tokens=-3).max_tokens == 1
+
+
+def test_a_max_tokens_that_nobody_set_ends_with_the_window() -> None:
+    soft = [SamplingParams(), SamplingParams.with_defaults({}, {"max_tokens": 50}, num_room_tokens=16)]
+    assert [params.max_output_tokens(100) for params in soft] == [16, 16]
+    assert [params.max_output_tokens(5) for params in [*soft, replace(soft[0], seed=1)]] == [5] * 3
+    assert SamplingParams(max_tokens=16).max_output_tokens(5) == 16, "to be refused"
+    assert SamplingParams(max_tokens=None).max_output_tokens(5) == 5
 
 
 def test_defaults_do_not_hide_what_is_wrong() -> None:

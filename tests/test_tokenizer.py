@@ -1,10 +1,12 @@
 """The tokenizer: ids, chat prompts, and text that arrives token by token."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +15,7 @@ from jaxserve.models.loading.gguf_file import read_gguf
 from jaxserve.models.loading.gguf_tokenizer import PRE_TOKENIZERS, build
 from jaxserve.models.loading.hub import resolve
 from jaxserve.request import RequestError
-from jaxserve.tokenizer import Tokenizer
+from jaxserve.tokenizer import _BYTE_LEVEL, Tokenizer
 
 METADATA = read_gguf(resolve("smollm2-135m")).metadata
 TOKENIZER = Tokenizer.from_gguf(METADATA)
@@ -30,9 +32,11 @@ TEXTS = [
 ]
 
 
-def stream(tokenizer: Tokenizer, ids: list[int], skip_special_tokens: bool = True) -> list[str]:
+def stream(
+    tokenizer: Tokenizer, ids: list[int], skip_special_tokens: bool = True, after: Sequence[int] = ()
+) -> list[str]:
     """The pieces that a stream gives, the flushed rest last."""
-    decoder = tokenizer.decode_stream(skip_special_tokens)
+    decoder = tokenizer.decode_stream(skip_special_tokens, after)
     return [*(decoder.step(i) for i in ids), decoder.flush()]
 
 
@@ -156,11 +160,35 @@ def test_template_errors(template: str | None, message: str) -> None:
         (["hi"], r"messages\[0\] must be an object, got 'hi'"),
         ([{"role": "user"}], r"messages\[0\]\.content must be a string, got None"),
         ([*HI, {"role": 1, "content": ""}], r"messages\[1\]\.role must be a string, got 1"),
+        ([{"role": "user", "content": 5}], r"messages\[0\]\.content must be a string, got 5"),
+        ([{"role": "user", "content": {"type": "text"}}], r"messages\[0\]\.content must be a string, got {"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]}],
+            r"messages\[0\]\.content\[1\] must be {'type': 'text', 'text': \.\.\.}, got {'type': 'image_url'",
+        ),
+        ([{"role": "user", "content": ["a"]}], r"messages\[0\]\.content\[0\] must be .*, got 'a'"),
     ],
 )
 def test_malformed_messages(messages: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         TOKENIZER.apply_chat_template(messages)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "text", "text": "one"}], "one"),
+        (({"type": "text", "text": "one"}, {"type": "text", "text": "two"}), "one\ntwo"),
+        ([], ""),
+        (None, ""),
+    ],
+)
+def test_contents_become_one_text(content: Any, text: str) -> None:
+    messages, plain = ([{"role": "assistant", "content": c, "name": "n"}, *HI] for c in (content, text))
+    assert TOKENIZER.apply_chat_template(messages) == TOKENIZER.apply_chat_template(plain)
+    assert messages[0]["content"] is content, "the caller's are left as they are"
+    if not text:
+        assert TOKENIZER.apply_chat_template([{"role": "assistant"}, *HI]) == TOKENIZER.apply_chat_template(plain)
 
 
 def test_save_and_load(tmp_path: Path) -> None:
@@ -266,6 +294,91 @@ def test_sentencepiece() -> None:
         assert tokenizer.decode(ids) == text
         assert "".join(stream(tokenizer, ids)) == text
         assert not any("\ufffd" in piece for piece in stream(tokenizer, ids))
+
+
+def metaspace(scheme: str) -> Tokenizer:
+    """A vocabulary as newer sentencepiece conversions have it, whose decoder drops the first token's space."""
+    pieces = ["<unk>", "▁", "a", "b", "▁a", "▁b", "ab", "▁ab", "▁▁"]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], 0))
+    backend.decoder = tokenizers.decoders.Metaspace(prepend_scheme=scheme)
+    backend.add_special_tokens(["<s>"])
+    return Tokenizer(backend, special_tokens={}, chat_template=None)
+
+
+def wordpiece() -> Tokenizer:
+    words = ["[UNK]", "a", "b", "##a", "##b", ".", ",", "'"]
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    backend.decoder = tokenizers.decoders.WordPiece()
+    backend.add_special_tokens(["[CLS]"])
+    return Tokenizer(backend, special_tokens={}, chat_template=None)
+
+
+SPLIT_ANYWHERE = {
+    "byte level": TOKENIZER,
+    "metaspace": metaspace("always"),
+    "metaspace, first": metaspace("first"),
+    "word pieces": wordpiece(),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT_ANYWHERE)
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 10**6), max_size=30), st.integers(0, 30), st.booleans(), st.booleans())
+def test_prompt_and_stream_are_the_decoded_whole(
+    name: str, numbers: list[int], cut: int, skip: bool, single_bytes: bool
+) -> None:
+    tokenizer = SPLIT_ANYWHERE[name]
+    single_bytes = single_bytes and name == "byte level"
+    ids = [17 + number % 256 if single_bytes else number % tokenizer.vocab_size for number in numbers]
+    prompt, whole = tokenizer.decode(ids[:cut], skip), tokenizer.decode(ids, skip)
+    text = "".join(stream(tokenizer, ids[cut:], skip, ids[:cut]))
+    if whole.startswith(prompt):
+        assert prompt + text == whole
+    else:  # half a character that the stream completes
+        assert prompt.endswith("\ufffd")
+        assert whole.endswith(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("helowrd 日é\u00a0👩", max_size=30), st.integers(0, 60), st.booleans())
+def test_sentencepiece_continues_a_prompt(text: str, cut: int, skip: bool) -> None:
+    """The first token after a prompt keeps its space, and a run of bytes may be cut anywhere."""
+    tokenizer = sentencepiece()
+    ids = tokenizer.encode(text)
+    prompt, whole = tokenizer.decode(ids[:cut], skip), tokenizer.decode(ids, skip)
+    pieces = stream(tokenizer, ids[cut:], skip, ids[:cut])
+    if whole.startswith(prompt):
+        assert prompt + "".join(pieces) == whole
+    else:
+        assert whole.endswith("".join(pieces))
+        assert len("".join(pieces)) <= 1 + len(ids) - cut
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_contexts_of_every_length() -> None:
+    """More bytes, or special tokens without a text, than a stream looks at first."""
+    tokenizer = sentencepiece()
+    bos, hello, world = tokenizer.encode("hello world")[0], *tokenizer.encode("hello world")[1:3]
+    for num_special in (1, 7, 8, 20, 100, 500):
+        for skip in (True, False):
+            assert "".join(stream(tokenizer, [world], skip, [hello, *[bos] * num_special])) == " w"
+    for num_characters in range(1, 30):
+        ids = tokenizer.encode("日" * num_characters + "本")
+        assert "".join(stream(tokenizer, ids[-3:], True, ids[:-3])) == "本"
+        assert "".join(stream(tokenizer, ids[-2:], True, ids[:-2])) == "本"
+
+
+def test_bytes_of_tokens() -> None:
+    """Those of a text's tokens are the text's, whatever its characters are divided into."""
+    for text in (*TEXTS, " <|im_end|>"):
+        assert b"".join(map(TOKENIZER.token_bytes, TOKENIZER.encode(text))) == text.encode()
+    tokenizer = sentencepiece()
+    for text in ("hello world", " two  spaces ", "日本 👩‍👩‍👧 é"):
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        assert b"".join(map(tokenizer.token_bytes, token_ids)) == b" " + text.encode()
+    assert tokenizer.token_bytes(1) == b"<s>"
+    assert TOKENIZER.token_bytes(60000) == b""
+    assert set(_BYTE_LEVEL) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 
 
 @settings(max_examples=100, deadline=None)

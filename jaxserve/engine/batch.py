@@ -204,6 +204,11 @@ class Packer:
             self._wants_logprobs[slot] = params.logprobs is not None
 
 
+def prefills_of(chunks: Iterable[Chunk]) -> list[Chunk]:
+    """Those that hold a part of the prompt."""
+    return [chunk for chunk in chunks if chunk.start < chunk.request.num_prompt_tokens]
+
+
 def wants_prompt_logprobs(chunk: Chunk) -> bool:
     """True when rows of the chunk predict prompt tokens whose logprobs were asked for."""
     request = chunk.request

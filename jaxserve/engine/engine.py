@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.batch import Packer, empty_step, prompt_targets, wants_prompt_logprobs
+from jaxserve.engine.batch import Packer, empty_step, prefills_of, prompt_targets, wants_prompt_logprobs
 from jaxserve.engine.blocks import BlockManager
 from jaxserve.engine.compile import CompileCounter
 from jaxserve.engine.executor import Executor, prepare
-from jaxserve.engine.output import OutputStream, host_logprobs, logprob_entry
+from jaxserve.engine.output import OutputStream, collect_prompt_logprobs, host_logprobs, logprob_entry
 from jaxserve.engine.profiling import Profiler, largest_budget, read_profile
 from jaxserve.engine.programs import StepOutputs
 from jaxserve.engine.runner import ModelRunner
@@ -140,6 +140,7 @@ class Engine:
         self._launched: _LaunchedStep | None = None
         self._device_free_seconds = -math.inf
         self._aborted: list[RequestDelta] = []
+        self._closed = False
         self.compiles = CompileCounter()
         self.runner.prepare_scores()
         self.startup = StartupTimes(
@@ -159,7 +160,9 @@ class Engine:
         vocab, limit = self.model_config.vocab_size, self.max_model_len
         if not prompt_token_ids:
             raise RequestError("prompt must hold at least one token, got none")
-        if len(prompt_token_ids) >= limit:
+        room = limit - len(prompt_token_ids)
+        only_scored = params.prompt_logprobs is not None and params.max_output_tokens(0) == 0
+        if room < 0 or (room == 0 and not only_scored):
             raise RequestError(
                 f"prompt of {len(prompt_token_ids)} tokens leaves no room for output: max_model_len is {limit}"
             )
@@ -167,7 +170,7 @@ class Engine:
             if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab):
                 wrong = next(t for t in token_ids if not 0 <= t < vocab)
                 raise RequestError(f"{name} holds token id {wrong}, outside the vocabulary [0, {vocab})")
-        if params.max_tokens is not None and len(prompt_token_ids) + params.max_tokens > limit:
+        if params.max_output_tokens(room) > room:
             raise RequestError(
                 f"max_tokens of {params.max_tokens} after a prompt of {len(prompt_token_ids)} tokens "
                 f"exceeds max_model_len {limit}"
@@ -180,17 +183,19 @@ class Engine:
         params: SamplingParams,
         arrival_seconds: float | None = None,
     ) -> None:
-        """Queue a request. ``arrival_seconds`` is on the engine's clock, now by default. Raises RequestError."""
+        """Queue a request. ``arrival_seconds`` is on the engine's clock, now by default. Raises RequestError, and
+        RuntimeError once the engine is closed."""
+        if self._closed:
+            raise RuntimeError("the engine is closed")
         if request_id in self._streams:
             raise RequestError(f"request_id {request_id!r} is already in flight")
         self.validate(prompt_token_ids, params)
-        room = self.max_model_len - len(prompt_token_ids)
         eos = () if params.ignore_eos else self.eos_token_ids
         request = Request(
             request_id=request_id,
             prompt_token_ids=tuple(prompt_token_ids),
             params=params,
-            max_tokens=room if params.max_tokens is None else params.max_tokens,
+            max_tokens=params.max_output_tokens(self.max_model_len - len(prompt_token_ids)),
             metrics=RequestMetrics(self._clock() if arrival_seconds is None else arrival_seconds),
             stop_token_ids=frozenset((*(params.stop_token_ids or ()), *eos)),
             seed=params.seed if params.seed is not None else int(self._random.integers(2**31)),
@@ -206,7 +211,7 @@ class Engine:
         stream = self._streams.get(request_id)
         if stream is None:
             return False
-        self._aborted.append(self._finish(stream, [], stream.abort(), None, FinishReason.ABORT))
+        self._aborted.append(self._finish(stream, FinishReason.ABORT, text=stream.abort()))
         return True
 
     def has_unfinished(self) -> bool:
@@ -236,7 +241,11 @@ class Engine:
         return deltas
 
     def close(self) -> None:
-        """Give the device's memory back and finish the trace; the engine cannot be used afterwards."""
+        """Give the device's memory back and finish the trace; the engine cannot be used afterwards. A second time does
+        nothing."""
+        if self._closed:
+            return
+        self._closed = True
         self._launched = None
         self.runner.close()
         self.compiles.close()
@@ -276,7 +285,7 @@ class Engine:
         chunks = list(batch.chunks.values())
         layout = self.runner.layout(batch.num_tokens)
         outputs = self.runner.launch(layout, self._packer.pack(layout, chunks) if chunks else empty_step(layout))
-        prefills = _prefills(chunks)
+        prefills = prefills_of(chunks)
         for chunk in prefills:
             if chunk.request.metrics.first_scheduled_seconds is None:
                 chunk.request.metrics.first_scheduled_seconds = scheduled
@@ -298,7 +307,7 @@ class Engine:
         chunks, record = self._in_stages.popleft()
         self.scheduler.sampled(chunks)
         prompt_logprobs = None
-        if any(wants_prompt_logprobs(chunk) for chunk in _prefills(chunks)):
+        if any(wants_prompt_logprobs(chunk) for chunk in prefills_of(chunks)):
             prompt_logprobs = self.runner.score(prompt_targets(num_rows, chunks))
         record.num_rows = num_rows
         record.device_start_seconds = self._clock()
@@ -315,7 +324,7 @@ class Engine:
         step.record.waited_seconds, step.record.ready_seconds = waiting, ready
         self._device_free_seconds = ready
         if step.prompt_logprobs is not None:
-            self._collect_prompt_logprobs(step.chunks, host_logprobs(step.prompt_logprobs))
+            collect_prompt_logprobs(step.chunks, host_logprobs(step.prompt_logprobs), self._streams)
         live = [
             (chunk.request, chunk.slot)
             for chunk in step.chunks
@@ -333,23 +342,29 @@ class Engine:
     def _append(
         self, request: Request, token_id: int, logprobs: TokenLogprobs[np.ndarray] | None, slot: int, now: float
     ) -> RequestDelta:
-        stream = self._streams[request.request_id]
+        stream, params = self._streams[request.request_id], request.params
+        prompt_logprobs = None
+        if params.prompt_logprobs is not None and not request.output_token_ids:
+            prompt_logprobs = stream.prompt_logprobs
+        if request.max_tokens == 0:  # nothing but those was asked for
+            return self._finish(stream, FinishReason.LENGTH, prompt_logprobs=prompt_logprobs)
         request.metrics.token_seconds.append(now)
         text, reason = stream.push(token_id)
         entry = None
-        if request.params.logprobs is not None and logprobs is not None:
-            entry = [logprob_entry(logprobs, slot, token_id, request.params.logprobs)]
+        if params.logprobs is not None and logprobs is not None:
+            entry = [logprob_entry(logprobs, slot, token_id, params.logprobs)]
         if reason is None:
-            return self._delta(stream, [token_id], text, entry)
-        return self._finish(stream, [token_id], text, entry, reason)
+            return stream.delta([token_id], text, entry, prompt_logprobs)
+        return self._finish(stream, reason, [token_id], text, entry, prompt_logprobs)
 
     def _finish(
         self,
         stream: OutputStream,
-        token_ids: list[int],
-        text: str,
-        logprobs: list[dict[int, Logprob]] | None,
         reason: FinishReason,
+        token_ids: Sequence[int] = (),
+        text: str = "",
+        logprobs: list[dict[int, Logprob]] | None = None,
+        prompt_logprobs: list[dict[int, Logprob] | None] | None = None,
     ) -> RequestDelta:
         request = stream.request
         self._held.pop(request.request_id, None)
@@ -357,39 +372,12 @@ class Engine:
         request.metrics.finished_seconds = self._clock()
         del self._streams[request.request_id]
         self.metrics.observe_request(request)
-        return self._delta(stream, token_ids, text, logprobs)
-
-    def _delta(
-        self, stream: OutputStream, token_ids: list[int], text: str, logprobs: list[dict[int, Logprob]] | None
-    ) -> RequestDelta:
-        request = stream.request
-        first = len(request.output_token_ids) == 1
-        wants_prompt = request.params.prompt_logprobs is not None and first and bool(token_ids)
-        return RequestDelta(
-            request_id=request.request_id,
-            token_ids=token_ids,
-            text=text,
-            logprobs=logprobs,
-            prompt_logprobs=stream.prompt_logprobs if wants_prompt else None,
-            finish_reason=request.finish_reason,
-            stop_reason=stream.stop_reason,
-            metrics=request.metrics,
-            num_prompt_tokens=request.num_prompt_tokens,
-        )
-
-    def _collect_prompt_logprobs(self, chunks: list[Chunk], logprobs: TokenLogprobs[np.ndarray]) -> None:
-        row = 0
-        for chunk in chunks:
-            request = chunk.request
-            num_top = request.params.prompt_logprobs
-            if num_top is not None and request.status is not RequestStatus.FINISHED:
-                stream = self._streams[request.request_id]
-                for i in range(min(chunk.num_tokens, request.num_prompt_tokens - 1 - chunk.start)):
-                    token_id = request.prompt_token_ids[chunk.start + i + 1]
-                    stream.prompt_logprobs[chunk.start + i + 1] = logprob_entry(logprobs, row + i, token_id, num_top)
-            row += chunk.num_tokens
+        return stream.delta(token_ids, text, logprobs, prompt_logprobs)
 
 
-def _prefills(chunks: list[Chunk]) -> list[Chunk]:
-    """Those that hold a part of the prompt."""
-    return [chunk for chunk in chunks if chunk.start < chunk.request.num_prompt_tokens]
+def clear(engine: Engine, request_ids: Iterable[str]) -> None:
+    """Abort these requests, the last of the engine's, and step until nothing is left of them."""
+    for request_id in request_ids:
+        engine.abort(request_id)
+    while engine.has_unfinished():
+        engine.step()

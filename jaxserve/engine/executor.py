@@ -91,9 +91,10 @@ class Executor:
         return program(self._parameters, self._hidden, _put(targets, self._replicated))
 
     def close(self) -> None:
-        """Wait for the devices and give their memory back."""
+        """Wait for the devices and give their memory back. A step that failed may have taken the state with it."""
         for array in jax.tree.leaves((self._parameters, self._state)):
-            array.block_until_ready().delete()
+            if not array.is_deleted():
+                array.block_until_ready().delete()
         self._programs.close()
 
 

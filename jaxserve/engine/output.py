@@ -1,12 +1,15 @@
-"""From sampled tokens to text: streaming detokenisation, stop strings, log-probabilities."""
+"""From sampled tokens to deltas: streaming detokenisation, stop strings, log-probabilities."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
 
 from jaxserve.engine.sampler import TokenLogprobs
-from jaxserve.request import FinishReason, Logprob, Request
+from jaxserve.request import FinishReason, Logprob, Request, RequestDelta, RequestStatus
+from jaxserve.scheduler import Chunk
 from jaxserve.tokenizer import Tokenizer
 
 
@@ -23,7 +26,7 @@ class OutputStream:
         num_scored = 0 if request.params.prompt_logprobs is None else request.num_prompt_tokens
         self.prompt_logprobs: list[dict[int, Logprob] | None] = [None] * num_scored
         """By prompt token; empty where they were not asked for."""
-        self._decoder = tokenizer.decode_stream(skip_special_tokens=request.params.skip_special_tokens)
+        self._decoder = tokenizer.decode_stream(request.params.skip_special_tokens, request.prompt_token_ids)
         self._held = ""
 
     def push(self, token_id: int) -> tuple[str, FinishReason | None]:
@@ -48,6 +51,27 @@ class OutputStream:
     def abort(self) -> str:
         """The rest of the text when the request ends from outside."""
         return self._held + self._decoder.flush()
+
+    def delta(
+        self,
+        token_ids: Sequence[int],
+        text: str,
+        logprobs: list[dict[int, Logprob]] | None,
+        prompt_logprobs: list[dict[int, Logprob] | None] | None,
+    ) -> RequestDelta:
+        """What a step has added, as the request stands now."""
+        request = self.request
+        return RequestDelta(
+            request_id=request.request_id,
+            token_ids=list(token_ids),
+            text=text,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=request.finish_reason,
+            stop_reason=self.stop_reason,
+            metrics=request.metrics,
+            num_prompt_tokens=request.num_prompt_tokens,
+        )
 
     def _cut_at_stop_string(self) -> str | None:
         """The text up to the earliest stop string in what is held, or None."""
@@ -87,3 +111,19 @@ def logprob_entry(logprobs: TokenLogprobs[np.ndarray], row: int, token_id: int, 
     for rank, (top_id, top) in enumerate(zip(logprobs.top_ids[row, :num_top], logprobs.top[row], strict=False), 1):
         entry.setdefault(int(top_id), Logprob(float(top), rank))
     return entry
+
+
+def collect_prompt_logprobs(
+    chunks: Iterable[Chunk], logprobs: TokenLogprobs[np.ndarray], streams: Mapping[str, OutputStream]
+) -> None:
+    """Give the streams of a step's ``chunks`` what they want of ``logprobs``, which are those of its rows."""
+    row = 0
+    for chunk in chunks:
+        request = chunk.request
+        num_top = request.params.prompt_logprobs
+        if num_top is not None and request.status is not RequestStatus.FINISHED:
+            stream = streams[request.request_id]
+            for i in range(min(chunk.num_tokens, request.num_prompt_tokens - 1 - chunk.start)):
+                token_id = request.prompt_token_ids[chunk.start + i + 1]
+                stream.prompt_logprobs[chunk.start + i + 1] = logprob_entry(logprobs, row + i, token_id, num_top)
+        row += chunk.num_tokens

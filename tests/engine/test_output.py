@@ -15,6 +15,7 @@ from jaxserve.models.loading.gguf_file import read_gguf
 from jaxserve.models.loading.hub import resolve
 from jaxserve.request import FinishReason, Logprob, Request, RequestMetrics, SamplingParams
 from jaxserve.tokenizer import Tokenizer
+from tests.test_tokenizer import sentencepiece
 
 TOKENIZER = Tokenizer.from_gguf(read_gguf(resolve("smollm2-135m")).metadata)
 EOS = 2
@@ -57,6 +58,18 @@ def test_text_flows_without_stop_strings() -> None:
     deltas, reason = push_all(make_stream(), letters("hello world"))
     assert deltas == list("hello world")
     assert reason is None
+
+
+@pytest.mark.parametrize(("stop", "text"), [((), " world"), (" world", ""), (" wor", ""), ("ld", " wor")])
+def test_the_first_token_after_a_prompt_keeps_its_space(stop: str | tuple[str, ...], text: str) -> None:
+    """Sentencepiece drops the space of a text's first word, which the output's is not."""
+    tokenizer = sentencepiece()
+    token_ids = tokenizer.encode("hello world")
+    request = Request("a", token_ids[:2], SamplingParams(stop=stop), len(token_ids) - 2, RequestMetrics(0.0))
+    stream = OutputStream(request, tokenizer)
+    deltas, reason = push_all(stream, token_ids[2:])
+    assert "".join(deltas) == text
+    assert reason is (FinishReason.STOP if stop else FinishReason.LENGTH)
 
 
 def test_stop_string_split_over_tokens() -> None:
