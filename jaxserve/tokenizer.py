@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from jaxserve.models.config import ModelError
 from jaxserve.models.loading import gguf_tokenizer
 from jaxserve.models.loading.hf import read_json
 from jaxserve.request import RequestError
+from jaxserve.token_length import TokenLength
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -86,17 +88,33 @@ class Tokenizer:
         if self._chat_template is not None:
             (folder / "chat_template.jinja").write_text(self._chat_template, encoding="utf-8", newline="")
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    @cached_property
+    def token_length(self) -> TokenLength:
+        """Reads the whole vocabulary: some tenths of a second, once."""
+        return TokenLength(self._backend)
+
+    def encode(self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
         """Token ids of ``text``. Special tokens written in it are recognised; ``add_special_tokens`` puts the model's
-        own around it (BOS). Raises RequestError for text that is not valid Unicode."""
+        own around it (BOS). Raises RequestError for text that is not valid Unicode, and for more than ``max_tokens``;
+        where the length of the text tells, nothing is tokenized. Other threads run on meanwhile.
+        """
+        if max_tokens is not None and (least := self.token_length.least_tokens(text)) > max_tokens:
+            raise RequestError(
+                f"prompt of {len(text)} characters is at least {least} tokens, which exceeds max_model_len {max_tokens}"
+            )
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # The package's encode holds Python's lock all along; its encode_batch gives it back.
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except TypeError as error:  # the package's word for lone surrogates
             raise RequestError(f"text must be a string of valid Unicode, got {text!r:.80}") from error
+        if max_tokens is not None and len(encoding) > max_tokens:
+            raise RequestError(f"prompt of {len(encoding)} tokens exceeds max_model_len {max_tokens}")
+        return encoding.ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; ids outside of the vocabulary have none, bytes that are no character become U+FFFD."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        # As in encode: other threads run on meanwhile.
+        return self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0]
 
     def decode_stream(self, skip_special_tokens: bool = True) -> TextStream:
         return TextStream(self, skip_special_tokens)
