@@ -21,6 +21,7 @@ from tokenizers.decoders import DecodeStream
 from jaxserve.models.fields import Fields
 from jaxserve.models.loading import gguf_tokenizer, hf_tokenizer
 from jaxserve.request import RequestError
+from jaxserve.token_length import TokenLength
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 """How sentencepiece's vocabularies write a byte."""
@@ -104,17 +105,33 @@ class Tokenizer:
         """The token of ``token_id`` as the vocabulary writes it, None for ids outside of it."""
         return self._backend.id_to_token(token_id)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    @cached_property
+    def token_length(self) -> TokenLength:
+        """Reads the whole vocabulary: some tenths of a second, once."""
+        return TokenLength(self._backend)
+
+    def encode(self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
         """Token ids of ``text``. Special tokens written in it are recognised; ``add_special_tokens`` puts the model's
-        own around it (BOS). Raises RequestError for text that is not valid Unicode."""
+        own around it (BOS). Raises RequestError for text that is not valid Unicode, and for more than ``max_tokens``;
+        where the length of the text tells, nothing is tokenized. Other threads run on meanwhile.
+        """
+        if max_tokens is not None and (least := self.token_length.least_tokens(text)) > max_tokens:
+            raise RequestError(
+                f"prompt of {len(text)} characters is at least {least} tokens, which exceeds max_model_len {max_tokens}"
+            )
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # The package's encode holds Python's lock all along; its encode_batch gives it back.
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except TypeError as error:  # the package's word for lone surrogates
             raise RequestError(f"text must be a string of valid Unicode, got {text!r:.80}") from error
+        if max_tokens is not None and len(encoding) > max_tokens:
+            raise RequestError(f"prompt of {len(encoding)} tokens exceeds max_model_len {max_tokens}")
+        return encoding.ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; ids outside of the vocabulary have none, bytes that are no character become U+FFFD."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        # As in encode: other threads run on meanwhile.
+        return self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0]
 
     def token_bytes(self, token_id: int) -> bytes:
         """A token's text in the middle of others, in UTF-8: a space and a word, say, or a part of a character.

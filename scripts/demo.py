@@ -109,7 +109,10 @@ def main() -> int:
                 show(generation)
             show_table(work)
         print("\nThe server has shut down cleanly.")
-    except (DemoError, ServerProcessError, grpc.RpcError, TimeoutError) as error:
+    except grpc.RpcError as error:
+        print(f"demo.py: error: {error.code().name}: {error.details()}", file=sys.stderr)
+        return 1
+    except (DemoError, ServerProcessError, TimeoutError) as error:
         print(f"demo.py: error: {error}", file=sys.stderr)
         return 1
     return 0

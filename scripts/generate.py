@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from jaxserve.request import RequestError
 from jaxserve.server.client import DEFAULT_TARGET, ChatMessages, Client, StreamTiming
 
 
@@ -48,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             timing = stream(
                 client, prompt, max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed
             )  # fmt: skip
+        except RequestError as error:
+            print(f"generate.py: error: {error}", file=sys.stderr)
+            return 1
         except grpc.RpcError as error:
             where = f" at {args.target}" if error.code() == grpc.StatusCode.UNAVAILABLE else ""
             print(f"generate.py: error: {error.code().name}{where}: {error.details()}", file=sys.stderr)

@@ -37,6 +37,8 @@ PING_OPTIONS = [
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.max_receive_message_length", -1),
+    # A proxy in the environment is for the world outside.
+    ("grpc.enable_http_proxy", 0),
 ]
 STOP_TIMEOUT_SECONDS = 5.0
 OWN_SETTINGS = ("trace", "compilation_cache")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ipaddress
+import operator
+import re
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 import grpc
+from google.protobuf.descriptor import FieldDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from jaxserve.server.messages import NO_TOKEN_LIMIT
+from jaxserve.request import RequestError
+from jaxserve.server.messages import MAX_UINT32, NO_TOKEN_LIMIT
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2_grpc as pb_grpc
 
@@ -27,8 +32,11 @@ CHANNEL_OPTIONS = [
     # A server that has just come up should be found soon.
     ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
+NO_PROXY = ("grpc.enable_http_proxy", 0)
 
 ChatMessages = Sequence[Mapping[str, str]]
+Prompt = str | Iterable[SupportsIndex] | ChatMessages
+"""A text, token ids (numpy's as well), or a chat of {"role", "content"} messages."""
 
 
 @dataclass
@@ -54,11 +62,14 @@ class StreamTiming:
 
 
 class Client:
-    """One channel to one server; safe to share between threads. A failed call raises grpc.RpcError."""
+    """One channel to one server; safe to share between threads.
+
+    A failed call raises grpc.RpcError. What cannot be sent as it was given raises RequestError, with its place.
+    """
 
     def __init__(self, target: str = DEFAULT_TARGET) -> None:
         self.target = target
-        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(target, options=_channel_options(target))
         self._stub = pb_grpc.InferenceServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
@@ -74,33 +85,39 @@ class Client:
 
     def ready(self, timeout_seconds: float = 5.0) -> bool:
         """Whether the server answers and is past its warm-up and not draining."""
+        return self._obstacle(timeout_seconds) is None
+
+    def wait_ready(self, timeout_seconds: float) -> None:
+        """Wait for the end of the warm-up. Raises TimeoutError, which says what was in the way."""
+        deadline_seconds = time.monotonic() + timeout_seconds
+        while (obstacle := self._obstacle()) is not None:
+            if time.monotonic() > deadline_seconds:
+                raise TimeoutError(f"no server is ready at {self.target} after {timeout_seconds:g} s: {obstacle}")
+            time.sleep(POLL_SECONDS)
+
+    def _obstacle(self, timeout_seconds: float = 5.0) -> str | None:
+        """Why no call would be served now."""
         request = health_pb2.HealthCheckRequest(service=pb.DESCRIPTOR.services_by_name["InferenceService"].full_name)
         try:
             status = self._health.Check(request, timeout=timeout_seconds).status
-        except grpc.RpcError:
-            return False
-        return bool(status == health_pb2.HealthCheckResponse.SERVING)
-
-    def wait_ready(self, timeout_seconds: float) -> None:
-        """Wait for the end of the warm-up. Raises TimeoutError."""
-        deadline_seconds = time.monotonic() + timeout_seconds
-        while not self.ready():
-            if time.monotonic() > deadline_seconds:
-                raise TimeoutError(f"no server is ready at {self.target} after {timeout_seconds:g} s")
-            time.sleep(POLL_SECONDS)
+        except grpc.RpcError as error:
+            return f"{error.code().name}: {error.details()}"
+        serving = status == health_pb2.HealthCheckResponse.SERVING
+        return None if serving else "it warms up or drains"
 
     def generate(
         self,
-        prompt: str | Sequence[int] | ChatMessages,
+        prompt: Prompt,
         *,
         request_id: str = "",
         model: str = "",
         timeout_seconds: float | None = None,
         **sampling: Any,
     ) -> CallIterator[pb.GenerateResponse]:
-        """Continue a text, token ids, or a chat of {"role", "content"} messages; the call starts at once.
+        """Continue a prompt; the call starts at once.
 
-        ``sampling`` takes the names of jaxserve.SamplingParams. Iterate for the responses; ``cancel()`` on the result
+        ``sampling`` takes the names of jaxserve.SamplingParams; None leaves a field to the server, but for max_tokens,
+        where it is no limit. Iterate for the responses; ``cancel()`` on the result
         ends the request on the server.
         """
         return self._stub.Generate(_generate_request(prompt, request_id, model, sampling), timeout=timeout_seconds)
@@ -114,10 +131,14 @@ class Client:
 
     def tokenize(self, prompt: str | ChatMessages) -> list[int]:
         """The token ids that ``generate`` would see."""
-        return list(self._stub.Tokenize(pb.TokenizeRequest(**_prompt_field(prompt))).token_ids)
+        field = _prompt_field(prompt)
+        if "token_ids" in field:
+            raise RequestError(f"prompt must be a text or a chat to be tokenized, got {prompt!r:.80}")
+        return list(self._stub.Tokenize(pb.TokenizeRequest(**field)).token_ids)
 
-    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        request = pb.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
+    def detokenize(self, token_ids: Iterable[SupportsIndex], *, skip_special_tokens: bool = True) -> str:
+        ids = _token_ids("token_ids", token_ids)
+        request = pb.DetokenizeRequest(token_ids=ids, skip_special_tokens=skip_special_tokens)
         return self._stub.Detokenize(request).text
 
 
@@ -125,7 +146,7 @@ class AsyncClient:
     """``Client.generate`` for asyncio, for hundreds of streams in one thread. Create it inside the event loop."""
 
     def __init__(self, target: str = DEFAULT_TARGET) -> None:
-        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(target, options=_channel_options(target))
         self._stub = pb_grpc.InferenceServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
@@ -135,7 +156,7 @@ class AsyncClient:
         await self._channel.close()
 
     def generate(
-        self, prompt: str | Sequence[int] | ChatMessages, *, request_id: str = "", model: str = "", **sampling: Any
+        self, prompt: Prompt, *, request_id: str = "", model: str = "", **sampling: Any
     ) -> AsyncIterator[pb.GenerateResponse]:
         """As ``Client.generate``; a failed call raises grpc.aio.AioRpcError."""
         call: AsyncIterator[pb.GenerateResponse] = self._stub.Generate(
@@ -144,29 +165,120 @@ class AsyncClient:
         return call
 
 
-def _generate_request(
-    prompt: str | Sequence[int] | ChatMessages, request_id: str, model: str, sampling: dict[str, Any]
-) -> pb.GenerateRequest:
+def _channel_options(target: str) -> list[tuple[str, int]]:
+    """No proxy of the environment reaches this machine: its loopback would be the proxy's own."""
+    return [*CHANNEL_OPTIONS, NO_PROXY] if _is_local(target) else CHANNEL_OPTIONS
+
+
+def _is_local(target: str) -> bool:
+    """Whether a gRPC target is a Unix socket or on the loopback."""
+    if target.startswith(("unix:", "unix-abstract:")):
+        return True
+    address = re.sub(r"^(dns|ipv4|ipv6):(//[^/]*/)?", "", target)
+    host = re.sub(r":\d+(,.*)?$", "", address).strip("[]")
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return ip.is_loopback or ip.is_unspecified
+
+
+def _generate_request(prompt: Prompt, request_id: str, model: str, sampling: dict[str, Any]) -> pb.GenerateRequest:
     return pb.GenerateRequest(
-        request_id=request_id, model=model, sampling_params=_sampling_message(sampling), **_prompt_field(prompt)
+        request_id=_text("request_id", request_id),
+        model=_text("model", model),
+        sampling_params=_sampling_message(sampling),
+        **_prompt_field(prompt),
     )
 
 
-def _prompt_field(prompt: str | Sequence[int] | ChatMessages) -> dict[str, Any]:
+def _prompt_field(prompt: Prompt) -> dict[str, Any]:
     """The member of the ``prompt`` oneof that a prompt's type stands for."""
     if isinstance(prompt, str):
-        return {"text": prompt}
-    messages = [pb.ChatMessage(**item) for item in prompt if isinstance(item, Mapping)]
-    if messages:
-        return {"chat": pb.Chat(messages=messages)}
-    return {"token_ids": pb.TokenIds(ids=[item for item in prompt if isinstance(item, int)])}
+        return {"text": _text("prompt", prompt)}
+    items = _items("prompt", prompt)
+    if any(isinstance(item, Mapping) for item in items):
+        return {"chat": pb.Chat(messages=[_message(f"prompt[{i}]", item) for i, item in enumerate(items)])}
+    return {"token_ids": pb.TokenIds(ids=_token_ids("prompt", items))}
+
+
+def _message(name: str, item: Any) -> pb.ChatMessage:
+    if not isinstance(item, Mapping) or set(item) != {"role", "content"}:
+        raise RequestError(f"{name} must be a message of role and content, got {item!r:.80}")
+    return pb.ChatMessage(
+        role=_text(f"{name}['role']", item["role"]), content=_text(f"{name}['content']", item["content"])
+    )
 
 
 def _sampling_message(sampling: dict[str, Any]) -> pb.SamplingParams:
-    sampling = dict(sampling)
-    if isinstance(sampling.get("stop"), str):
-        sampling["stop"] = [sampling["stop"]]
-    # As in SamplingParams: None is no limit, while a field left out has the default.
-    if sampling.get("max_tokens", 0) is None:
-        sampling["max_tokens"] = NO_TOKEN_LIMIT
-    return pb.SamplingParams(**sampling)
+    message = pb.SamplingParams()
+    fields = pb.SamplingParams.DESCRIPTOR.fields_by_name
+    for name, value in sampling.items():
+        if name not in fields:
+            raise RequestError(f"{name} is no sampling parameter; those are {', '.join(fields)}")
+        if name == "stop":
+            stop = [value] if isinstance(value, str) else _items(name, () if value is None else value)
+            message.stop.extend(_text(f"stop[{i}]", text) for i, text in enumerate(stop))
+        elif name == "stop_token_ids":
+            message.stop_token_ids.extend(_token_ids(name, () if value is None else value))
+        elif value is not None:
+            setattr(message, name, _number(name, fields[name], value))
+        elif name == "max_tokens":  # as in SamplingParams: None is no limit
+            message.max_tokens = NO_TOKEN_LIMIT
+    return message
+
+
+def _number(name: str, field: Any, value: Any) -> bool | int | float:
+    """A scalar for ``field``; protobuf itself would turn some into others, True into 1 and 2 into True."""
+    if field.type == FieldDescriptor.TYPE_BOOL:
+        if not isinstance(value, bool):
+            raise RequestError(f"{name} must be True or False, got {value!r:.80}")
+        return value
+    if field.type == FieldDescriptor.TYPE_DOUBLE:
+        number = None if isinstance(value, bool | str) else _converted(float, value)
+        if number is None:
+            raise RequestError(f"{name} must be a number, got {value!r:.80}")
+        return number
+    bits = 64 if field.type == FieldDescriptor.TYPE_INT64 else 32
+    return _integer(name, value, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def _token_ids(name: str, ids: Any) -> list[int]:
+    return [_integer(f"{name}[{i}]", item, 0, MAX_UINT32) for i, item in enumerate(_items(name, ids))]
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> int:
+    number = None if isinstance(value, bool) else _converted(operator.index, value)
+    if number is None or not low <= number <= high:
+        raise RequestError(f"{name} must be an integer in [{low}, {high}], got {value!r:.80}")
+    return number
+
+
+def _converted[Number](convert: Callable[[Any], Number], value: Any) -> Number | None:
+    try:
+        return convert(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not _encodable(value):
+        raise RequestError(f"{name} must be a string of valid Unicode, got {value!r:.80}")
+    return value
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # lone surrogates
+        return False
+    return True
+
+
+def _items(name: str, value: Any) -> list[Any]:
+    """What an iterable holds, in its order; not what a text or a mapping would be taken for."""
+    unordered = isinstance(value, str | bytes | bytearray | Mapping | Set)
+    items = None if unordered else _converted(iter, value)
+    if items is None:
+        raise RequestError(f"{name} must be a list, got {value!r:.80}")
+    return list(items)

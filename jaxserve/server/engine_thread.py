@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from jaxserve.request import RequestDelta, RequestError, SamplingParams
+from jaxserve.request import FinishReason, RequestDelta, RequestError, SamplingParams
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine
@@ -84,6 +84,7 @@ class EngineThread:
         self._streams: dict[str, _Stream] = {}
         self._live: dict[str, _Stream] = {}
         self._dead = False
+        self._stopping = False
         # A daemon: a program that fails elsewhere ends without a word to the engine.
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -170,6 +171,7 @@ class EngineThread:
         try:
             while self._take_commands():
                 self._step()
+            self._stopping = True
             for request_id in self._live:
                 self.engine.abort(request_id)
             while self.engine.has_unfinished():
@@ -183,10 +185,15 @@ class EngineThread:
         deltas = self.engine.step()
         self._step_started_seconds = None
         if deltas:
-            self._send([(self._live[delta.request_id], delta) for delta in deltas])
+            self._send([(self._live[delta.request_id], self._item(delta)) for delta in deltas])
         for delta in deltas:
             if delta.finish_reason is not None:
                 del self._live[delta.request_id]
+
+    def _item(self, delta: RequestDelta) -> RequestDelta | Exception:
+        """A request that the end of the server cuts off before its first token was not served at all."""
+        unserved = delta.finish_reason is FinishReason.ABORT and not delta.metrics.token_seconds
+        return EngineDeadError() if self._stopping and unserved else delta
 
     def _send(self, items: Sequence[tuple[_Stream, RequestDelta | Exception]]) -> None:
         self._loop.call_soon_threadsafe(self._deliver, items)

@@ -18,9 +18,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.server import grpc_server
-from jaxserve.server.listener import SERVICE_NAME, SERVING, Listener, message_limits, stop_signal
+from jaxserve.server.client import NO_PROXY
+from jaxserve.server.door import Context, StatusError
+from jaxserve.server.listener import SERVICE_NAME, SERVING, Listener, message_limits
 from jaxserve.server.ranks import LOST, run_leader
-from jaxserve.server.servicer import Context, StatusError
+from jaxserve.server.signals import stop_signal
 from jaxserve.sharding.hosts import Group
 
 
@@ -61,7 +63,7 @@ class FrontEnd:
     def __init__(self, engine_config: EngineConfig, server_config: ServerConfig, group: Group, folder: Path) -> None:
         self._config = engine_config
         socket = folder / "engine"
-        options = message_limits(server_config.max_message_bytes)
+        options = [*message_limits(server_config.max_message_bytes), NO_PROXY]
         self._channel = grpc.aio.insecure_channel(f"unix:{socket}", options=options)
         self._proxy = Proxy(self._channel)
         self._listener = Listener(server_config)
@@ -76,7 +78,10 @@ class FrontEnd:
         started_seconds = time.monotonic()
         stopped = stop_signal()
         await self._listener.start()
+        # Ctrl-C is meant for both processes; this one tells the other, which must not miscount.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         self._process.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         following = asyncio.create_task(self._follow_health(started_seconds))
         ended = asyncio.create_task(grpc_server.in_daemon_thread(self._process.join))
         stopping = asyncio.create_task(stopped.wait())

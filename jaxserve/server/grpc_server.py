@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import gc
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, start_http_server
 
 from jaxserve.config import EngineConfig, ServerConfig
-from jaxserve.server.listener import Listener, listen_error, stop_signal
+from jaxserve.server import messages
+from jaxserve.server.listener import Listener, listen_error
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2_grpc as pb_grpc
 from jaxserve.server.replicas import ReplicaMetrics, Replicas
 from jaxserve.server.servicer import InferenceServicer
+from jaxserve.server.signals import stop_signal
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DRAIN_POLL_SECONDS = 0.02
+SWITCH_SECONDS = 0.0005
+"""After which a thread hands on Python's lock: every wait of the engine's for it makes a token late."""
 
 
 def start_metrics(host: str, port: int) -> CollectorRegistry:
@@ -48,7 +53,7 @@ class GrpcServer:
 
     def __init__(self, config: ServerConfig, socket: Path | None = None) -> None:
         self._config = config
-        self._servicer = InferenceServicer(config.max_waiting)
+        self._servicer = InferenceServicer(config.max_waiting, config.max_message_bytes)
         self.listener = Listener(config, socket)
         self.failed = asyncio.Event()
         self._last_words: asyncio.Task[None] | None = None
@@ -60,6 +65,7 @@ class GrpcServer:
 
     async def set_ready(self, engines: Sequence[Engine]) -> None:
         """Serve warm engines of one model, which from now on belong to this server."""
+        self.listener.door.max_request_bytes = messages.max_request_bytes(engines[0])
         self._servicer.replicas = Replicas(engines, self._on_engine_death, self._config.step_timeout_seconds)
         await self.listener.set_serving(True)
 
@@ -129,7 +135,8 @@ async def serve(
     the warm-up still running in its thread.
     """
     started_seconds = time.monotonic()
-    stopped = stop_signal()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    stopped = stop_signal(of_terminal=socket is None)
     server = GrpcServer(server_config, socket)
     await server.start()
     try:

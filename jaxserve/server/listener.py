@@ -1,10 +1,8 @@
-"""What every front end has: a gRPC port, health and reflection, and signals that end it."""
+"""What every front end has: a gRPC port, health and reflection."""
 
 from __future__ import annotations
 
-import asyncio
 import errno
-import signal
 import socket
 from pathlib import Path
 
@@ -13,15 +11,16 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from jaxserve.config import ConfigError, ServerConfig
+from jaxserve.server.door import Door
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
-from jaxserve.server.servicer import ErrorInterceptor
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 LIVE = ""
 """The health service's name for the whole server."""
-SPARE_RPCS = 128
-"""Room for health checks, aborts and tokenization besides the requests that max_waiting admits."""
+SPARE_CALLS = 128
+"""Room for aborts and tokenization besides the requests that max_waiting admits."""
 FLUSH_SECONDS = 1.0
+MAX_INT32 = 2**31 - 1
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -38,11 +37,8 @@ class Listener:
     def __init__(self, config: ServerConfig, socket: Path | None = None) -> None:
         self._config, self._socket = config, socket
         self._health = health.aio.HealthServicer()
-        self.server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()],
-            options=channel_options(config.max_message_bytes),
-            maximum_concurrent_rpcs=config.max_waiting + SPARE_RPCS,
-        )
+        self.door = Door(config.max_waiting + SPARE_CALLS, config.max_message_bytes)
+        self.server = grpc.aio.server(interceptors=[self.door], options=channel_options(config.max_message_bytes))
         self.port = config.port
 
     @property
@@ -73,14 +69,6 @@ class Listener:
         await self.server.stop(FLUSH_SECONDS)
 
 
-def stop_signal() -> asyncio.Event:
-    """Set by SIGTERM and SIGINT, which from now on do nothing else. Call it inside the event loop."""
-    stopped = asyncio.Event()
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signal_number, stopped.set)
-    return stopped
-
-
 def message_limits(max_message_bytes: int) -> list[tuple[str, int]]:
     """Of either end of a channel."""
     return [
@@ -93,6 +81,11 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
     """Message limits and keepalive of the server."""
     return [
         *message_limits(max_message_bytes),
+        # Calls that nobody has looked at yet: gRPC would cancel some of a thousand at random, and those that wait for
+        # long, while ours are refused one by one, with a status that says why.
+        ("grpc.server.max_pending_requests", MAX_INT32),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_INT32),
+        ("grpc.server_max_unrequested_time_in_server", MAX_INT32),
         # Without this a second server on the same port silently takes half of the connections.
         ("grpc.so_reuseport", 0),
         # Gateways ping idle connections; gRPC's own limits answer that with GOAWAY too_many_pings.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestError, SamplingParams
+from jaxserve.request import MAX_STOP_STRINGS, FinishReason, Logprob, RequestDelta, RequestError, SamplingParams
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:
@@ -19,8 +20,32 @@ FINISH_REASONS = {
 }
 
 
+MAX_UINT32 = 2**32 - 1
+MAX_TOKEN_ID_BYTES = 5
+MAX_CHARACTER_BYTES = 4
+OTHER_FIELDS_BYTES = 64 * 1024
+"""What a request may hold besides its prompt when the prompt takes all it may: stop strings."""
+RESPONSE_BYTES = 64 * 1024
+"""Least size at which an output is divided: making one response must not hold up the others."""
+LARGEST_USAGE = pb.Usage(
+    prompt_tokens=MAX_UINT32,
+    output_tokens=MAX_UINT32,
+    ttft_seconds=1.0,
+    scheduling_delay_seconds=1.0,
+    num_preemptions=MAX_UINT32,
+    num_stalls=MAX_UINT32,
+)
+
+
 def sampling_params(message: pb.SamplingParams, engine: Engine, num_prompt_tokens: int) -> SamplingParams:
     """The fields that the caller set; the others have the model's defaults, or SamplingParams'. Raises RequestError."""
+    if len(message.stop) > MAX_STOP_STRINGS:
+        raise RequestError(f"stop must be at most {MAX_STOP_STRINGS} non-empty strings, got {len(message.stop)}")
+    if len(message.stop_token_ids) > engine.model_config.vocab_size:
+        raise RequestError(
+            f"stop_token_ids must be at most the vocabulary's {engine.model_config.vocab_size}, "
+            f"got {len(message.stop_token_ids)}"
+        )
     given = {field.name: value for field, value in message.ListFields()}
     for name in ("stop", "stop_token_ids"):
         if name in given:
@@ -30,15 +55,37 @@ def sampling_params(message: pb.SamplingParams, engine: Engine, num_prompt_token
     return SamplingParams.with_defaults(given, engine.sampling_defaults, engine.max_model_len - num_prompt_tokens)
 
 
+def max_request_bytes(engine: Engine) -> int | None:
+    """Of a request that can be served, as far as the tokenizer tells."""
+    characters = engine.tokenizer.token_length.max_characters
+    if characters is None:
+        return None
+    return engine.max_model_len * max(characters * MAX_CHARACTER_BYTES, MAX_TOKEN_ID_BYTES) + OTHER_FIELDS_BYTES
+
+
+def check_size(message: pb.GenerateRequest | pb.TokenizeRequest | pb.DetokenizeRequest, engine: Engine) -> None:
+    """Raise RequestError for more items than max_model_len, before anything is made of them."""
+    limit = engine.max_model_len
+    match message:
+        case pb.DetokenizeRequest():
+            if len(message.token_ids) > limit:
+                raise RequestError(f"token_ids must be at most max_model_len {limit} ids, got {len(message.token_ids)}")
+        case pb.GenerateRequest() if (number := len(message.token_ids.ids)) > limit:
+            raise RequestError(f"prompt of {number} tokens exceeds max_model_len {limit}")
+        case _ if (number := len(message.chat.messages)) > limit:
+            raise RequestError(f"messages must be at most max_model_len {limit}, got {number}")
+
+
 def prompt_token_ids(message: pb.GenerateRequest | pb.TokenizeRequest, engine: Engine) -> list[int]:
     """The prompt as token ids, through tokenizer and chat template where needed. Raises RequestError."""
+    tokenizer, limit = engine.tokenizer, engine.max_model_len
     match message.WhichOneof("prompt"):
         case "text":
-            return engine.tokenizer.encode(message.text)
+            return tokenizer.encode(message.text, max_tokens=limit)
         case "chat":
             messages = [{"role": turn.role, "content": turn.content} for turn in message.chat.messages]
-            text = engine.tokenizer.apply_chat_template(messages)
-            return engine.tokenizer.encode(text, add_special_tokens=False)
+            text = tokenizer.apply_chat_template(messages)
+            return tokenizer.encode(text, add_special_tokens=False, max_tokens=limit)
         case "token_ids":
             assert isinstance(message, pb.GenerateRequest)
             return list(message.token_ids.ids)
@@ -47,12 +94,14 @@ def prompt_token_ids(message: pb.GenerateRequest | pb.TokenizeRequest, engine: E
 
 def text_of(message: pb.DetokenizeRequest, engine: Engine) -> str:
     """The text of the token ids. Raises RequestError."""
-    limit = engine.tokenizer.vocab_size
-    for token_id in message.token_ids:
-        if token_id >= limit:
-            raise RequestError(f"token_ids must be in [0, {limit - 1}], got {token_id}")
+    # A model's vocabulary may be padded beyond its tokenizer's: such ids are sampled, and have no text.
+    limit = max(engine.tokenizer.vocab_size, engine.model_config.vocab_size)
+    token_ids = list(message.token_ids)
+    if token_ids and max(token_ids) >= limit:
+        wrong = next(token_id for token_id in token_ids if token_id >= limit)
+        raise RequestError(f"token_ids must be in [0, {limit - 1}], got {wrong}")
     skip = message.skip_special_tokens if message.HasField("skip_special_tokens") else True
-    return engine.tokenizer.decode(list(message.token_ids), skip_special_tokens=skip)
+    return engine.tokenizer.decode(token_ids, skip_special_tokens=skip)
 
 
 def position_logprobs(position: dict[int, Logprob] | None) -> pb.PositionLogprobs:
@@ -64,14 +113,58 @@ def position_logprobs(position: dict[int, Logprob] | None) -> pb.PositionLogprob
     return pb.PositionLogprobs(candidates=candidates)
 
 
-def generate_response(delta: RequestDelta, num_output_tokens: int) -> pb.GenerateResponse:
-    """One delta; ``num_output_tokens`` counts this one and all before it, for the usage of the last."""
+class ResponseRoom:
+    """How much of an output's parts one response holds, so that none exceeds ``max_message_bytes``.
+
+    Raises RequestError where the least that a response holds may be too much.
+    """
+
+    def __init__(self, request_id: str, params: SamplingParams, max_message_bytes: int) -> None:
+        largest = pb.GenerateResponse(
+            request_id=request_id,
+            token_ids=[MAX_UINT32],
+            logprobs=[] if params.logprobs is None else [_largest_position(params.logprobs)],
+            finish_reason=pb.FINISH_REASON_ABORT,
+            stop_string=max(params.stop or (), key=lambda stop: len(stop.encode()), default=""),
+            usage=LARGEST_USAGE,
+        )
+        position = pb.GenerateResponse(prompt_logprobs=[_largest_position(params.prompt_logprobs or 0)])
+        # Text and prompt log-probabilities may come together; four bytes are a field's tag and length.
+        half_bytes = (min(max_message_bytes - largest.ByteSize(), RESPONSE_BYTES) - 4) // 2
+        self.num_positions = half_bytes // position.ByteSize()
+        self.num_characters = half_bytes // MAX_CHARACTER_BYTES
+        if min(self.num_positions, self.num_characters) < 1:
+            raise RequestError(
+                f"stop strings and logprobs may need responses of over {largest.ByteSize() + 2 * position.ByteSize()} "
+                f"bytes, which exceeds max_message_bytes {max_message_bytes}"
+            )
+
+
+def _largest_position(num_alternatives: int) -> pb.PositionLogprobs:
+    candidate = pb.TokenLogprob(token_id=MAX_UINT32, logprob=-1.0, rank=MAX_UINT32)
+    return pb.PositionLogprobs(candidates=[candidate] * (1 + num_alternatives))
+
+
+def generate_responses(
+    delta: RequestDelta, num_output_tokens: int, room: ResponseRoom
+) -> Iterator[pb.GenerateResponse]:
+    """One delta, in several responses where it is too much for one; tokens and usage are in the last.
+
+    ``num_output_tokens`` counts this delta and all before it.
+    """
+    prompt, text = delta.prompt_logprobs or [], delta.text
+    while len(prompt) > room.num_positions:
+        first, prompt = prompt[: room.num_positions], prompt[room.num_positions :]
+        yield pb.GenerateResponse(request_id=delta.request_id, prompt_logprobs=map(position_logprobs, first))
+    while len(text) > room.num_characters:
+        yield pb.GenerateResponse(request_id=delta.request_id, text=text[: room.num_characters])
+        text = text[room.num_characters :]
     response = pb.GenerateResponse(
         request_id=delta.request_id,
-        text=delta.text,
+        text=text,
         token_ids=delta.token_ids,
-        logprobs=[position_logprobs(position) for position in delta.logprobs or ()],
-        prompt_logprobs=[position_logprobs(position) for position in delta.prompt_logprobs or ()],
+        logprobs=map(position_logprobs, delta.logprobs or ()),
+        prompt_logprobs=map(position_logprobs, prompt),
     )
     if delta.finish_reason is not None:
         response.finish_reason = FINISH_REASONS[delta.finish_reason]
@@ -89,7 +182,7 @@ def generate_response(delta: RequestDelta, num_output_tokens: int) -> pb.Generat
         response.stop_string = delta.stop_reason
     elif delta.stop_reason is not None:
         response.stop_token_id = delta.stop_reason
-    return response
+    yield response
 
 
 def model_info(engine: Engine) -> pb.GetModelInfoResponse:

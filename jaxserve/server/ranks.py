@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from jaxserve.config import ConfigError, EngineConfig, ServerConfig
 from jaxserve.models.config import ModelError
 from jaxserve.server.grpc_server import build_engines, serve
+from jaxserve.server.signals import drain_on_signal, end_process
 from jaxserve.sharding.hosts import Group
 
 if TYPE_CHECKING:
@@ -31,13 +32,6 @@ LOST, WRONG = 1, 2
 def set_up_logging() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("jax").setLevel(logging.WARNING)
-
-
-def end_process(exit_code: int) -> NoReturn:
-    """Without Python's clean-up: other threads may be inside XLA, which must not be torn down under them."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
 
 
 def exit_code_of(run: Callable[[], int]) -> int:
@@ -68,7 +62,7 @@ def run_leader(engine_config: EngineConfig, server_config: ServerConfig, group: 
 def run_follower(engine_config: EngineConfig, group: Group) -> int:
     """What the process of any other rank runs; returns its exit code. Raises ConfigError and ModelError.
 
-    SIGTERM drains the group, as clusters send it to all hosts at once.
+    SIGTERM drains the group, as clusters send it to all hosts at once; so does SIGINT, which then ends the process.
     """
     group.join()
     from jaxserve.engine.executor import Executor, prepare
@@ -79,7 +73,7 @@ def run_follower(engine_config: EngineConfig, group: Group) -> int:
     mesh = make_mesh(config.tensor_parallel, config.pipeline_parallel)
     executor = Executor(config, checkpoint, mesh, show_progress=True)
     follower = Follower(executor, group.rank, group.step_address, _lost)
-    signal.signal(signal.SIGTERM, lambda *_: follower.drain())
+    drain_on_signal(follower.drain)
     logger.info("host %d of %d follows %s", group.rank, group.size, group.leader)
     follower.run()
     return 0

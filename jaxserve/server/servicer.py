@@ -1,116 +1,48 @@
-"""The methods of ``jaxserve.v1.InferenceService``, and the one place where errors become gRPC statuses."""
+"""The methods of ``jaxserve.v1.InferenceService``."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import logging
+import functools
 import uuid
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import grpc
+from google.protobuf.message import Message
 
 from jaxserve.request import RequestError
 from jaxserve.server import messages
-from jaxserve.server.engine_thread import EngineDeadError
+from jaxserve.server.door import Context, StatusError, overloaded
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2_grpc as pb_grpc
 from jaxserve.server.replicas import Replicas
+from jaxserve.server.text_threads import TextThreads
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine
 
-logger = logging.getLogger(__name__)
-
 MAX_REQUEST_ID_CHARACTERS = 128
-MAX_STATUS_CHARACTERS = 1000
-"""A status travels in the trailing headers, which have a limit; a message may quote what the caller sent."""
 TOKENIZE_TIMEOUT_SECONDS = 30.0
-RETRY_AFTER_MS = 1000
-
-Context = grpc.aio.ServicerContext[Any, Any]
-Handler = Callable[[Any, Context], Awaitable[Any]]
-
-
-class StatusError(Exception):
-    """An RPC's failure as the client sees it."""
-
-    def __init__(
-        self, code: grpc.StatusCode, message: str, trailing_metadata: tuple[tuple[str, str], ...] = ()
-    ) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message[:MAX_STATUS_CHARACTERS]
-        self.trailing_metadata = trailing_metadata
-
-
-def status_of(error: Exception) -> StatusError:
-    """What the client may know of an exception: everything of our own errors, nothing of any other."""
-    match error:
-        case StatusError():
-            return error
-        case RequestError():
-            return StatusError(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        case EngineDeadError():
-            return StatusError(grpc.StatusCode.UNAVAILABLE, str(error))
-    logger.error("uncaught exception in an RPC", exc_info=error)
-    return StatusError(grpc.StatusCode.INTERNAL, "internal error")
-
-
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns exceptions into statuses; without it gRPC sends the text of any exception to the client."""
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:  # an unknown method; reflection
-            return handler
-        if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                self._guarded(handler.unary_stream), handler.request_deserializer, handler.response_serializer
-            )
-        return grpc.unary_unary_rpc_method_handler(
-            self._guarded(handler.unary_unary), handler.request_deserializer, handler.response_serializer
-        )
-
-    @staticmethod
-    def _guarded(handler: Handler) -> Handler:
-        async def guarded(request: Any, context: Context) -> Any:
-            try:
-                return await handler(request, context)
-            except grpc.aio.AbortError:
-                raise
-            except Exception as error:
-                status = status_of(error)
-                await context.abort(status.code, status.message, status.trailing_metadata)
-
-        return guarded
 
 
 class InferenceServicer(pb_grpc.InferenceServiceServicer):
     """Serves the model that ``replicas`` run; UNAVAILABLE while there are none."""
 
-    def __init__(self, max_waiting: int) -> None:
+    def __init__(self, max_waiting: int, max_message_bytes: int) -> None:
         self.replicas: Replicas | None = None
         self.draining = False
         self.num_active = 0
         """Calls of Generate under way, those that still tokenize included."""
-        self._max_waiting = max_waiting
+        self._max_waiting, self._max_message_bytes = max_waiting, max_message_bytes
+        self._texts = TextThreads()
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         replicas = self._started(request.model)
         if self.draining:
             raise StatusError(grpc.StatusCode.UNAVAILABLE, "the server is draining")
         if self.num_active >= self._max_waiting:
-            raise StatusError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"max_waiting requests are in flight, the limit is {self._max_waiting}",
-                (("retry-after-ms", str(RETRY_AFTER_MS)),),
-            )
+            raise overloaded(f"max_waiting requests are in flight, the limit is {self._max_waiting}")
         self.num_active += 1
         try:
             await self._generate(replicas, request, context)
@@ -124,15 +56,17 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
                 f"request_id must have at most {MAX_REQUEST_ID_CHARACTERS} characters, got {len(request_id)}"
             )
         engine = replicas.engine
-        token_ids = await self._off_loop(messages.prompt_token_ids, request, engine)
+        token_ids = await self._prompt_token_ids(request, engine)
         params = messages.sampling_params(request.sampling_params, engine, len(token_ids))
+        room = messages.ResponseRoom(request_id, params, self._max_message_bytes)
         num_output_tokens = 0
         # A call that is cancelled or past its deadline raises CancelledError here, and closing the iterator aborts
         # the request in the engine.
         async with contextlib.aclosing(replicas.generate(request_id, token_ids, params)) as deltas:
             async for delta in deltas:
                 num_output_tokens += len(delta.token_ids)
-                await context.write(messages.generate_response(delta, num_output_tokens))
+                for response in messages.generate_responses(delta, num_output_tokens, room):
+                    await context.write(response)
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         return pb.AbortResponse(aborted=await self._started().abort(request.request_id))
@@ -142,11 +76,26 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         engine = self._started(request.model).engine
-        return pb.TokenizeResponse(token_ids=await self._off_loop(messages.prompt_token_ids, request, engine))
+        return pb.TokenizeResponse(token_ids=await self._prompt_token_ids(request, engine))
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         engine = self._started(request.model).engine
-        return pb.DetokenizeResponse(text=await self._off_loop(messages.text_of, request, engine))
+        messages.check_size(request, engine)
+        text = await self._in_thread(messages.text_of, request, engine)
+        return pb.DetokenizeResponse(text=text)
+
+    async def _prompt_token_ids(self, request: pb.GenerateRequest | pb.TokenizeRequest, engine: Engine) -> list[int]:
+        messages.check_size(request, engine)
+        if request.WhichOneof("prompt") == "token_ids":
+            return messages.prompt_token_ids(request, engine)
+        return await self._in_thread(messages.prompt_token_ids, request, engine)
+
+    async def _in_thread[Request: Message, Result](
+        self, function: Callable[[Request, Engine], Result], request: Request, engine: Engine
+    ) -> Result:
+        """Tokenizers and templates may take long: not in the event loop, and with a limit."""
+        work = functools.partial(function, request, engine)
+        return await self._texts.run(work, request.ByteSize(), TOKENIZE_TIMEOUT_SECONDS)
 
     def _started(self, model: str = "") -> Replicas:
         """The replicas, once they are there, when the caller wants their model or names none."""
@@ -158,14 +107,3 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
                 grpc.StatusCode.NOT_FOUND, f"model must be {served!r}, which is served here, got {model!r}"
             )
         return self.replicas
-
-    @staticmethod
-    async def _off_loop[Message, Result](
-        function: Callable[[Message, Engine], Result], request: Message, engine: Engine
-    ) -> Result:
-        """Tokenizers and templates may take long: in a thread, with a limit, so that streams flow on meanwhile."""
-        try:
-            async with asyncio.timeout(TOKENIZE_TIMEOUT_SECONDS):
-                return await asyncio.to_thread(function, request, engine)
-        except TimeoutError:
-            raise RequestError(f"prompt must tokenize within {TOKENIZE_TIMEOUT_SECONDS:g} s, got no result") from None

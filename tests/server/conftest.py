@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -20,22 +21,27 @@ from jaxserve.server.client import Client
 from jaxserve.server.grpc_server import GrpcServer
 
 MAX_MODEL_LEN = 1000
-VOCAB_SIZE = 128
+VOCAB_SIZE = 160
+PADDING = 32
+"""Ids of the model that its tokenizer does not know."""
 STEP_SECONDS = 0.005
 
 
 class FakeTokenizer:
     """One token per ASCII character."""
 
-    vocab_size = VOCAB_SIZE
+    vocab_size = VOCAB_SIZE - PADDING
+    token_length = SimpleNamespace(max_characters=1)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
         if text == "break":
             raise RuntimeError("secret of the tokenizer")
+        if max_tokens is not None and len(text) > max_tokens:
+            raise RequestError(f"prompt of {len(text)} tokens exceeds max_model_len {max_tokens}")
         return [ord(c) for c in text]
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return "".join(chr(i) for i in ids if i or not skip_special_tokens)
+        return "".join(chr(i) for i in ids if i < self.vocab_size and (i or not skip_special_tokens))
 
     def apply_chat_template(self, messages: list[dict[str, str]]) -> str:
         return "".join(f"<{m['role']}>{m['content']}" for m in messages)

@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.request import SamplingParams
-from jaxserve.server import servicer
+from jaxserve.server import door, servicer
 from jaxserve.server.client import Client
 from jaxserve.server.grpc_server import GrpcServer
 from jaxserve.server.listener import LIVE, SERVICE_NAME
@@ -104,14 +104,15 @@ def test_tokenize_and_detokenize(client, fails):
     assert client.tokenize(CHAT) == [ord(c) for c in "<user>hi"]
     assert client.detokenize([97, 0, 98]) == "ab"
     assert client.detokenize([97, 0, 98], skip_special_tokens=False) == "a\0b"
-    message = fails(StatusCode.INVALID_ARGUMENT, lambda: client.detokenize([97, 128]))
-    assert message == "token_ids must be in [0, 127], got 128"
+    assert client.detokenize([97, 128, 159, 98]) == "ab", "a padded vocabulary's ids have no text"
+    message = fails(StatusCode.INVALID_ARGUMENT, lambda: client.detokenize([97, 160]))
+    assert message == "token_ids must be in [0, 159], got 160"
 
 
 def test_model_info(client):
     info = client.model_info()
     assert (info.model, info.architecture, info.dtype, info.scheduler) == ("fake", "Fake", "float32", "sarathi")
-    assert (info.vocab_size, info.max_model_len, info.token_budget, info.max_num_seqs) == (128, 1000, 256, 16)
+    assert (info.vocab_size, info.max_model_len, info.token_budget, info.max_num_seqs) == (160, 1000, 256, 16)
     assert list(info.eos_token_ids) == [0]
 
 
@@ -189,10 +190,12 @@ def test_message_over_the_limit(make_server, fails):
         assert list(client.generate("abc", max_tokens=1))
 
 
-def test_a_long_error_fits_the_headers(client, fails):
-    stop = ["s" * 100_000] * 17
+@pytest.mark.parametrize("character", ["s", "\N{GRINNING FACE}"])
+def test_a_long_error_fits_the_headers(client, fails, character):
+    stop = [character * 4000, ""]
     message = fails(StatusCode.INVALID_ARGUMENT, lambda: list(client.generate("abc", stop=stop)))
-    assert len(message) == servicer.MAX_STATUS_CHARACTERS
+    assert message.startswith("stop must be at most 16 non-empty strings, got ")
+    assert door.MAX_STATUS_BYTES - 4 < len(message.encode()) <= door.MAX_STATUS_BYTES
 
 
 @pytest.mark.parametrize("prompt", ["break", [1]])  # the fake tokenizer and the fake engine raise on these

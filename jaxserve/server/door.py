@@ -1,0 +1,116 @@
+"""What every call passes: limits on calls and messages, and the one place where errors become gRPC statuses."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health
+
+from jaxserve.request import RequestError
+from jaxserve.server.engine_thread import EngineDeadError
+
+logger = logging.getLogger(__name__)
+
+MAX_STATUS_BYTES = 1000
+"""A status travels in the trailing headers, which have a limit; a message may quote what the caller sent."""
+RETRY_AFTER_MS = 1000
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class StatusError(Exception):
+    """An RPC's failure as the client sees it."""
+
+    def __init__(
+        self, code: grpc.StatusCode, message: str, trailing_metadata: tuple[tuple[str, str], ...] = ()
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message.encode()[:MAX_STATUS_BYTES].decode(errors="ignore")
+        self.trailing_metadata = trailing_metadata
+
+
+def overloaded(message: str) -> StatusError:
+    """RESOURCE_EXHAUSTED, and when to come back."""
+    return StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, (("retry-after-ms", str(RETRY_AFTER_MS)),))
+
+
+def status_of(error: Exception) -> StatusError:
+    """What the client may know of an exception: everything of our own errors, nothing of any other."""
+    match error:
+        case StatusError():
+            return error
+        case RequestError():
+            return StatusError(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        case EngineDeadError():
+            return StatusError(grpc.StatusCode.UNAVAILABLE, str(error))
+        case DecodeError():
+            return StatusError(grpc.StatusCode.INVALID_ARGUMENT, "the request is no message of this method")
+    logger.error("uncaught exception in an RPC", exc_info=error)
+    return StatusError(grpc.StatusCode.INTERNAL, "internal error")
+
+
+class Door(grpc.aio.ServerInterceptor):
+    """Admits up to ``max_calls`` calls at once besides health checks, and turns exceptions into statuses; without it
+    gRPC sends the text of any exception to the client.
+    """
+
+    def __init__(self, max_calls: int, max_message_bytes: int) -> None:
+        self.max_request_bytes: int | None = None
+        """Larger requests are refused before they are parsed, which takes Python's lock for as long as it takes."""
+        self._max_calls, self._max_message_bytes = max_calls, max_message_bytes
+        self._num_calls = 0
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:  # an unknown method; reflection
+            return handler
+        counted = not handler_call_details.method.startswith(f"/{health.SERVICE_NAME}/")
+        call = functools.partial(self._call, handler, counted)
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(call, None, handler.response_serializer)
+        return grpc.unary_unary_rpc_method_handler(call)
+
+    async def _call(self, handler: Any, counted: bool, message: bytes, context: Context) -> Any:
+        """Bytes in; out, the bytes of the one response, or nothing where the handler writes a stream of them."""
+        try:
+            with self._admitted() if counted else contextlib.nullcontext():
+                if self.max_request_bytes is not None and len(message) > self.max_request_bytes:
+                    raise RequestError(
+                        f"request of {len(message)} bytes exceeds {self.max_request_bytes} bytes, the most that "
+                        "a prompt of max_model_len tokens takes"
+                    )
+                request = handler.request_deserializer(message) if handler.request_deserializer else message
+                if handler.response_streaming:
+                    return await handler.unary_stream(request, context)
+                response = handler.response_serializer(await handler.unary_unary(request, context))
+                if len(response) > self._max_message_bytes:
+                    raise RequestError(
+                        f"response of {len(response)} bytes exceeds max_message_bytes {self._max_message_bytes}"
+                    )
+                return response
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            status = status_of(error)
+            await context.abort(status.code, status.message, status.trailing_metadata)
+
+    @contextlib.contextmanager
+    def _admitted(self) -> Iterator[None]:
+        if self._num_calls >= self._max_calls:
+            raise overloaded(f"{self._num_calls} calls are under way, the limit is {self._max_calls}")
+        self._num_calls += 1
+        try:
+            yield
+        finally:
+            self._num_calls -= 1
