@@ -19,6 +19,7 @@ from jaxserve.engine.startup import timed
 from jaxserve.engine.ticks import programs_of
 from jaxserve.models.config import ModelError
 from jaxserve.models.loading.checkpoint import Checkpoint, OrbaxCheckpoint, open_checkpoint
+from jaxserve.models.packing import Parameter
 from jaxserve.models.rope import longest_sequence
 
 
@@ -56,12 +57,23 @@ class Executor:
             {("step", rows): partial(programs.lower_step, rows) for rows in self.layouts}
             | {("score", rows): partial(programs.lower_score, rows) for rows in self.layouts}
         )
-        ahead = [("step", rows) for rows in self.layouts] if config.warmup else []
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            # Programs need the shapes of the weights only, so both come at once.
-            loading = pool.submit(timed, lambda: programs.take(checkpoint.load(abstract, weights)))
-            _, self.compile_seconds = timed(partial(self._programs.compile, ahead, show_progress=show_progress))
-            self._parameters, self.weights_seconds = loading.result()
+        self.uses_graphs = programs.uses_graphs
+        kinds = ("step", "score") if self.uses_graphs else ("step",)
+        ahead = [(kind, rows) for kind in kinds for rows in self.layouts] if config.warmup else []
+
+        def load() -> list[Parameter]:
+            return jax.block_until_ready(programs.take(checkpoint.load(abstract, weights)))
+
+        def load_and_compile() -> None:
+            with ThreadPoolExecutor(max_workers=1) as pool:
+                loading = pool.submit(timed, load)
+                if self.uses_graphs:
+                    # XLA times kernels on the GPU to choose among them: not while weights come in.
+                    loading.result()
+                _, self.compile_seconds = timed(partial(self._programs.compile, ahead, show_progress=show_progress))
+                self._parameters, self.weights_seconds = loading.result()
+
+        _, self.loading_seconds = timed(load_and_compile)
         self._state = _new_state(programs.abstract_state())
         self._hidden: jax.Array | None = None
 
@@ -77,8 +89,11 @@ class Executor:
         return outputs
 
     def prepare_scores(self) -> None:
-        """Compile the programs of ``score`` in the background: rare, so nobody's start waits for them."""
-        if self.config.warmup:
+        """Compile the programs of ``score`` in the background: rare, so nobody's start waits for them.
+
+        Not on GPUs, where they have been compiled ahead: a new CUDA graph throws away those of all other programs.
+        """
+        if self.config.warmup and not self.uses_graphs:
             self._programs.compile_in_background([("score", rows) for rows in self.layouts])
 
     def can_score(self, timeout_seconds: float) -> bool:

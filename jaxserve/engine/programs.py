@@ -121,6 +121,11 @@ class StepPrograms:
         return self.mesh.shape["pipe"]
 
     @property
+    def uses_graphs(self) -> bool:
+        """Whether programs run as CUDA graphs."""
+        return self.backend.target.platform == "gpu"
+
+    @property
     def num_cache_layers(self) -> int:
         return self.model_config.num_layers
 
@@ -159,7 +164,7 @@ class StepPrograms:
             partial(self._step, layout),
             donate_argnums=(1,),
             out_shardings=placed,
-            compiler_options=GRAPH_OPTIONS if self.backend.target.platform == "gpu" else None,
+            compiler_options=GRAPH_OPTIONS if self.uses_graphs else None,
         )
         return step.lower(
             abstract_packed(self.abstract_parameters, self._packed),
