@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxserve.config import EngineConfig, ResolvedConfig, cache_dir
 from jaxserve.engine.compile import Programs, use_persistent_cache
+from jaxserve.engine.memory import claim_gpu_memory
 from jaxserve.engine.programs import DeviceState, StepOutputs
 from jaxserve.engine.sampler import TokenLogprobs
 from jaxserve.engine.startup import timed
@@ -25,6 +27,7 @@ from jaxserve.models.rope import longest_sequence
 
 def prepare(config: EngineConfig) -> tuple[Checkpoint, ResolvedConfig]:
     """What an executor is made of, from files alone. Raises ConfigError and ModelError."""
+    claim_gpu_memory(config.gpu_memory_utilization)
     use_persistent_cache(Path(config.compilation_cache or cache_dir() / "compiled"))
     checkpoint = open_checkpoint(config.model, config.load_format)
     max_len, on_gpu = longest_sequence(checkpoint.config), jax.default_backend() == "gpu"
@@ -39,7 +42,6 @@ class Executor:
     """
 
     def __init__(self, config: ResolvedConfig, checkpoint: Checkpoint, mesh: Mesh, *, show_progress: bool) -> None:
-        self.config = config
         self.num_stages = mesh.shape["pipe"]
         if self.num_stages > 1 and isinstance(checkpoint, OrbaxCheckpoint):
             raise ModelError(
@@ -52,6 +54,7 @@ class Executor:
         checkpoint.check(abstract, weights)
         self.layouts = programs.layouts
         self.num_blocks = programs.num_blocks
+        self.config = dataclasses.replace(config, num_blocks=self.num_blocks)
         self._replicated, self._staged = programs.replicated, programs.staged
         self._programs = Programs(
             {("step", rows): partial(programs.lower_step, rows) for rows in self.layouts}
