@@ -45,7 +45,9 @@ def use_persistent_cache(folder: Path) -> None:
     """Keep compiled programs in ``folder``, so that the next start loads them instead of compiling.
 
     XLA's choices of GPU kernels, which it times, are kept there too, each by itself: programs that differ a little, or
-    come with another version of the engine, find those of the products that they share. This is jax's process-wide setting; the first engine of a process decides. Raises ConfigError.
+    come with another version of the engine, find those of the products that they share.
+
+    This is jax's process-wide setting; the first engine of a process decides. Raises ConfigError.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
