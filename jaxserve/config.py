@@ -23,6 +23,7 @@ SCHEDULERS = ("sarathi", "adaptive", "prefill_first", "orca", "decode_first", "c
 WHOLE_PROMPT_SCHEDULERS = ("prefill_first", "orca", "decode_first", "hybrid_only")
 ATTENTION_BACKENDS = ("auto", "xla", "native", "triton", "mosaic")
 KV_CACHE_DTYPES = ("auto", "fp8_e4m3")
+GEMM_BACKENDS = ("auto", "no_split_k", "cublaslt")
 GENERATION_CONFIGS = ("auto", "none")
 LOAD_FORMATS = ("auto", "dummy")
 AUTO_TOKEN_BUDGET = 2048
@@ -83,6 +84,12 @@ class EngineConfig:
         "mosaic: triton with a prefill kernel for Hopper",
         ATTENTION_BACKENDS,
     )
+    gemm_backend: str = option(
+        "auto",
+        "matrix products on GPUs; auto: what XLA measures to be fastest of cuBLAS, cuBLASLt and Triton; no_split_k: "
+        "the same without products split along their inner dimension; cublaslt: of cuBLASLt alone, soon tuned",
+        GEMM_BACKENDS,
+    )
     kv_cache_dtype: str = option(
         "auto", "type of the KV cache; auto: that of the weights; fp8_e4m3 holds twice as many tokens", KV_CACHE_DTYPES
     )
@@ -92,7 +99,7 @@ class EngineConfig:
     )
     block_size: int | None = option(None, "tokens in one KV-cache block; 16 on CPUs, 64 on GPUs by default")
     num_blocks: int | None = option(None, "KV-cache blocks; by default what the memory holds")
-    gpu_memory_utilization: float = option(0.9, "share of the GPU's memory for weights and KV cache")
+    gpu_memory_utilization: float = option(0.92, "share of the GPU's memory for weights, KV cache and steps")
     generation_config: str = option(
         "auto",
         "sampling defaults; auto: the model's, as in generation_config.json, none: the engine's own (vLLM's 'vllm')",
@@ -129,6 +136,7 @@ class EngineConfig:
             ("scheduler", SCHEDULERS),
             ("dtype", DTYPES),
             ("attention_backend", ATTENTION_BACKENDS),
+            ("gemm_backend", GEMM_BACKENDS),
             ("kv_cache_dtype", KV_CACHE_DTYPES),
             ("generation_config", GENERATION_CONFIGS),
         ):

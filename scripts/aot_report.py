@@ -66,7 +66,8 @@ def report(config: EngineConfig, args: argparse.Namespace, folder: Path) -> int:
     model = open_checkpoint(config.model, config.load_format).config
     resolved = config.resolve(model_max_len=longest_sequence(model), on_gpu=True)
     mesh = absent_mesh(device, config.tensor_parallel, config.pipeline_parallel, args.hosts)
-    programs = programs_of(mesh)(resolved, model, mesh, target=device.target, gpu_memory_bytes=device.usable_bytes)
+    gpu_memory_bytes = int(device.memory_bytes * config.gpu_memory_utilization)
+    programs = programs_of(mesh)(resolved, model, mesh, target=device.target, gpu_memory_bytes=gpu_memory_bytes)
     unknown = set(args.rows or ()) - set(programs.buckets)
     if unknown:
         known = ", ".join(map(str, programs.buckets))

@@ -72,6 +72,7 @@ def test_counts(name: str, value: Any) -> None:
             )
             for stages in ("", "256,", "many", "128,256", "257,16", "256,15", "-1")
         ),
+        ({"gemm_backend": "cublas"}, "gemm_backend must be one of auto, no_split_k, cublaslt, got 'cublas'"),
         ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
         ({"generation_config": "vllm"}, "generation_config must be one of auto, none, got 'vllm'"),
         ({"gpu_memory_utilization": 0.05}, "gpu_memory_utilization must be in [0.1, 1], got 0.05"),

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: parallel builds, the persistent cache, and the count of compilations."""
+"""Ahead-of-time compilation: its options, parallel builds, the persistent cache, and the count of compilations."""
 
 from __future__ import annotations
 
@@ -16,9 +16,36 @@ from jaxserve.config import ConfigError
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
+GPU_OPTIONS: dict[str, str | bool | int] = {
+    # XLA's default and WHILE: without it the sampler's loops stay out of the step's CUDA graph and its branches with
+    # them, and at each branch the host waits for the device. Collectives stay between graphs, as by default: with
+    # COLLECTIVES a step is one graph on any mesh, but XLA captures its collectives anew in every run (see
+    # docs/results/parallel.md), so it is to be measured first.
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+    # Kernels of a graph that share no data may run at once.
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+    # It counts the donated cache more than once, finds no room and computes again what it could keep, at worst what
+    # writes to the cache.
+    "xla_disable_hlo_passes": "rematerialization",
+}
+GEMM_OPTIONS: dict[str, dict[str, str | bool | int]] = {
+    "auto": {},
+    "no_split_k": {"xla_gpu_experimental_force_split_k": 1},
+    "cublaslt": {"xla_gpu_enable_triton_gemm": False},
+}
+"""By config.GEMM_BACKENDS."""
+
+
+def gpu_options(gemm_backend: str) -> dict[str, str | bool | int]:
+    """XLA's options for an engine's programs on GPUs. ``gemm_backend``: one of config.GEMM_BACKENDS."""
+    return GPU_OPTIONS | GEMM_OPTIONS[gemm_backend]
+
 
 def use_persistent_cache(folder: Path) -> None:
     """Keep compiled programs in ``folder``, so that the next start loads them instead of compiling.
+
+    XLA's choices of GPU kernels, which it times, are kept there too, each by itself: programs that differ a little, or
+    come with another version of the engine, find those of the products that they share.
 
     This is jax's process-wide setting; the first engine of a process decides. Raises ConfigError.
     """

@@ -147,6 +147,7 @@ class Engine:
             imports_seconds,
             executor.weights_seconds,
             executor.compile_seconds,
+            executor.loading_seconds,
             self.runner.warm_up_seconds,
             imports_seconds + time.monotonic() - started_seconds,
         )

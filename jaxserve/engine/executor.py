@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,17 +14,20 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxserve.config import EngineConfig, ResolvedConfig, cache_dir
 from jaxserve.engine.compile import Programs, use_persistent_cache
+from jaxserve.engine.memory import claim_gpu_memory
 from jaxserve.engine.programs import DeviceState, StepOutputs
 from jaxserve.engine.sampler import TokenLogprobs
 from jaxserve.engine.startup import timed
 from jaxserve.engine.ticks import programs_of
 from jaxserve.models.config import ModelError
 from jaxserve.models.loading.checkpoint import Checkpoint, OrbaxCheckpoint, open_checkpoint
+from jaxserve.models.packing import Parameter
 from jaxserve.models.rope import longest_sequence
 
 
 def prepare(config: EngineConfig) -> tuple[Checkpoint, ResolvedConfig]:
     """What an executor is made of, from files alone. Raises ConfigError and ModelError."""
+    claim_gpu_memory(config.gpu_memory_utilization)
     use_persistent_cache(Path(config.compilation_cache or cache_dir() / "compiled"))
     checkpoint = open_checkpoint(config.model, config.load_format)
     max_len, on_gpu = longest_sequence(checkpoint.config), jax.default_backend() == "gpu"
@@ -38,7 +42,6 @@ class Executor:
     """
 
     def __init__(self, config: ResolvedConfig, checkpoint: Checkpoint, mesh: Mesh, *, show_progress: bool) -> None:
-        self.config = config
         self.num_stages = mesh.shape["pipe"]
         if self.num_stages > 1 and isinstance(checkpoint, OrbaxCheckpoint):
             raise ModelError(
@@ -51,17 +54,29 @@ class Executor:
         checkpoint.check(abstract, weights)
         self.layouts = programs.layouts
         self.num_blocks = programs.num_blocks
+        self.config = dataclasses.replace(config, num_blocks=self.num_blocks)
         self._replicated, self._staged = programs.replicated, programs.staged
         self._programs = Programs(
             {("step", rows): partial(programs.lower_step, rows) for rows in self.layouts}
             | {("score", rows): partial(programs.lower_score, rows) for rows in self.layouts}
         )
-        ahead = [("step", rows) for rows in self.layouts] if config.warmup else []
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            # Programs need the shapes of the weights only, so both come at once.
-            loading = pool.submit(timed, lambda: programs.take(checkpoint.load(abstract, weights)))
-            _, self.compile_seconds = timed(partial(self._programs.compile, ahead, show_progress=show_progress))
-            self._parameters, self.weights_seconds = loading.result()
+        self.uses_graphs = programs.uses_graphs
+        kinds = ("step", "score") if self.uses_graphs else ("step",)
+        ahead = [(kind, rows) for kind in kinds for rows in self.layouts] if config.warmup else []
+
+        def load() -> list[Parameter]:
+            return jax.block_until_ready(programs.take(checkpoint.load(abstract, weights)))
+
+        def load_and_compile() -> None:
+            with ThreadPoolExecutor(max_workers=1) as pool:
+                loading = pool.submit(timed, load)
+                if self.uses_graphs:
+                    # XLA times kernels on the GPU to choose among them: not while weights come in.
+                    loading.result()
+                _, self.compile_seconds = timed(partial(self._programs.compile, ahead, show_progress=show_progress))
+                self._parameters, self.weights_seconds = loading.result()
+
+        _, self.loading_seconds = timed(load_and_compile)
         self._state = _new_state(programs.abstract_state())
         self._hidden: jax.Array | None = None
 
@@ -77,8 +92,11 @@ class Executor:
         return outputs
 
     def prepare_scores(self) -> None:
-        """Compile the programs of ``score`` in the background: rare, so nobody's start waits for them."""
-        if self.config.warmup:
+        """Compile the programs of ``score`` in the background: rare, so nobody's start waits for them.
+
+        Not on GPUs, where they have been compiled ahead: a new CUDA graph throws away those of all other programs.
+        """
+        if self.config.warmup and not self.uses_graphs:
             self._programs.compile_in_background([("score", rows) for rows in self.layouts])
 
     def can_score(self, timeout_seconds: float) -> bool:

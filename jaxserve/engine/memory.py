@@ -1,21 +1,69 @@
-"""How many KV blocks a device's memory holds."""
+"""What an engine takes of a device's memory, and how many KV blocks that holds."""
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import xla_bridge  # nothing public tells whether jax has taken its memory
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxserve.config import ConfigError, ResolvedConfig
 from jaxserve.models.config import ModelConfig
 
+logger = logging.getLogger(__name__)
+
 CPU_KV_CACHE_BYTES = 2**30
 """What the KV cache takes on a CPU when num_blocks is not given."""
+FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+"""Where jax reads which share of a GPU's memory to take, all at once, when it first needs a device."""
+DEFAULT_FRACTION = 0.75
+"""Jax's own."""
+ENGINE_FRACTION = 0.92
+"""Beside it CUDA has its context, graphs, kernels and what collectives take."""
+STEP_BYTES = 2**28
+"""What steps need besides logits and activations: inputs and outputs of those in flight, partial results."""
+KV_CACHE_STEP_BYTES = 2**28
+"""The cache's size is a multiple, so that a few bytes more in use do not make other programs, not compiled yet."""
+GIB = 2**30
+
+
+def claim_gpu_memory(gpu_memory_utilization: float) -> None:
+    """Let jax take as much of the GPUs as engines use. The user's own choice stays, and jax's where it has taken it."""
+    if not xla_bridge.backends_are_initialized() and not any(map(os.environ.get, FRACTION_VARIABLES)):
+        os.environ[FRACTION_VARIABLES[0]] = str(max(ENGINE_FRACTION, gpu_memory_utilization))
+
+
+def usable_gpu_bytes(bytes_limit: int, bytes_in_use: int, gpu_memory_utilization: float) -> int:
+    """Of a GPU of whose memory jax takes ``bytes_limit``. Says so where that is less than the engine would use."""
+    fraction = float(next(filter(None, map(os.environ.get, FRACTION_VARIABLES)), DEFAULT_FRACTION))
+    wanted = int(bytes_limit / fraction * gpu_memory_utilization)
+    if bytes_limit < wanted:
+        logger.warning(
+            "%.1f GiB of each GPU stay unused: jax takes %.0f %% of its memory, which was settled before the engine "
+            "could ask for more. Make the engine before jax is first used, or set %s=%g",
+            (wanted - bytes_limit) / GIB, 100 * fraction, FRACTION_VARIABLES[0],
+            max(ENGINE_FRACTION, gpu_memory_utilization),
+        )  # fmt: skip
+    return min(wanted, bytes_limit - bytes_in_use)
+
+
+def working_bytes(config: ResolvedConfig, model: ModelConfig) -> int:
+    """The most that a program needs of a device besides parameters and KV cache: bounds of what XLA has been seen to
+    take for full-size models (tests/engine/test_aot.py)."""
+    share, itemsize = model.tensor_parallel, jnp.dtype(config.dtype).itemsize
+    rows = config.token_budget
+    width = model.experts.count * model.experts.intermediate_size if model.experts else model.intermediate_size
+    activations = rows * (4 * model.hidden_size + 3 * width // share) * itemsize
+    # Logits of a step's samples in four forms (see Sampler), or of all its rows where prompts are scored.
+    logits = max(4 * config.max_num_seqs, 3 * rows) * model.vocab_size // share * 4
+    return activations + logits + STEP_BYTES
 
 
 def choose_num_blocks(
@@ -30,7 +78,7 @@ def choose_num_blocks(
     """What the memory holds besides the parameters, at most what all sequences can use. Raises ConfigError.
 
     num_cache_layers: of all devices of the mesh's axis ``pipe`` together.
-    gpu_memory_bytes: of each GPU of the mesh; asked of its first one by default.
+    gpu_memory_bytes: that each GPU of the mesh has for the engine; found out from its first one by default.
     """
     values_per_block = 2 * num_cache_layers * config.block_size * model.num_held_kv_heads * model.head_dim
     per_block_bytes = values_per_block * cache_dtype.itemsize
@@ -39,9 +87,14 @@ def choose_num_blocks(
     if device.platform == "cpu":
         memory_bytes = max(CPU_KV_CACHE_BYTES, (1 + blocks_per_seq) * per_block_bytes)
     else:
+        if gpu_memory_bytes is None:
+            stats = device.memory_stats()
+            gpu_memory_bytes = usable_gpu_bytes(
+                stats["bytes_limit"], stats["bytes_in_use"], config.gpu_memory_utilization
+            )
         weight_bytes = sum(math.prod(p.sharding.shard_shape(p.shape)) * p.dtype.itemsize for p in parameters)
-        gpu_memory_bytes = gpu_memory_bytes or device.memory_stats()["bytes_limit"]
-        memory_bytes = (int(gpu_memory_bytes * config.gpu_memory_utilization) - weight_bytes) * mesh.size
+        cache_bytes = gpu_memory_bytes - weight_bytes - working_bytes(config, model)
+        memory_bytes = max(0, cache_bytes // KV_CACHE_STEP_BYTES * KV_CACHE_STEP_BYTES) * mesh.size
     num_blocks = min(memory_bytes // per_block_bytes, 1 + config.max_num_seqs * blocks_per_seq)
     if jax.process_count() > 1:  # hosts may have different memory left
         num_blocks = int(multihost_utils.process_allgather(np.int32(num_blocks)).min())

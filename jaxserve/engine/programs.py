@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.config import ConfigError, ResolvedConfig
 from jaxserve.engine.batch import StepLayout, plan_of, step_layouts
+from jaxserve.engine.compile import gpu_options
 from jaxserve.engine.memory import choose_num_blocks
 from jaxserve.engine.sampler import SamplingInputs, TokenLogprobs, optional_logprobs, sample, token_logprobs
 from jaxserve.kernels.attention import CACHE, AttentionInputs, KVCache
@@ -24,16 +25,6 @@ from jaxserve.models.registry import family_of
 from jaxserve.models.weights import Weight
 from jaxserve.sharding.rows import over_rows
 from jaxserve.sharding.rules import abstract_model, abstract_parameters, divided
-
-GRAPH_OPTIONS = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
-}
-"""XLA's default and WHILE: without it the sampler's loop stays out of the step's CUDA graph and its branches with it,
-and at each branch the host waits for the device.
-
-Collectives stay between graphs, as by default. With COLLECTIVES a step is one graph on any mesh, but XLA captures its
-collectives anew in every run (see docs/results/parallel.md), so it is to be measured first.
-"""
 
 STAGES = PartitionSpec("pipe")
 """Of what each stage of a pipeline has its own of, along its first axis."""
@@ -112,6 +103,7 @@ class StepPrograms:
             gpu_memory_bytes,
         )  # fmt: skip
         self._dtype, self._cache_dtype = dtype, cache_dtype
+        self._compiler_options = gpu_options(config.gemm_backend) if self.uses_graphs else None
         self.layouts = step_layouts(config, self.num_blocks, self.backend.tiling, model_config.window)
         self.buckets = tuple(self.layouts)
 
@@ -119,6 +111,11 @@ class StepPrograms:
     def num_stages(self) -> int:
         """Of the pipeline: how many steps are at work at once, each in a stage of its own."""
         return self.mesh.shape["pipe"]
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether programs run as CUDA graphs."""
+        return self.backend.target.platform == "gpu"
 
     @property
     def num_cache_layers(self) -> int:
@@ -159,7 +156,7 @@ class StepPrograms:
             partial(self._step, layout),
             donate_argnums=(1,),
             out_shardings=placed,
-            compiler_options=GRAPH_OPTIONS if self.backend.target.platform == "gpu" else None,
+            compiler_options=self._compiler_options,
         )
         return step.lower(
             abstract_packed(self.abstract_parameters, self._packed),
@@ -172,7 +169,8 @@ class StepPrograms:
         """Of parameters, a step's hidden states and target tokens ``int32[rows]``."""
         targets = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=self.replicated)
         parameters = abstract_packed(self.abstract_parameters, self._packed)
-        return jax.jit(self._score).lower(parameters, self._abstract_hidden(rows), targets)
+        score = jax.jit(self._score, compiler_options=self._compiler_options)
+        return score.lower(parameters, self._abstract_hidden(rows), targets)
 
     def _take_apart(self, graph: nnx.GraphDef, state: nnx.State) -> dict[str, jax.ShapeDtypeStruct]:
         """The model's parameters as the programs take them."""

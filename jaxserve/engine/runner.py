@@ -15,6 +15,9 @@ from jaxserve.engine.sampler import TokenLogprobs
 from jaxserve.engine.startup import timed
 from jaxserve.scheduler.buckets import bucket_of
 
+RUNS_OF_A_GRAPH = 3
+"""XLA runs a program op by op at first, captures its CUDA graph the second time, and replays that from the third on."""
+
 
 class ModelRunner:
     """Runs packed steps. On a mesh with several stages every launch moves the steps on by one stage."""
@@ -65,6 +68,13 @@ class ModelRunner:
         return self._executor.step(layout.limits.num_rows, ints, leaving.floats)
 
     def _warm_up(self) -> None:
-        """Run every step program once on padding, so that first-run costs are paid before the first request."""
-        for layout in self._layouts.values():
-            jax.block_until_ready(self._run([(layout, empty_step(layout))] * self.num_stages))
+        """Run every program on padding, so that what its first runs cost is paid before the first request.
+
+        All have been compiled before, and none is afterwards: see ``Executor.prepare_scores``.
+        """
+        graphs = self._executor.uses_graphs
+        for rows, layout in self._layouts.items():
+            for _ in range(RUNS_OF_A_GRAPH if graphs else 1):
+                jax.block_until_ready(self._run([(layout, empty_step(layout))] * self.num_stages))
+                if graphs:
+                    jax.block_until_ready(self.score(np.zeros(rows, np.int32)))

@@ -6,6 +6,8 @@ token's position alone, so a request's output does not depend on what it is batc
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,6 +17,10 @@ from jaxserve.request import MAX_LOGPROBS
 
 NEVER = -jnp.inf
 ARGMAX_BLOCK = 128
+SEARCH_BLOCK, SEARCH_BLOCKS = 64, 128
+"""Entries of a block, and blocks that are searched first: enough for any top-k below 128, and for what top-p keeps of
+a prediction that is not flat."""
+FARTHEST = jnp.uint32(2**32 - 1)
 
 
 class SamplingInputs(NamedTuple):
@@ -46,29 +52,21 @@ class TokenLogprobs[Array](NamedTuple):
 def sample(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
     """``float32[S, vocab]`` -> ``int32[S]``."""
     greedy = _argmax(logits)
-    random = inputs.temperature > 0
+    best = jnp.take_along_axis(logits, greedy[:, None], axis=-1)
+    # There is nothing to draw from where a logit is infinite or not a number.
+    random = (inputs.temperature > 0) & jnp.isfinite(best[:, 0])
     # The branch is skipped at run time when every row is greedy.
-    drawn = jax.lax.cond(jnp.any(random), lambda: _draw(logits, inputs), lambda: greedy)
+    drawn = jax.lax.cond(jnp.any(random), lambda: _draw(logits - best, inputs), lambda: greedy)
     return jnp.where(random, drawn, greedy)
 
 
 def _draw(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
+    """``logits``: relative to the row's largest, so that however small a temperature leaves that one as it is."""
     scaled = logits / jnp.where(inputs.temperature > 0, inputs.temperature, 1.0)[:, None]
     # p >= min_p * p_max, in logits.
-    floor = scaled.max(axis=-1, keepdims=True) + jnp.log(inputs.min_p)[:, None]
-    scaled = jnp.where(scaled >= floor, scaled, NEVER)
-    limited_k, limited_p = inputs.top_k > 0, inputs.top_p < 1
+    scaled = jnp.where(scaled >= jnp.log(inputs.min_p)[:, None], scaled, NEVER)
     scaled = jax.lax.cond(
-        jnp.any(limited_k),
-        lambda x: jnp.where(limited_k[:, None], _keep_top(x, jnp.ones_like(x), inputs.top_k), x),
-        lambda x: x,
-        scaled,
-    )
-    scaled = jax.lax.cond(
-        jnp.any(limited_p),
-        lambda x: jnp.where(limited_p[:, None], _keep_top(x, jax.nn.softmax(x), inputs.top_p), x),
-        lambda x: x,
-        scaled,
+        jnp.any((inputs.top_k > 0) | (inputs.top_p < 1)), lambda x: _keep_top(x, inputs), lambda x: x, scaled
     )
     keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(
         inputs.seeds, inputs.positions
@@ -90,23 +88,95 @@ def _argmax(x: jax.Array) -> jax.Array:
     return (block * ARGMAX_BLOCK + jnp.argmax(entries, axis=-1)).astype(jnp.int32)
 
 
-def _keep_top(x: jax.Array, weights: jax.Array, goal: jax.Array) -> jax.Array:
-    """Keep the fewest largest entries of each row whose ``weights`` add up to ``goal``; the others become -inf.
+def _keep_top(x: jax.Array, inputs: SamplingInputs) -> jax.Array:
+    """What top-k, then top-p keep of ``x`` ``[S, vocab]``, whose largest entries are 0; the others become -inf.
 
-    The cut-off is found bit by bit on integers that sort like the floats: 32 passes instead of a sort. Entries equal
-    to the cut-off are all kept.
+    Nearly always that lies in a few blocks of the vocabulary, those with the largest entries: they are gathered and
+    searched. The whole vocabulary is searched for rows only that would keep what may lie outside of those blocks.
     """
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    keys = jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))
-    goal = jnp.minimum(goal.astype(jnp.float32), weights.sum(axis=-1) * (1 - 1e-6))
+    rows, vocab = x.shape
+    mass = jnp.exp(x).sum(axis=-1)
+    if vocab <= SEARCH_BLOCK * SEARCH_BLOCKS:
+        cut = _cut_offs(x, mass, inputs).both
+    else:
+        blocks = jnp.pad(x, ((0, 0), (0, -vocab % SEARCH_BLOCK)), constant_values=NEVER)
+        blocks = blocks.reshape(rows, -1, SEARCH_BLOCK)
+        largest, chosen = jax.lax.top_k(blocks.max(axis=-1), SEARCH_BLOCKS)
+        candidates = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(rows, -1)
+        among_them = _cut_offs(candidates, mass, inputs)
+        # Nothing outside is nearer than the nearest of the last block, so up to there they are all there is.
+        reach = jnp.where(inputs.top_k > 0, among_them.top_k, among_them.both)
+        found = (reach < _distance(largest[:, -1])) | ~((inputs.top_k > 0) | (inputs.top_p < 1))
+        cut = jax.lax.cond(
+            jnp.all(found),
+            lambda: among_them.both,
+            lambda: jnp.where(found, among_them.both, _cut_offs(x, mass, inputs).both),
+        )
+    return jnp.where(_distance(x) <= cut[:, None], x, NEVER)
 
-    def try_bit(i: jax.Array, cut: jax.Array) -> jax.Array:
-        candidate = cut | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        reached = jnp.where(keys >= candidate[:, None], weights, 0.0).sum(axis=-1) >= goal
-        return jnp.where(reached, candidate, cut)
 
-    cut = jax.lax.fori_loop(0, 32, try_bit, jnp.zeros(x.shape[0], jnp.uint32))
-    return jnp.where(keys >= cut[:, None], x, NEVER)
+class _CutOffs(NamedTuple):
+    """The largest ``_distance`` that is kept, ``uint32[S]`` each; entries as far as that are all kept."""
+
+    top_k: jax.Array
+    both: jax.Array
+
+
+def _cut_offs(x: jax.Array, mass: jax.Array, inputs: SamplingInputs) -> _CutOffs:
+    """Of top-k, and of top-p among what that keeps. ``mass``: the sum of exp over the vocabulary."""
+    limited_k, limited_p = inputs.top_k > 0, inputs.top_p < 1
+    top_k = _largest_cut(x, jnp.ones_like, inputs.top_k.astype(jnp.float32), jnp.any(limited_k))
+    top_k = jnp.where(limited_k, top_k, FARTHEST)
+    kept_mass = jnp.where(_distance(x) <= top_k[:, None], jnp.exp(x), 0.0).sum(axis=-1)
+    goal = jnp.minimum(inputs.top_p, 1 - 1e-6) * jnp.where(limited_k, kept_mass, mass)
+    return _CutOffs(top_k, jnp.where(limited_p, _largest_cut(x, jnp.exp, goal, jnp.any(limited_p)), top_k))
+
+
+def _largest_cut(
+    x: jax.Array, weigh: Callable[[jax.Array], jax.Array], goal: jax.Array, wanted: jax.Array
+) -> jax.Array:
+    """The largest distance ``uint32[S]`` of which all that is nearer weighs less than ``goal``; 0 if not ``wanted``.
+
+    The fewest nearest entries that weigh as much reach to there. It is found digit by digit, each in one pass over
+    ``x`` that weighs what is nearer than each of its possible values. A GPU waits for memory: it takes digits of four
+    bits and reads nothing but x. A CPU has it in its caches: it takes single bits, and weights made before.
+    """
+
+    def search(digit_bits: int, x: jax.Array, goal: jax.Array, wanted: jax.Array) -> jax.Array:
+        stored = _distance(x), weigh(x)
+
+        def find_digit(i: jax.Array, cut: jax.Array) -> jax.Array:
+            shift = (32 - digit_bits * (1 + i)).astype(jnp.uint32)
+            distance, weights = stored
+            if digit_bits > 1:
+                # The barrier keeps XLA from making them before the loop after all.
+                y, cut = jax.lax.optimization_barrier((x, cut))
+                distance, weights = _distance(y), weigh(y)
+            digits = jnp.arange(1, 2**digit_bits, dtype=jnp.uint32)
+            nearer = [jnp.where(distance < (cut + (digit << shift))[:, None], weights, 0.0) for digit in digits]
+            num_less = sum((one < goal).astype(jnp.uint32) for one in _sums(nearer))
+            return cut + (num_less << shift)
+
+        num_digits = jnp.where(wanted, 32 // digit_bits, 0)
+        return jax.lax.fori_loop(0, num_digits, find_digit, jnp.zeros(x.shape[0], jnp.uint32))
+
+    return jax.lax.platform_dependent(x, goal, wanted, cpu=partial(search, 1), default=partial(search, 4))
+
+
+def _sums(arrays: list[jax.Array]) -> Sequence[jax.Array]:
+    """Of each row of each array, so that XLA reads what they are all made of once, and stores none of them.
+
+    It fuses eight sums at most, so sums over a vocabulary are one reduction of many arrays. Over little it would rather
+    store those.
+    """
+    if arrays[0].shape[1] <= SEARCH_BLOCK * SEARCH_BLOCKS:
+        return [array.sum(axis=-1) for array in arrays]
+    return jax.lax.reduce(arrays, [jnp.float32(0)] * len(arrays), partial(jax.tree.map, jnp.add), (1,))
+
+
+def _distance(x: jax.Array) -> jax.Array:
+    """Of entries that are at most 0, from 0: integers that sort like it, and tell apart what float32 does."""
+    return jax.lax.bitcast_convert_type(jnp.abs(x), jnp.uint32)
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array) -> TokenLogprobs[jax.Array]:

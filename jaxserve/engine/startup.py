@@ -8,33 +8,34 @@ from typing import NamedTuple
 
 
 class StartupTimes(NamedTuple):
-    """Weights are loaded beside the compilation, everything else comes one after the other."""
+    """Everything comes one after the other, but on CPUs weights are loaded beside the compilation."""
 
     imports_seconds: float
     """Of jax and the engine, where the front end imported them late; else 0."""
     weights_seconds: float
     compile_seconds: float
+    loading_seconds: float
+    """Of both together."""
     warm_up_seconds: float
-    """First runs of the programs."""
+    """First runs of the programs, see ModelRunner."""
     total_seconds: float
 
     @property
     def phases(self) -> dict[str, float]:
         """Seconds by name. ``other``: files opened, the tokenizer, the cache's memory, profiling."""
-        loading = max(self.weights_seconds, self.compile_seconds)
         return {
             "imports": self.imports_seconds,
             "weights": self.weights_seconds,
             "compile": self.compile_seconds,
             "warm_up": self.warm_up_seconds,
-            "other": self.total_seconds - self.imports_seconds - loading - self.warm_up_seconds,
+            "other": self.total_seconds - self.imports_seconds - self.loading_seconds - self.warm_up_seconds,
         }
 
     def __str__(self) -> str:
         imports, weights, compiling, warm_up, other = (f"{seconds:.1f}" for seconds in self.phases.values())
         return (
-            f"started in {self.total_seconds:.1f} s: imports {imports}, weights {weights} (beside the compile), "
-            f"compile {compiling}, warm-up {warm_up}, other {other}"
+            f"started in {self.total_seconds:.1f} s: imports {imports}, weights {weights} and compile {compiling} "
+            f"(together {self.loading_seconds:.1f}), warm-up {warm_up}, other {other}"
         )
 
 

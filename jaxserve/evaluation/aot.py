@@ -61,11 +61,6 @@ class AbsentDevice(NamedTuple):
     memory_bytes: int
 
     @property
-    def usable_bytes(self) -> int:
-        """What jax takes of the memory by default (its option XLA_PYTHON_CLIENT_MEM_FRACTION)."""
-        return self.memory_bytes * 3 // 4
-
-    @property
     def target(self) -> Target:
         return Target("gpu", 90, self.num_cores)
 

@@ -39,7 +39,8 @@ class StubExecutor(Executor):
 
     def __init__(self, config: ResolvedConfig, checkpoint: Checkpoint, mesh: Mesh, *, show_progress: bool) -> None:
         self.config, self.model_config, self.num_stages = config, checkpoint.config, 1
-        self.weights_seconds = self.compile_seconds = 0.0
+        self.weights_seconds = self.compile_seconds = self.loading_seconds = 0.0
+        self.uses_graphs = False
         self.num_blocks = config.num_blocks or 1 + config.max_num_seqs * config.blocks_per_seq
         self.layouts = step_layouts(config, self.num_blocks, TILING, self.model_config.window)
         rng = np.random.default_rng(0)

@@ -91,6 +91,7 @@ def build_engines(config: EngineConfig, num_engines: int = 1, followers: Followe
     started_seconds = time.monotonic()
     from jaxserve.engine.engine import Engine
     from jaxserve.engine.group import Leader
+    from jaxserve.engine.memory import claim_gpu_memory
     from jaxserve.sharding.mesh import make_meshes
 
     make = partial(Engine, config, imports_seconds=time.monotonic() - started_seconds)
@@ -98,6 +99,7 @@ def build_engines(config: EngineConfig, num_engines: int = 1, followers: Followe
         return [make(make_executor=partial(Leader, followers))]
     if num_engines == 1:
         return [make()]
+    claim_gpu_memory(config.gpu_memory_utilization)
     meshes = make_meshes(num_engines, config.tensor_parallel, config.pipeline_parallel)
     return [make(mesh=mesh) for mesh in meshes]
 

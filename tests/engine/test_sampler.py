@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from unittest import mock
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxserve.engine import sampler
 from jaxserve.engine.sampler import SamplingInputs, TokenLogprobs, optional_logprobs, sample, token_logprobs
 from jaxserve.request import MAX_LOGPROBS
 
@@ -67,8 +69,13 @@ def truncated(
     return p / p.sum()
 
 
-@pytest.fixture(scope="module")
-def kept() -> Callable[..., np.ndarray]:
+def as_on_gpus(*operands: jax.Array, cpu: object, default: Callable[..., jax.Array]) -> jax.Array:
+    """``jax.lax.platform_dependent``."""
+    return default(*operands)
+
+
+@pytest.fixture(scope="module", params=["all at once", "blocks first", "blocks first, as on GPUs"])
+def kept(request: pytest.FixtureRequest) -> Callable[..., np.ndarray]:
     """Which tokens ``sample`` could draw, ``bool[V]``, found by drawing with noise of our own.
 
     Row v of V equal rows puts all noise on token v, so v is drawn if and only if no filter has dropped it.
@@ -81,7 +88,12 @@ def kept() -> Callable[..., np.ndarray]:
     with (
         mock.patch.object(jax.random, "fold_in", lambda key, position: position),
         mock.patch.object(jax.random, "gumbel", all_on_one),
+        contextlib.ExitStack() as stack,
     ):
+        if request.param != "all at once":
+            stack.enter_context(mock.patch.multiple(sampler, SEARCH_BLOCK=5, SEARCH_BLOCKS=4))
+        if request.param.endswith("GPUs"):
+            stack.enter_context(mock.patch.object(jax.lax, "platform_dependent", as_on_gpus))
         program = (
             jax.jit(lambda *args: sample(*args))
             .lower(jax.ShapeDtypeStruct((VOCAB, VOCAB), jnp.float32), SamplingInputs(*abstract))
@@ -154,6 +166,61 @@ def test_the_tightest_limits_are_greedy(limits: dict[str, float]) -> None:
     values = np.random.default_rng(1).permuted(np.tile(np.linspace(-3, 3, VOCAB), (32, 1)), axis=1).astype(np.float32)
     inputs = make_inputs(32, positions=np.arange(32), **limits)
     assert np.array_equal(jit_sample(values, inputs), values.argmax(axis=-1))
+
+
+@pytest.mark.parametrize("limits", [{"temperature": 2e-38}, {"temperature": 1e-40}, {"top_p": 1e-38}, {"min_p": 1.0}])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e6, 3e37])
+def test_the_tightest_limits_at_the_ends_of_float32_are_greedy(limits: dict[str, float], scale: float) -> None:
+    """Numbers below 1.2e-38 are zero to the device, quotients and differences above 3.4e38 infinite."""
+    values = np.random.default_rng(1).permuted(np.tile(np.linspace(-9, 9, VOCAB), (32, 1)), axis=1).astype(np.float32)
+    values *= np.float32(scale)
+    inputs = make_inputs(32, positions=np.arange(32), **limits)
+    assert np.array_equal(jit_sample(values, inputs), values.argmax(axis=-1))
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"top_k": 3, "top_p": 0.5}])
+@pytest.mark.parametrize("odd", [np.inf, np.nan])
+def test_where_nothing_can_be_drawn_from_sampling_is_greedy(limits: dict[str, float], odd: float) -> None:
+    """Infinite logits and what is not a number; other rows are drawn as ever."""
+    values = np.random.default_rng(5).normal(size=(4, VOCAB)).astype(np.float32)
+    broken = values.copy()
+    broken[1, [20, 40]] = odd
+    broken[3] = -np.inf
+    inputs = make_inputs(4, positions=np.arange(4), **limits)
+    found, expected = (np.asarray(jit_sample(logits, inputs)) for logits in (broken, values))
+    assert found.tolist() == [expected[0], 20, expected[2], 0]
+
+
+def test_tokens_ruled_out_by_minus_infinity_are_never_drawn() -> None:
+    values = np.full((64, VOCAB), -np.inf, np.float32)
+    values[:, [3, 50]] = [1.0, 1.5]
+    for limits in ({}, {"top_k": 40}, {"top_p": 0.999}, {"temperature": 1e30}):
+        drawn = np.asarray(jit_sample(values, make_inputs(64, positions=np.arange(64), **limits)))
+        assert set(drawn.tolist()) == {3, 50}
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+@pytest.mark.parametrize(("top_k", "top_p"), [(50, 1.0), (127, 0.9), (3000, 1.0), (3000, 0.5), (0, 0.3), (0, 0.99)])
+def test_draws_from_a_large_vocabulary(spread: float, top_k: int, top_p: float) -> None:
+    """Token for token what a sort in float64 leaves of the same noise, be it in a few blocks or everywhere.
+
+    Rows in which a token is within rounding of a limit, or a draw of the next, could go either way.
+    """
+    rng, rows, vocab = np.random.default_rng(6), 16, 20_000
+    values = (rng.normal(size=(rows, vocab)) * spread).astype(np.float32)
+    inputs = make_inputs(rows, temperature=0.8, top_k=top_k, top_p=top_p, seeds=3, positions=np.arange(rows))
+    drawn = np.asarray(jit_sample(values, inputs))
+    keys = jax.vmap(lambda position: jax.random.fold_in(jax.random.key(3), position))(np.arange(rows))
+    noise = np.asarray(jax.vmap(lambda key: jax.random.gumbel(key, (vocab,), jnp.float32))(keys), np.float64)
+    num_checked = 0
+    for row in range(rows):
+        least, most = (truncated(values[row], 0.8, 0.0, top_k, top_p, slack) > 0 for slack in (-SLACK, SLACK))
+        score = values[row].astype(np.float64) / 0.8 + noise[row]
+        best, second = np.sort(np.where(most, score, -np.inf))[[-1, -2]]
+        sure = least[np.where(most, score, -np.inf).argmax()] and not best - second < SLACK
+        num_checked += sure
+        assert not sure or drawn[row] == np.where(most, score, -np.inf).argmax()
+    assert num_checked >= rows - 3
 
 
 @pytest.mark.parametrize("varying", ["positions", "seeds"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 
 from jaxserve import EngineConfig, SamplingParams
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.executor import Executor
 from jaxserve.engine.programs import StepPrograms
 from jaxserve.engine.startup import StartupTimes
 from jaxserve.request import RequestDelta
@@ -48,13 +49,15 @@ def metric(engine: Engine, name: str, **labels: str) -> float | None:
 
 
 def test_phases_add_up() -> None:
-    """Weights are loaded beside the compilation, so the longer of both counts."""
-    times = StartupTimes(2.0, weights_seconds=1.0, compile_seconds=4.0, warm_up_seconds=0.5, total_seconds=7.25)
+    """Weights may be loaded beside the compilation, so what both take together counts."""
+    times = StartupTimes(
+        2.0, weights_seconds=1.0, compile_seconds=4.0, loading_seconds=4.0, warm_up_seconds=0.5, total_seconds=7.25
+    )
     assert times.phases == {"imports": 2.0, "weights": 1.0, "compile": 4.0, "warm_up": 0.5, "other": 0.75}
     assert str(times) == (
-        "started in 7.2 s: imports 2.0, weights 1.0 (beside the compile), compile 4.0, warm-up 0.5, other 0.8"
+        "started in 7.2 s: imports 2.0, weights 1.0 and compile 4.0 (together 4.0), warm-up 0.5, other 0.8"
     )
-    assert times._replace(weights_seconds=4.25).phases["other"] == 0.5
+    assert times._replace(loading_seconds=4.5).phases["other"] == 0.25
 
 
 def test_an_engine_tells_how_it_started(tiny_tokenizer: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -113,6 +116,67 @@ def test_nothing_compiles_for_prompt_logprobs_right_after_the_start(tiny_tokeniz
     served = serve(engine, scored=SCORED, plain=PLAIN)
     assert tokens(served["scored"]) == tokens(served["plain"])
     assert engine.compiles.count == 0
+    engine.close()
+
+
+class NotesTaken:
+    """What an engine's start does, in order, as it would on GPUs where ``graphs`` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, graphs: bool) -> None:
+        self.events: list[tuple[str, int]] = []
+        monkeypatch.setattr(StepPrograms, "uses_graphs", graphs)
+        for kind in ("step", "score"):
+            self._watch(monkeypatch, StepPrograms, f"lower_{kind}", f"compile {kind}", lambda args: args[0])
+        self._watch(monkeypatch, StepPrograms, "take", "weights", lambda args: 0)
+        self._watch(monkeypatch, Executor, "step", "run step", lambda args: args[0])
+        self._watch(monkeypatch, Executor, "score", "run score", lambda args: len(args[0]))
+
+    def _watch(
+        self, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, event: str, rows: Callable[[Any], int]
+    ) -> None:
+        method = getattr(owner, name)
+
+        def watched(mine: Any, *args: Any) -> Any:
+            self.events.append((event, rows(args)))
+            return method(mine, *args)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    def runs(self) -> list[tuple[str, int]]:
+        return [event for event in self.events if event[0].startswith("run")]
+
+
+def test_programs_of_cuda_graphs_are_run_until_they_replay(
+    tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first run goes op by op, a second captures. A program that is compiled later throws all graphs away."""
+    notes = NotesTaken(monkeypatch, graphs=True)
+    engine = make(tiny_tokenizer)
+    buckets, runs = engine.runner.buckets, notes.runs()
+    start, events = len(notes.events), notes.events
+    assert events[0] == ("weights", 0)
+    compiled = {(f"compile {kind}", rows) for kind in ("step", "score") for rows in buckets}
+    assert set(events[1 : 1 + 2 * len(buckets)]) == compiled
+    assert events[1 + 2 * len(buckets) :] == runs
+    assert runs == [run for rows in buckets for run in [("run step", rows), ("run score", rows)] * 3]
+    assert engine.runner.can_score()
+    served = serve(engine, scored=SCORED, plain=PLAIN)
+    assert tokens(served["scored"]) == tokens(served["plain"])
+    assert {event.split()[0] for event, _ in events[start:]} == {"run"}
+    assert engine.compiles.count == 0
+    engine.close()
+
+
+def test_other_programs_are_run_once(
+    tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, scores_go_on: threading.Event
+) -> None:
+    """On CPUs nobody's start waits for more; scores are compiled in the background."""
+    notes = NotesTaken(monkeypatch, graphs=False)
+    engine = make(tiny_tokenizer)
+    assert notes.runs() == [("run step", rows) for rows in engine.runner.buckets]
+    assert not engine.runner.can_score()
+    scores_go_on.set()
+    assert engine.runner.can_score(60.0)
     engine.close()
 
 
