@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -82,21 +84,18 @@ def stall(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     }
     print(f"{args.decodes} running decodes, a prompt of {args.long_prompt} tokens arrives; {args.rounds} rounds; "
           "decode TBT in ms until its first token")  # fmt: skip
-    engines = {name: Engine(policy) for name, policy in policies.items()}
-    results = {name: [] for name in engines}
-    for seed in range(args.rounds):
-        for name, engine in engines.items():
-            results[name].append(
-                measure_stall(engine, num_decodes=args.decodes, prompt_tokens=args.long_prompt, seed=seed)
-            )
     print(f"{'policy':14} {'budget':>6} {'p50':>8} {'p99':>8} {'max':>8} {'stalls':>7} {'TTFT s':>7}")
-    for name, rounds in results.items():
+    for name, policy in policies.items():
+        engine = Engine(policy)  # one after the other: each takes a GPU's whole memory
+        rounds = [
+            measure_stall(engine, num_decodes=args.decodes, prompt_tokens=args.long_prompt, seed=seed)
+            for seed in range(args.rounds)
+        ]
+        engine.close()
         p50, p99, worst = (1000 * statistics.median(r.percentile(share) for r in rounds) for share in (50, 99, 100))
         stalls = statistics.median(r.num_stalls for r in rounds)
         ttft = statistics.median(r.ttft_seconds for r in rounds)
-        budget = policies[name].token_budget
-        print(f"{name:14} {budget:6} {p50:8.1f} {p99:8.1f} {worst:8.1f} {stalls:7.0f} {ttft:7.2f}")
-        engines[name].close()
+        print(f"{name:14} {policy.token_budget:6} {p50:8.1f} {p99:8.1f} {worst:8.1f} {stalls:7.0f} {ttft:7.2f}")
 
 
 def load(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -186,7 +185,8 @@ def kernels(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     folder = output_dir(args)
     bench = kernel_bench.KernelBench(args.backends, quick=args.quick, tiny=args.tiny)
     rows: list[kernel_bench.Row] = []
-    for row in bench.rows(args.cases):
+    kinds = (True,) if args.quick else (True, False)
+    for row in itertools.chain.from_iterable(bench.rows(args.cases, plain=plain) for plain in kinds):
         rows.append(row)
         time = row.failure or f"{1e6 * row.seconds.median:9.1f} us"
         print(f"{row.case.name:20} {row.backend:7} {row.variant.name:17} {time}", flush=True)
@@ -197,6 +197,9 @@ def kernels(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 def step(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="shorter measurements")
+    parser.add_argument(
+        "--buckets", nargs="+", type=int, help="compile and measure these step programs only; all by default"
+    )
     parser.add_argument("--requests", type=int, default=256, help="number of requests of the engine under load")
     parser.add_argument("--prompt-tokens", type=int, default=512, help="tokens of each prompt")
     parser.add_argument("--output-tokens", type=int, default=64, help="forced output tokens of each")
@@ -207,10 +210,12 @@ def step(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         parser.error(f"--pipeline-parallel must be 1, steps are timed one at a time, got {config.pipeline_parallel}")
     folder, effort = output_dir(args), QUICK if args.quick else THOROUGH
     ceilings = measure_ceilings(effort)  # before the engine takes the memory
-    engine = Engine(config)
-    bench = step_bench.StepBench(engine, effort)
+    bench = step_bench.StepBench(config, effort, buckets=args.buckets)
+    engine = bench.engine
     rows: list[step_bench.StepRow] = []
     left_out = {}
+    # Every time: the machine may be taken away.
+    write = partial(step_bench.write_steps, folder, rows, ceilings, left_out=left_out, settings=vars(engine.config))
     for case in step_bench.step_cases():
         reason = step_bench.why_not(case, engine.runner)
         if reason is None:
@@ -219,17 +224,16 @@ def step(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         else:
             left_out[case.name] = reason
             print(f"{case.name:34} not measured: {reason}", flush=True)
+        write(gap=None)
     prompts = random_prompts(args.requests, args.prompt_tokens, engine.model_config.vocab_size)
     measure_throughput(engine, prompts[: config.max_num_seqs], 2)  # warm, discarded
     gap = step_bench.host_gap(measure_throughput(engine, prompts, args.output_tokens))
-    settings = vars(engine.config)
     engine.close()
     if rows:
         print(f"\n{text_table([step_bench.describe(row, ceilings) for row in rows])}")
     print(f"\nunder load: {1e3 * gap['gap_seconds_per_step']:.3f} ms between steps in which the device waits, "
           f"{1e3 * gap['device_seconds_per_step']:.3f} ms in which it works")  # fmt: skip
-    paths = step_bench.write_steps(folder, rows, ceilings, left_out=left_out, gap=gap, settings=settings)
-    print("written: {}, {}".format(*paths))
+    print("written: {}, {}".format(*write(gap=gap)))
 
 
 def host(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ LARGEST_BUCKET = 4096
 LEAST_CACHE_BYTES = 2**28
 """Of all layers together: five times what an H100's L2 cache holds, so that no call finds its keys there."""
 MOST_LAYERS = 32
+NO_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
+"""Of the compiler: everything is launched by itself."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class RandomBatch:
     cache: KVCache[jax.Array]
     """Of ``num_layers``; everything in it is random, also what no sequence owns."""
     inputs: AttentionInputs
+    window: int | None = None
+    """Of all layers."""
+    softcap: float | None = None
 
     @property
     def q(self) -> jax.Array:
@@ -46,8 +52,8 @@ class RandomBatch:
         return self.qkv[:, :, :-2].reshape(len(self.qkv), self.shape.num_heads, self.shape.head_dim)
 
     @property
-    def scale(self) -> float:
-        return self.shape.head_dim**-0.5
+    def masking(self) -> dict[str, Any]:
+        return {"scale": self.shape.head_dim**-0.5, "window": self.window, "softcap": self.softcap}
 
     @property
     def num_rows(self) -> int:
@@ -60,12 +66,17 @@ def random_batch(
     shape: AttentionShape,
     backend: Backend,
     *,
+    window: int | None = None,
+    softcap: float | None = None,
+    rotated: int | None = None,
+    poison: float | None = None,
     cache_bytes: int = LEAST_CACHE_BYTES,
     seed: int = 0,
 ) -> RandomBatch:
     """On the default device, with a work list as ``backend`` wants it, in pages that lie anywhere.
 
-    There are as many layers as make ``cache_bytes``, but between 2 and MOST_LAYERS.
+    There are as many layers as make ``cache_bytes``, but between 2 and MOST_LAYERS. rotated: dimensions that are,
+    all by default. poison: what lies in the cache where no sequence has a token, random numbers by default.
     """
     random = np.random.default_rng(seed)
     page_size, num_rows = shape.page_size, bucket_of(sum(n for _, n in sequences), token_buckets(LARGEST_BUCKET))
@@ -73,16 +84,19 @@ def random_batch(
     pages_each = -(-lengths // page_size)
     num_pages = 1 + int(pages_each.sum())
     limits = PlanLimits(
-        num_rows, max(MAX_NUM_SEQS, len(sequences)), int(lengths.max()), page_size, num_pages, backend.tiling
+        num_rows, max(MAX_NUM_SEQS, len(sequences)), int(lengths.max()), page_size, num_pages, backend.tiling, window
     )
     free = random.permutation(np.arange(1, num_pages))
     tables = np.zeros((limits.max_num_seqs, pages_each.max()), np.int32)
     slots, row = np.zeros(num_rows, np.int32), 0
+    owned = np.zeros(num_pages * page_size, bool)
     for table, (context, rows), last in zip(tables, sequences, np.cumsum(pages_each), strict=False):
         count = -(-(context + rows) // page_size)
         table[:count] = free[last - count : last]
-        page, offset = np.divmod(np.arange(context, context + rows), page_size)
-        slots[row : row + rows] = table[page] * page_size + offset
+        page, offset = np.divmod(np.arange(context + rows), page_size)
+        places = table[page] * page_size + offset
+        owned[places] = True
+        slots[row : row + rows] = places[context:]
         row += rows
     plan = new_plan(limits)
     query_lens = np.array([rows for _, rows in sequences])
@@ -95,9 +109,14 @@ def random_batch(
     num_layers = min(max(2, -(-cache_bytes // layer_bytes)), MOST_LAYERS)
     keys = jax.random.split(jax.random.key(seed), 4)
     qkv = jax.random.normal(keys[0], (num_rows, kv_heads, shape.num_heads // kv_heads + 2, dim), shape.dtype)
-    angles = jax.random.uniform(keys[1], (num_rows, dim // 2), maxval=2 * math.pi)
+    angles = jax.random.uniform(keys[1], (num_rows, (dim if rotated is None else rotated) // 2), maxval=2 * math.pi)
+    rotation = (jnp.cos(angles), jnp.sin(angles)) if angles.size else None
     cache = _random_cache(keys[2], num_layers, num_pages, shape, math.sqrt(int(lengths.min()) / (2 * math.e)))
-    return RandomBatch(sequences, shape, num_layers, qkv, (jnp.cos(angles), jnp.sin(angles)), cache, inputs)
+    if poison is not None:
+        everywhere = jnp.tile(owned.reshape(num_pages, page_size), (num_layers, 1))[:, :, None, None]
+        k, v = (jnp.where(everywhere, pages, jnp.asarray(poison, pages.dtype)) for pages in cache[:2])
+        cache = cache._replace(k=k, v=v)
+    return RandomBatch(sequences, shape, num_layers, qkv, rotation, cache, inputs, window, softcap)
 
 
 def _random_cache(
@@ -117,10 +136,10 @@ def _random_cache(
     return KVCache(k, v, jnp.tile(jnp.array(scales, jnp.float32), (num_layers, 1)))
 
 
-def attention_work(sequences: Sequence[tuple[int, int]], shape: AttentionShape) -> Work:
-    """Every key and value is read once, queries too, and outputs are written."""
-    pairs = sum(num_seen_keys(context, rows, None) for context, rows in sequences)
-    tokens = sum(context + rows for context, rows in sequences)
+def attention_work(sequences: Sequence[tuple[int, int]], shape: AttentionShape, window: int | None = None) -> Work:
+    """Every key and value that is seen is read once, queries too, and outputs are written."""
+    pairs = sum(num_seen_keys(context, rows, window) for context, rows in sequences)
+    tokens = sum(min(context, math.inf if window is None else window - 1) + rows for context, rows in sequences)
     cached = 2 * tokens * shape.num_kv_heads * shape.cache_dtype.itemsize
     rows = 2 * sum(rows for _, rows in sequences) * shape.num_heads * shape.dtype.itemsize
     return Work(4 * pairs * shape.num_heads * shape.head_dim, (cached + rows) * shape.head_dim)
@@ -136,20 +155,30 @@ def rotation_work(num_rows: int, shape: AttentionShape) -> Work:
 
 def attention_error(batch: RandomBatch) -> float:
     """Relative to dense attention in float64, over all rows; infinite where the kernel leaves a row out."""
+    return attention_errors(batch, 1)[0]
+
+
+def attention_errors(batch: RandomBatch, runs: int) -> list[float]:
+    """The same of several runs of one program. Errors that differ are a race's."""
     layer = batch.num_layers - 1
+    with jax.enable_x64(True):
+        exact = _exact_attention(batch, batch.q, layer)
 
     # The output takes the place of the donated operand, so a row that nobody writes stays NaN.
     @partial(jax.jit, donate_argnums=0, keep_unused=True)
     def attend(poison: jax.Array, q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs) -> jax.Array:
-        return paged_attention(q, cache, inputs, jnp.int32(layer), scale=batch.scale)
+        return paged_attention(q, cache, inputs, jnp.int32(layer), **batch.masking)
+
+    def error() -> float:
+        out = attend(jnp.full_like(q, jnp.nan), q, batch.cache, batch.inputs)
+        padding = out[batch.num_rows :]
+        if not bool(jnp.isfinite(out).all()) or bool(padding.any()):
+            return math.inf
+        with jax.enable_x64(True):
+            return _relative_error(out[: batch.num_rows], exact)
 
     q = batch.q
-    out = attend(jnp.full_like(q, jnp.nan), q, batch.cache, batch.inputs)
-    padding = out[batch.num_rows :]
-    if not bool(jnp.isfinite(out).all()) or bool(padding.any()):
-        return math.inf
-    with jax.enable_x64(True):
-        return _relative_error(out[: batch.num_rows], _exact_attention(batch, q, layer))
+    return [error() for _ in range(runs)]
 
 
 def rotation_error(batch: RandomBatch) -> float:
@@ -159,16 +188,18 @@ def rotation_error(batch: RandomBatch) -> float:
     q, cache = rotate(batch.qkv, batch.rotation, batch.cache, batch.inputs)
     slots = batch.inputs.slots + layer * batch.inputs.num_pages * batch.shape.page_size
     written = []
-    for before, after in zip(batch.cache[:2], cache[:2], strict=True):
+    for before, after, scale in zip(batch.cache[:2], cache[:2], batch.cache.scales[layer], strict=True):
         flat_before, flat_after = (pages.reshape(-1, *pages.shape[2:]) for pages in (before, after))
-        if not bool((flat_before.at[slots].set(flat_after[slots]) == flat_after).all()):
+        same = flat_before.at[slots].set(flat_after[slots]) == flat_after
+        if not bool((same | jnp.isnan(flat_after)).all()):  # poison is not equal to itself
             return math.inf
-        written.append(flat_after[slots][:rows])
-    assert batch.rotation is not None
-    cos, sin = (np.asarray(table, np.float64)[:rows, None, None] for table in batch.rotation)
+        written.append(flat_after[slots][:rows].astype(jnp.float32) * scale)
     exact = np.asarray(batch.qkv, np.float64)[:rows]
-    first, second = np.split(exact[:, :, :-1], 2, axis=-1)
-    exact[:, :, :-1] = np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+    if batch.rotation is not None:
+        cos, sin = (np.asarray(table, np.float64)[:rows, None, None] for table in batch.rotation)
+        turned = exact[:, :, :-1, : 2 * cos.shape[-1]]
+        first, second = np.split(turned, 2, axis=-1)
+        turned[:] = np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
     got = np.concatenate(
         (np.asarray(q, np.float64)[:rows].reshape(exact[:, :, :-2].shape), *(_heads(array) for array in written)),
         axis=2,
@@ -180,14 +211,15 @@ def _heads(array: jax.Array) -> np.ndarray:
     return np.asarray(array, np.float64)[:, :, None]
 
 
-def attention_chain(batch: RandomBatch, num_calls: int) -> Callable[[], jax.Array]:
+def attention_chain(batch: RandomBatch, num_calls: int, *, graphs: bool = True) -> Callable[[], jax.Array]:
     """Starts a program of ``num_calls`` attentions in a row: each has its own layer's keys, and the output of the one
-    before as its queries, so none can begin before that one ends."""
+    before as its queries, so none can begin before that one ends. ``graphs``: on a GPU it is a CUDA graph."""
 
-    @partial(jax.jit, donate_argnums=0)  # the same buffers in every launch: else XLA captures its CUDA graph anew
+    # Donated, for the same buffers in every launch: else XLA captures its CUDA graph anew.
+    @partial(jax.jit, donate_argnums=0, compiler_options=None if graphs else NO_GRAPHS)
     def chain(q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs) -> jax.Array:
         for call in range(num_calls):
-            q = paged_attention(q, cache, inputs, jnp.int32(call % batch.num_layers), scale=batch.scale)
+            q = paged_attention(q, cache, inputs, jnp.int32(call % batch.num_layers), **batch.masking)
         return q
 
     q = batch.q
@@ -228,48 +260,63 @@ def rotation_chain(batch: RandomBatch, num_calls: int) -> Callable[[], list[jax.
 
 
 def _exact_attention(batch: RandomBatch, q: jax.Array, layer: int) -> jax.Array:
-    """``float64[num_rows, heads, head_dim]``"""
+    """``float64[num_rows, heads, head_dim]``. Decodes share one program and chunks another: compiling is what takes
+    long."""
     pages = batch.inputs.block_tables + layer * batch.inputs.num_pages
+    length = max(context + rows for context, rows in batch.sequences)
+    most_rows = max(rows for _, rows in batch.sequences)
+    q = jnp.concatenate((q, jnp.zeros((most_rows, *q.shape[1:]), q.dtype)))
+    masking = {**batch.masking, "length": length}
     outs, row = [], 0
     for slot, (context, rows) in enumerate(batch.sequences):
-        outs.append(
-            _exact_sequence(q, batch.cache, pages, slot, row, layer, context=context, rows=rows, scale=batch.scale)
-        )
+        out = _exact_sequence(
+            q, batch.cache, pages[slot], batch.cache.scales[layer], row, context, rows,
+            num_rows=1 if rows == 1 else most_rows, **masking,
+        )  # fmt: skip
+        outs.append(out[:rows])
         row += rows
     return jnp.concatenate(outs)
 
 
-@partial(jax.jit, static_argnames=("context", "rows", "scale"))
+@partial(jax.jit, static_argnames=("num_rows", "length", "scale", "window", "softcap"))
 def _exact_sequence(
     q: jax.Array,
     cache: KVCache[jax.Array],
     pages: jax.Array,
-    slot: int,
-    row: int,
-    layer: int,
+    scales: jax.Array,
+    first_row: jax.Array,
+    context: jax.Array,
+    rows: jax.Array,
     *,
-    context: int,
-    rows: int,
+    num_rows: int,
+    length: int,
     scale: float,
+    window: int | None,
+    softcap: float | None,
 ) -> jax.Array:
-    """Dense attention of one sequence, a KV head at a time: the scores of all would fill the device."""
+    """Dense attention of one sequence of at most ``num_rows`` rows and ``length`` keys, a KV head at a time: the scores
+    of all would fill the device."""
     _, page_size, kv_heads, dim = cache.k.shape
-    length = context + rows
-    table = pages[slot, : -(-length // page_size)]
-    queries = jax.lax.dynamic_slice_in_dim(q, row, rows).reshape(rows, kv_heads, -1, dim)
-    visible = jnp.arange(length) <= context + jnp.arange(rows)[:, None]
+    table = pages[: -(-length // page_size)]
+    queries = jax.lax.dynamic_slice_in_dim(q, first_row, num_rows).reshape(num_rows, kv_heads, -1, dim)
+    key, position = jnp.arange(length), context + jnp.arange(num_rows)[:, None]
+    visible, held = key <= position, (key < context + rows)[:, None]
+    if window is not None:
+        visible &= key > position - window
 
     def one_head(head: jax.Array) -> jax.Array:
         k, v = (
-            array[table, :, head].reshape(-1, dim)[:length].astype(jnp.float64) * cache.scales[layer, i]
+            jnp.where(held, array[table, :, head].reshape(-1, dim)[:length], 0).astype(jnp.float64) * scales[i]
             for i, array in enumerate(cache[:2])
         )
         scores = jnp.einsum("rgd,td->grt", queries[:, head].astype(jnp.float64), k) * scale
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
         return jnp.einsum("grt,td->rgd", weights, v)
 
     out = jax.lax.map(one_head, jnp.arange(kv_heads))
-    return out.transpose(1, 0, 2, 3).reshape(rows, -1, dim)
+    return out.transpose(1, 0, 2, 3).reshape(num_rows, -1, dim)
 
 
 def _relative_error(got: jax.Array, exact: jax.Array) -> float:

@@ -28,11 +28,24 @@ def compile_and_explain(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compile
     """Compile, never from the persistent cache; the launches of a GPU's program."""
     with tempfile.TemporaryDirectory() as folder:
         # The cache does not tell programs apart by where they are dumped, but it does by this pattern of nothing.
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_emitter_re": Path(folder).name}
-        compiled = lowered.compile(compiler_options=options)
-        # After the passes that make graphs, if they made any: that name comes last.
-        texts = [path.read_text() for path in sorted(Path(folder).glob("*.thunk_sequence*.txt"))]
-    return compiled, count_launches(texts[-1] if texts else "")
+        compiled, text = _compile_into(folder, lowered, xla_dump_emitter_re=Path(folder).name)
+    return compiled, count_launches(text or "")
+
+
+def compile_into_cache(lowered: jax.stages.Lowered) -> Launches | None:
+    """Compile for whoever needs the same program next in this process or another, through the persistent cache; the
+    launches of a GPU's program, None where it was in the cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        _, text = _compile_into(folder, lowered)
+    return None if text is None else count_launches(text)
+
+
+def _compile_into(folder: str, lowered: jax.stages.Lowered, **options: str) -> tuple[jax.stages.Compiled, str | None]:
+    """With XLA's list of thunks, if it wrote one into ``folder``."""
+    compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True, **options})
+    # After the passes that make graphs, if they made any: that name comes last.
+    texts = [path.read_text() for path in sorted(Path(folder).glob("*.thunk_sequence*.txt"))]
+    return compiled, texts[-1] if texts else None
 
 
 def count_launches(thunks: str) -> Launches:

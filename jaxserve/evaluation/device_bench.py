@@ -74,6 +74,10 @@ class Effort(NamedTuple):
     """Of all repeats; slow things are repeated less often, but three times."""
 
 
+WARM_UPS = 3
+"""A GPU runs a program operation by operation first, captures its CUDA graph in the second run and replays it from then
+on."""
+
 THOROUGH = Effort()
 QUICK = Effort(5, 0.02, 0.5)
 
@@ -84,7 +88,8 @@ def time_launches(launch: Callable[[], Any], effort: Effort = THOROUGH) -> Timin
     ``launch`` starts a program and returns what it makes. The device works off its queue while the host fills it, so
     the host's time vanishes if it is shorter than the device's.
     """
-    jax.block_until_ready(launch())  # compiles
+    for _ in range(WARM_UPS):
+        jax.block_until_ready(launch())
     once = _seconds(launch, 1)
     count = max(1, math.ceil(effort.least_seconds / once))
     repeats = min(effort.repeats, max(3, int(effort.most_seconds / (once * count))))

@@ -6,9 +6,11 @@ Variants of a case change one thing each: page size, type of the KV cache, or ho
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from itertools import batched
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +40,7 @@ from jaxserve.evaluation.device_bench import (
     write_results,
 )
 from jaxserve.kernels.backend import AttentionShape, Backend, Target, choose_backend
-from jaxserve.kernels.plan import BusyItems, Tiling
+from jaxserve.kernels.plan import BusyItems
 
 BACKENDS = ("triton", "mosaic", "xla")
 BFLOAT16, FLOAT8 = jnp.dtype("bfloat16"), jnp.dtype(jnp.float8_e4m3fn)
@@ -46,6 +48,10 @@ SHAPE = AttentionShape(num_heads=32, num_kv_heads=8, head_dim=128, page_size=64,
 """Of Mistral-7B and Llama-3-8B."""
 TINY_SHAPE = SHAPE._replace(num_heads=4, num_kv_heads=2, head_dim=16)
 NUM_CALLS = 16
+MOST_THREADS = 8
+"""Each holds a random cache of up to 4 GB on the device."""
+WINDOW = 4096
+"""Mistral-7B's. Kernels with a window are other ones: they mask every tile."""
 MOST_ERROR = 1e-2
 """What bfloat16 operands cost a right kernel lies between 1e-3 and this."""
 METHOD = (
@@ -83,10 +89,10 @@ class Case:
     rotates: bool = False
     """Times rotate_and_write instead of attention."""
 
-    def work(self, shape: AttentionShape) -> Work:
+    def work(self, shape: AttentionShape, window: int | None = None) -> Work:
         if self.rotates:
             return rotation_work(sum(rows for _, rows in self.sequences), shape)
-        return attention_work(self.sequences, shape)
+        return attention_work(self.sequences, shape, window)
 
 
 def decodes(number: int, kv_len: int) -> tuple[tuple[int, int], ...]:
@@ -124,8 +130,12 @@ CASES = make_cases()
 
 class Variant(NamedTuple):
     name: str
+    """Empty for SHAPE without a window."""
     shape: AttentionShape
-    retile: Callable[[Tiling], Tiling] = lambda tiling: tiling
+    window: int | None = None
+    change: Callable[[Backend], Backend] = lambda backend: backend
+    plain: bool = False
+    """A model's own attention: nothing is tried out."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +152,17 @@ class Row:
 
     @property
     def plain(self) -> bool:
-        return not self.variant.name
+        return self.variant.plain
 
 
-def variants(case: Case, backend: Backend, shape: AttentionShape) -> Iterator[Variant]:
-    """The plain one first, named "". Tilings are varied where the backend splits work by how busy the device is."""
-    yield Variant("", shape)
+def variants(case: Case, backend: Backend, shape: AttentionShape, window: int = WINDOW) -> Iterator[Variant]:
+    """All that are measured, the plain ones first. Tilings are varied where the backend splits work by how busy the
+    device is."""
+    if backend.name == "mosaic" and (case.rotates or all(rows == 1 for _, rows in case.sequences)):
+        return  # they are triton's
+    yield Variant("", shape, plain=True)
+    if not case.rotates:
+        yield Variant(f"window {window}", shape, window, plain=True)
     if case.swept and backend.name != "mosaic":
         for page_size in (16, 32, 64, 128):
             if page_size != shape.page_size:
@@ -158,47 +173,63 @@ def variants(case: Case, backend: Backend, shape: AttentionShape) -> Iterator[Va
         return
     if not one_row:
         tile_rows = backend.tiling.prefill_rows // 2
-        yield Variant(f"tiles of {tile_rows} rows", shape, _with(prefill_rows=tile_rows))
+        yield Variant(f"tiles of {tile_rows} rows", shape, change=_with(prefill_rows=tile_rows))
         for items in (busy.prefill // 2, 2 * busy.prefill):
-            yield Variant(f"busy {items}", shape, _with(busy=BusyItems(busy.decode, items)))
-    elif backend.name == "triton":  # mosaic's decodes are the same
+            yield Variant(f"busy {items}", shape, change=_with(busy=BusyItems(busy.decode, items)))
+    else:
         for tokens in (backend.tiling.decode_tokens // 2, 2 * backend.tiling.decode_tokens):
-            yield Variant(f"split {tokens}", shape, _with(decode_tokens=tokens))
+            yield Variant(f"split {tokens}", shape, change=_with(decode_tokens=tokens))
         for items in (busy.decode // 2, busy.decode * 3 // 4, 2 * busy.decode):
-            yield Variant(f"busy {items}", shape, _with(busy=BusyItems(items, busy.prefill)))
+            yield Variant(f"busy {items}", shape, change=_with(busy=BusyItems(items, busy.prefill)))
 
 
-def _with(**changes: Any) -> Callable[[Tiling], Tiling]:
-    return lambda tiling: dataclasses.replace(tiling, **changes)
+def _with(**changes: Any) -> Callable[[Backend], Backend]:
+    """Another tiling."""
+    return lambda backend: dataclasses.replace(backend, tiling=dataclasses.replace(backend.tiling, **changes))
+
+
+class Chain(NamedTuple):
+    """A program of several calls in a row."""
+
+    launch: Callable[[], Any]
+    num_calls: int
 
 
 class KernelBench:
     """Measures cases on the default device. Raises ConfigError where a backend cannot serve it at all."""
 
     def __init__(self, backends: Sequence[str], *, quick: bool = False, tiny: bool = False) -> None:
-        """quick: plain variants only, measured for a shorter time. tiny: small cases, on any platform."""
+        """quick: measured for a shorter time. tiny: small cases, on any platform."""
         self._target = Target.of(jax.devices()[0])
         if self._target.platform != "gpu" and not tiny:
             raise ConfigError(
                 f"kernels needs a GPU, or --tiny to try the benchmark itself, got {self._target.platform}"
             )
-        self.cases = make_cases(64) if tiny else CASES
-        self._shape = TINY_SHAPE if tiny else SHAPE
-        self._quick = quick
+        scale = 64 if tiny else 1
+        self.cases = make_cases(scale)
+        self._shape, self._window = TINY_SHAPE if tiny else SHAPE, WINDOW // scale
         self._effort = Effort(3, 0.0, 0.1) if tiny else QUICK if quick else THOROUGH
         self._num_calls, self._cache_bytes = (2, 0) if tiny else (NUM_CALLS, LEAST_CACHE_BYTES)
+        self._num_threads = 1 if tiny else max(1, min(MOST_THREADS, (os.cpu_count() or 1) // 2))
         self._backends = [self._choose(name, self._shape) for name in backends]
         self.ceilings = measure_ceilings(self._effort)
 
-    def rows(self, names: Sequence[str]) -> Iterator[Row]:
-        """All variants of the named cases, as they are measured; one that fails is a row too."""
-        for name in names:
-            for backend in self._backends:
-                if self.cases[name].rotates and backend.name == "mosaic":
-                    continue  # it is triton's
-                found = variants(self.cases[name], backend, self._shape)
-                for variant in list(found)[: 1 if self._quick else None]:
-                    yield self._measure(self.cases[name], backend.name, variant)
+    def rows(self, names: Sequence[str], *, plain: bool) -> Iterator[Row]:
+        """Of the named cases the plain variants, or the others, as they are measured; one that fails is a row too.
+
+        A few at a time are compiled and checked side by side, then timed alone.
+        """
+        wanted = [
+            (self.cases[name], backend.name, variant)
+            for name in names
+            for backend in self._backends
+            for variant in variants(self.cases[name], backend, self._shape, self._window)
+            if variant.plain == plain
+        ]
+        with ThreadPoolExecutor(self._num_threads) as pool:
+            for few in batched(wanted, self._num_threads):
+                for row, chain in list(pool.map(lambda one: self._prepare(*one), few)):
+                    yield row if chain is None else self._time(row, chain)
 
     def _choose(self, name: str, shape: AttentionShape) -> Backend:
         try:
@@ -206,28 +237,41 @@ class KernelBench:
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
-    def _measure(self, case: Case, name: str, variant: Variant) -> Row:
-        row = partial(Row, case, name, variant, case.work(variant.shape))
-        error = None
+    def _prepare(self, case: Case, name: str, variant: Variant) -> tuple[Row, Chain | None]:
+        """The row as far as it goes without timing, and what is to be timed if the kernels are right."""
+        row = Row(case, name, variant, case.work(variant.shape, variant.window))
         try:
-            backend = self._choose(name, variant.shape)
-            backend = dataclasses.replace(backend, tiling=variant.retile(backend.tiling))
-            batch = random_batch(case.sequences, variant.shape, backend, cache_bytes=self._cache_bytes)
+            backend = variant.change(self._choose(name, variant.shape))
+            batch = random_batch(
+                case.sequences, variant.shape, backend, window=variant.window, cache_bytes=self._cache_bytes
+            )
             error = (rotation_error if case.rotates else attention_error)(batch)
             if not error <= MOST_ERROR:
-                return row(failure=f"error of {error:.2g} above {MOST_ERROR}")
+                return dataclasses.replace(row, failure=f"error of {error:.2g} above {MOST_ERROR}"), None
             num_calls = max(self._num_calls, batch.num_layers)
-            chain = (rotation_chain if case.rotates else attention_chain)(batch, num_calls)
-            return row(error=error, seconds=time_launches(chain, self._effort).per(num_calls))
+            launch = (rotation_chain if case.rotates else attention_chain)(batch, num_calls)
+            jax.block_until_ready(launch())  # compiles
         except Exception as failure:  # whatever a kernel does, the other rows must be measured
-            lines = str(failure).strip().splitlines() or [""]
-            return row(error=error, failure=f"{type(failure).__name__}: {lines[0]}")
+            return dataclasses.replace(row, failure=_first_line(failure)), None
+        return dataclasses.replace(row, error=error), Chain(launch, num_calls)
+
+    def _time(self, row: Row, chain: Chain) -> Row:
+        try:
+            seconds = time_launches(chain.launch, self._effort).per(chain.num_calls)
+        except Exception as failure:
+            return dataclasses.replace(row, failure=_first_line(failure))
+        return dataclasses.replace(row, seconds=seconds)
+
+
+def _first_line(failure: Exception) -> str:
+    lines = str(failure).strip().splitlines() or [""]
+    return f"{type(failure).__name__}: {lines[0]}"
 
 
 def bounds(row: Row, rows: Sequence[Row]) -> Bounds | None:
-    """Of a plain variant on SHAPE, for an H100; a hybrid's follow from its parts among ``rows``."""
+    """On SHAPE without a window, for an H100; a hybrid's follow from its parts among ``rows``."""
     case = row.case
-    if not row.plain or row.variant.shape != SHAPE:
+    if row.variant.name or row.variant.shape != SHAPE:
         return None
     if case.flops_per_second is not None:
         return Bounds(*(row.work.flops / rate for rate in case.flops_per_second))
@@ -241,7 +285,8 @@ def seconds_apart(row: Row, rows: Sequence[Row]) -> float | None:
         other.seconds.median
         for name in row.case.sum_of or ()
         for other in rows
-        if other.plain and other.seconds and (other.case.name, other.backend) == (name, row.backend)
+        if other.seconds
+        and (other.case.name, other.backend, other.variant.name) == (name, row.backend, row.variant.name)
     ]
     return sum(parts) if len(parts) == 2 else None
 
@@ -288,6 +333,8 @@ def to_json(row: Row, rows: Sequence[Row], ceilings: Ceilings) -> dict[str, Any]
         "case": row.case.name,
         "backend": row.backend,
         "variant": row.variant.name,
+        "plain": row.plain,
+        "window": row.variant.window,
         "error": row.error,
         "seconds": row.seconds and row.seconds._asdict(),
         "work": row.work._asdict(),

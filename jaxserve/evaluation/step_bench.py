@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.executor import prepare
 from jaxserve.engine.profiling import pack_alone
 from jaxserve.engine.programs import StepPrograms
 from jaxserve.engine.runner import ModelRunner
-from jaxserve.evaluation.compiled import Launches, compile_and_explain
+from jaxserve.evaluation.compiled import Launches, compile_into_cache
 from jaxserve.evaluation.device_bench import THOROUGH, Ceilings, Effort, Timing, Work, time_launches, write_results
 from jaxserve.evaluation.throughput import ThroughputResult
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import Request, RequestMetrics, SamplingParams
 from jaxserve.scheduler import Chunk
-from jaxserve.scheduler.buckets import bucket_of
+from jaxserve.scheduler.buckets import bucket_of, token_buckets
 from jaxserve.scheduler.step_time import num_seen_keys
 from jaxserve.sharding.mesh import make_mesh
 
@@ -68,7 +72,10 @@ def why_not(case: StepCase, runner: ModelRunner) -> str | None:
         "num_blocks": (num_blocks, runner.num_blocks),
     }
     short = [f"{name} of {needed}, got {limit}" for name, (needed, limit) in limits.items() if needed > limit]
-    return f"needs {' and '.join(short)}" if short else None
+    if short:
+        return f"needs {' and '.join(short)}"
+    num_rows = bucket_of(case.num_tokens, token_buckets(config.token_budget))
+    return None if num_rows in runner.buckets else f"the program of {num_rows} rows was not compiled"
 
 
 def step_work(
@@ -117,23 +124,34 @@ class StepRow:
     """Of the program: the case's tokens and padding."""
     seconds: Timing
     work: Work
-    launches: Launches
+    launches: Launches | None
+    """None where the program was in the cache: XLA says it only when it compiles."""
 
 
 class StepBench:
-    """Measures steps on an engine that is idle. What its cache holds is lost."""
+    """Measures steps on an engine of its own. Without ``buckets`` they are the engine's own.
 
-    def __init__(self, engine: Engine, effort: Effort = THOROUGH) -> None:
-        self.runner = engine.runner
+    The programs are compiled before the engine is there, which finds them in the persistent cache: compiling one later
+    would throw away the CUDA graphs of those that run. Raises ConfigError and ModelError.
+    """
+
+    def __init__(
+        self, config: EngineConfig, effort: Effort = THOROUGH, *, buckets: Sequence[int] | None = None
+    ) -> None:
         self._effort = effort
-        config = self.runner.config
-        self._programs = StepPrograms(config, self.runner.model_config, make_mesh(config.tensor_parallel))
-        self._launches: dict[int, Launches] = {}
+        checkpoint, resolved = prepare(config)
+        self._programs = StepPrograms(resolved, checkpoint.config, make_mesh(config.tensor_parallel))
+        compiled = _chosen(buckets, self._programs.buckets)
+        with ThreadPoolExecutor() as pool:
+            launches = pool.map(lambda rows: compile_into_cache(self._programs.lower_step(rows)), compiled)
+            self._launches = dict(zip(compiled, launches, strict=True))
+        # Warm-up would compile the others.
+        self.engine = Engine(config if buckets is None else dataclasses.replace(config, warmup=False))
+        self.runner = self.engine.runner
+        self.runner.buckets = compiled
 
     def measure(self, case: StepCase) -> StepRow:
         num_rows = bucket_of(case.num_tokens, self.runner.buckets)
-        if num_rows not in self._launches:
-            _, self._launches[num_rows] = compile_and_explain(self._programs.lower_step(num_rows))
         cache_dtype = self._programs.abstract_cache().k.dtype
         work = step_work(self.runner.model_config, self._programs.abstract_parameters, case.spans, cache_dtype)
         seconds = time_launches(self._launcher(case), self._effort)
@@ -144,6 +162,17 @@ class StepBench:
         chunks = [_chunk(runner.model_config, slot, *span) for slot, span in enumerate(case.spans)]
         layout, step = pack_alone(runner, chunks)
         return lambda: runner.launch(layout, step).tokens
+
+
+def _chosen(buckets: Sequence[int] | None, known: Sequence[int]) -> list[int]:
+    """Ascending. Raises ConfigError where they are not the engine's, or do not hold its largest step."""
+    if buckets is None:
+        return list(known)
+    if not {known[-1]} <= set(buckets) <= set(known):
+        raise ConfigError(
+            f"buckets must be of {', '.join(map(str, known))}, the last among them, got {', '.join(map(str, buckets))}"
+        )
+    return sorted(set(buckets))
 
 
 def _chunk(model: ModelConfig, slot: int, start: int, num_tokens: int) -> Chunk:
@@ -166,8 +195,8 @@ def describe(row: StepRow, ceilings: Ceilings) -> dict[str, str]:
         "floor / time": f"{floor / row.seconds.median:.0%}",
         "GB/s": f"{row.work.num_bytes / row.seconds.median / 1e9:.0f}",
         "TFLOP/s": f"{row.work.flops / row.seconds.median / 1e12:.2f}",
-        "CUDA graphs": str(row.launches.num_graphs),
-        "other launches": str(row.launches.num_others),
+        "CUDA graphs": str(row.launches.num_graphs) if row.launches else "-",
+        "other launches": str(row.launches.num_others) if row.launches else "-",
     }
 
 
@@ -183,43 +212,52 @@ def host_gap(served: ThroughputResult) -> dict[str, float | int]:
     }
 
 
+def to_json(row: StepRow, ceilings: Ceilings) -> dict[str, Any]:
+    """Everything measured, in seconds, bytes and operations."""
+    return {
+        "step": row.case.name,
+        "num_rows": row.num_rows,
+        "seconds": row.seconds._asdict(),
+        "work": row.work._asdict(),
+        "floor_seconds": row.work.floor_seconds(ceilings),
+        "launches": row.launches and row.launches._asdict(),
+    }
+
+
 def write_steps(
     folder: Path,
     rows: Sequence[StepRow],
     ceilings: Ceilings,
     *,
     left_out: Mapping[str, str],
-    gap: Mapping[str, float | int],
+    gap: Mapping[str, float | int] | None,
     settings: Mapping[str, Any],
 ) -> tuple[Path, Path]:
-    """step-<device>.json and .md. ``left_out``: cases and why they were not measured; ``gap``: of ``host_gap``."""
-    under_load = {
-        "steps": str(gap["num_steps"]),
-        "device ms per step": f"{1e3 * gap['device_seconds_per_step']:.3f}",
-        "device idle ms per step": f"{1e3 * gap['gap_seconds_per_step']:.3f}",
-        "output tokens/s": f"{gap['output_tokens_per_second']:.1f}",
-    }
+    """step-<device>.json and .md of what has been measured so far. ``left_out``: cases and why they were not measured;
+    ``gap``: of ``host_gap``."""
+    under_load = (
+        [
+            {
+                "steps": str(gap["num_steps"]),
+                "device ms per step": f"{1e3 * gap['device_seconds_per_step']:.3f}",
+                "device idle ms per step": f"{1e3 * gap['gap_seconds_per_step']:.3f}",
+                "output tokens/s": f"{gap['output_tokens_per_second']:.1f}",
+            }
+        ]
+        if gap
+        else []
+    )
     return write_results(
         folder, "step",
         title=f"Steps of {settings['model']}",
         method=METHOD,
         ceilings=ceilings,
-        tables={"Steps": [describe(row, ceilings) for row in rows], "The engine under load": [under_load]},
+        tables={"Steps": [describe(row, ceilings) for row in rows], "The engine under load": under_load},
         notes=[f"{name}: not measured, {why}" for name, why in left_out.items()],
         raw={
             "settings": dict(settings),
-            "rows": [
-                {
-                    "step": row.case.name,
-                    "num_rows": row.num_rows,
-                    "seconds": row.seconds._asdict(),
-                    "work": row.work._asdict(),
-                    "floor_seconds": row.work.floor_seconds(ceilings),
-                    "launches": row.launches._asdict(),
-                }
-                for row in rows
-            ],
+            "rows": [to_json(row, ceilings) for row in rows],
             "left_out": dict(left_out),
-            "under_load": dict(gap),
+            "under_load": gap and dict(gap),
         },
     )  # fmt: skip

@@ -14,8 +14,22 @@ import pytest
 
 from jaxserve.config import ConfigError
 from jaxserve.evaluation import kernel_bench
-from jaxserve.evaluation.attention_batch import attention_error, attention_work, random_batch, rotation_error
-from jaxserve.evaluation.device_bench import Ceilings, Effort, Timing, Work, measure_ceilings, time_launches
+from jaxserve.evaluation.attention_batch import (
+    attention_error,
+    attention_errors,
+    attention_work,
+    random_batch,
+    rotation_error,
+)
+from jaxserve.evaluation.device_bench import (
+    WARM_UPS,
+    Ceilings,
+    Effort,
+    Timing,
+    Work,
+    measure_ceilings,
+    time_launches,
+)
 from jaxserve.evaluation.kernel_bench import CASES, SHAPE, TINY_SHAPE, KernelBench, Row, Variant, bounds
 from jaxserve.kernels import attention
 from jaxserve.kernels.backend import Backend
@@ -42,7 +56,7 @@ def test_a_roofline_is_the_longer_of_both() -> None:
 def test_timing_counts_every_launch() -> None:
     launches = []
     timing = time_launches(lambda: launches.append(1), Effort(repeats=4, least_seconds=0.0, most_seconds=60.0))
-    assert len(launches) == 2 + 4
+    assert len(launches) == WARM_UPS + 1 + 4
     assert timing.shortest <= timing.median <= timing.longest
     assert Timing(4.0, 2.0, 6.0).per(2) == Timing(2.0, 1.0, 3.0)
     assert Timing(4.0, 2.0, 6.0).spread == 1.0
@@ -63,6 +77,25 @@ def test_right_kernels_pass(page_size: int, cache_dtype: str) -> None:
     assert 0 < attention_error(batch) < kernel_bench.MOST_ERROR
     if cache_dtype == "bfloat16":
         assert 0 < rotation_error(batch) < kernel_bench.MOST_ERROR
+
+
+@pytest.mark.parametrize(("window", "softcap", "rotated"), [(20, None, 0), (None, 2.0, 8), (30, 2.0, 16)])
+def test_what_is_special_about_a_layer_is_in_the_reference(
+    window: int | None, softcap: float | None, rotated: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = random_batch(
+        MIXED, TINY_SHAPE, Backend("xla"), window=window, softcap=softcap, rotated=rotated, poison=400.0, cache_bytes=0
+    )
+    errors = attention_errors(batch, 3)
+    assert errors == [errors[0]] * 3
+    assert 0 < errors[0] < kernel_bench.MOST_ERROR
+    assert 0 <= rotation_error(batch) < kernel_bench.MOST_ERROR
+    right = attention.xla.paged_attention
+    for name, value in (("window", window), ("softcap", softcap)):
+        monkeypatch.setattr(
+            attention.xla, "paged_attention", lambda *args, name=name, **kwargs: right(*args, **kwargs | {name: None})
+        )
+        assert (attention_error(batch) < kernel_bench.MOST_ERROR) == (value is None)
 
 
 def test_wrong_kernels_fail(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,21 +124,24 @@ def test_variants_change_one_thing() -> None:
     backend = Backend("triton", Tiling(256, 32, BusyItems(66, 17)))
     found = {v.name: v for v in kernel_bench.variants(CASES["decode-64x4k"], backend, SHAPE)}
     assert list(found) == [
-        "", "page 16", "page 32", "page 128", "fp8 KV", "split 128", "split 512", "busy 33", "busy 49",
+        "", "window 4096", "page 16", "page 32", "page 128", "fp8 KV", "split 128", "split 512", "busy 33", "busy 49",
         "busy 132",
     ]  # fmt: skip
-    assert found["busy 33"].retile(backend.tiling) == Tiling(256, 32, BusyItems(33, 17))
-    assert found["split 512"].retile(backend.tiling) == Tiling(512, 32, BusyItems(66, 17))
-    assert found["page 16"].retile(backend.tiling) == backend.tiling
+    assert [name for name, variant in found.items() if variant.plain] == ["", "window 4096"]
+    assert found["busy 33"].change(backend).tiling == Tiling(256, 32, BusyItems(33, 17))
+    assert found["split 512"].change(backend).tiling == Tiling(512, 32, BusyItems(66, 17))
+    assert found["page 16"].change(backend) == backend
     chunks = [v.name for v in kernel_bench.variants(CASES["prefill-2048-at-16k"], backend, SHAPE)]
-    assert chunks == ["", "tiles of 16 rows", "busy 8", "busy 34"]
-    assert [v.name for v in kernel_bench.variants(CASES["hybrid"], backend, SHAPE)] == [""]
+    assert chunks == ["", "window 4096", "tiles of 16 rows", "busy 8", "busy 34"]
+    assert [v.name for v in kernel_bench.variants(CASES["hybrid"], backend, SHAPE)] == ["", "window 4096"]
+    assert [v.name for v in kernel_bench.variants(CASES["rotate-64"], backend, SHAPE)] == [""]
 
 
 def test_bounds() -> None:
     def row(name: str, median: float) -> Row:
         case = CASES[name]
-        return Row(case, "triton", Variant("", SHAPE), case.work(SHAPE), 0.0, Timing(median, median, median))
+        variant = Variant("", SHAPE, plain=True)
+        return Row(case, "triton", variant, case.work(SHAPE), 0.0, Timing(median, median, median))
 
     rows = [row("decode-64x4k", 400e-6), row("prefill-512-at-8k", 150e-6), row("hybrid", 500e-6)]
     assert bounds(rows[0], rows) == (420e-6, 390e-6)
@@ -131,9 +167,10 @@ def test_kernels_from_flags_to_files(tmp_path: Path) -> None:
     done = bench("kernels", "--tiny", "--quick", "--backends", "xla", "--cases", *cases, "--output-dir", str(tmp_path))
     assert done.returncode == 0, done.stderr
     raw = json.loads((tmp_path / "kernels-cpu.json").read_text())
-    rows = {row["case"]: row for row in raw["rows"]}
+    rows = {row["case"]: row for row in raw["rows"] if row["window"] is None}
     assert list(rows) == cases
-    for row in rows.values():
+    assert [row["case"] for row in raw["rows"] if row["window"] == 64] == cases[:3]
+    for row in raw["rows"]:
         assert row["failure"] is None
         assert 0 < row["error"] < kernel_bench.MOST_ERROR
         assert row["seconds"]["median"] > 0
@@ -146,8 +183,8 @@ def test_kernels_from_flags_to_files(tmp_path: Path) -> None:
 
 
 def test_every_variant_is_measured() -> None:
-    rows = list(KernelBench(["xla"], tiny=True).rows(["decode-64x4k"]))
-    assert [row.variant.name for row in rows] == ["", "page 16", "page 32", "page 128", "fp8 KV"]
+    rows = list(KernelBench(["xla"], tiny=True).rows(["decode-64x4k"], plain=False))
+    assert [row.variant.name for row in rows] == ["page 16", "page 32", "page 128", "fp8 KV"]
     assert all(row.failure is None and row.error < kernel_bench.MOST_ERROR for row in rows)
 
 
@@ -157,8 +194,8 @@ def test_a_kernel_that_fails_leaves_a_row(monkeypatch: pytest.MonkeyPatch, tmp_p
 
     monkeypatch.setattr(attention.xla, "paged_attention", fails)
     tiny = KernelBench(["xla"], tiny=True, quick=True)
-    rows = list(tiny.rows(["decode-8x4k", "rotate-64"]))
-    assert [row.failure for row in rows] == ["RuntimeError: out of registers", None]
+    rows = list(tiny.rows(["decode-8x4k", "rotate-64"], plain=True))
+    assert [row.failure for row in rows] == [*["RuntimeError: out of registers"] * 2, None]
     _, page = kernel_bench.write_kernels(tmp_path, rows, tiny.ceilings)
     assert "- decode-8x4k, xla, plain: RuntimeError: out of registers" in page.read_text()
-    assert np.isfinite(rows[1].seconds.median)
+    assert np.isfinite(rows[2].seconds.median)

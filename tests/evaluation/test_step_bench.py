@@ -6,13 +6,12 @@ import json
 import runpy
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxserve.config import EngineConfig
-from jaxserve.engine.engine import Engine
+from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine.programs import StepPrograms
-from jaxserve.evaluation.compiled import Launches
 from jaxserve.evaluation.device_bench import Ceilings, Effort
 from jaxserve.evaluation.step_bench import StepBench, StepCase, step_cases, step_work, why_not
 from jaxserve.models.loading.checkpoint import open_checkpoint
@@ -75,14 +74,22 @@ def test_what_the_engine_cannot_run_is_left_out(tiny: str) -> None:
         model=tiny, load_format="dummy", max_num_seqs=4, token_budget=64, max_model_len=512, block_size=16,
         num_blocks=40,
     )  # fmt: skip
-    engine = Engine(config, show_progress=False)
-    assert why_not(StepCase("", ((100, 1),) * 4), engine.runner) is None
-    reason = why_not(StepCase("", ((200, 20),) * 5), engine.runner)
+    hits: list[str] = []
+    jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
+    bench = StepBench(config, Effort(1, 0.0, 0.0), buckets=[64, 16])
+    assert why_not(StepCase("", ((100, 1),) * 4), bench.runner) is None
+    reason = why_not(StepCase("", ((200, 20),) * 5), bench.runner)
     assert reason == "needs max_num_seqs of 5, got 4 and token_budget of 100, got 64 and num_blocks of 71, got 40"
-    row = StepBench(engine, Effort(1, 0.0, 0.0)).measure(StepCase("", ((100, 1),) * 3))
-    assert (row.num_rows, row.launches) == (16, Launches(0, 0, 0))
+    assert why_not(StepCase("", ((0, 20),)), bench.runner) == "the program of 32 rows was not compiled"
+    row = bench.measure(StepCase("", ((100, 1),) * 3))
+    assert (row.num_rows, row.launches) == (16, None)
     assert row.seconds.median > 0
-    engine.close()
+    hits.clear()
+    assert bench.measure(StepCase("", ((0, 20),))).num_rows == 64, "32 was left out"
+    assert "/jax/compilation_cache/cache_hits" in hits, "compiled before the engine was there"
+    bench.engine.close()
+    with pytest.raises(ConfigError, match="buckets must be of 16, 32, 64, the last among them, got 16, 32"):
+        StepBench(config, buckets=[16, 32])
 
 
 def test_steps_from_flags_to_files(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.evaluation.aot import DEVICES, absent_mesh
+from jaxserve.evaluation.attention_variants import MISTRAL, Variant
 from jaxserve.kernels.mosaic_attention import paged_prefill
-from tests.kernels.variants import MISTRAL, ROWS, Variant, cache_and_inputs
+from tests.kernels.variants import ROWS, cache_and_inputs
 
 VARIANTS = {
     "bfloat16 32/8 x 128": MISTRAL,

@@ -11,7 +11,7 @@ import json
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,9 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
+from jaxserve.evaluation.attention_variants import VARIANTS, Variant
 from jaxserve.kernels import triton_attention
 from jaxserve.kernels.attention import AttentionInputs, KVCache, paged_attention, rotate_and_write
-from tests.kernels.variants import MISTRAL, ROWS, Variant, cache_and_inputs
+from tests.kernels.variants import ROWS, cache_and_inputs
 
 TRITON_TYPES = {
     "bfloat16": "*bf16",
@@ -35,30 +36,6 @@ TRITON_TYPES = {
     "float8_e4m3fn": "*fp8e4nv",
     "int32": "*i32",
 }
-
-VARIANTS = {
-    "bfloat16 32/8 x 128": MISTRAL,
-    "float16": replace(MISTRAL, dtype="float16", cache_dtype="float16"),
-    "float8 KV": replace(MISTRAL, cache_dtype="float8_e4m3fn"),
-    "pages of 16": replace(MISTRAL, page_size=16),
-    "pages of 128": replace(MISTRAL, page_size=128),
-    "window": replace(MISTRAL, window=4096),
-    "window, pages of 16": replace(MISTRAL, window=4096, page_size=16),
-    "soft cap": replace(MISTRAL, softcap=50.0),
-    "group 1": replace(MISTRAL, kv_heads=32),
-    "group 8": replace(MISTRAL, heads=64),
-    "32/8 x 64": replace(MISTRAL, head_dim=64, rotated=64),
-    "71/1 x 64": replace(MISTRAL, heads=71, kv_heads=1, head_dim=64, rotated=64),
-    "32/32 x 80, part rotated": replace(MISTRAL, kv_heads=32, head_dim=80, rotated=32),
-    "32/32 x 96": replace(MISTRAL, kv_heads=32, head_dim=96, rotated=96),
-    "16/8 x 256, window, soft cap": replace(
-        MISTRAL, heads=16, head_dim=256, rotated=256, window=4096, softcap=50.0
-    ),
-    "8/1 x 256, not rotated": replace(MISTRAL, heads=8, kv_heads=1, head_dim=256, rotated=0),
-    "16/8 x 256, float8 KV, pages of 16": replace(
-        MISTRAL, heads=16, head_dim=256, rotated=256, cache_dtype="float8_e4m3fn", page_size=16
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
