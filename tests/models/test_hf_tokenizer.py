@@ -215,7 +215,7 @@ KEYS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(KEYS, ANY, max_size=4), st.dictionaries(KEYS, ANY, max_size=2), ANY)
 def test_any_values(tmp_path: Path, config: dict, special_map: dict, added: Any) -> None:
     folder = word_folder(tmp_path, 8)
