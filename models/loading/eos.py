@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,12 @@ def declared(fields: Fields) -> Declared:
     found = [one for one in (value if isinstance(value, list) else [value]) if one is not None]
     if any(not isinstance(one, int | str) or isinstance(one, bool) for one in found):
         raise fields.error("eos_token_id", "a token id or a list of them")
-    return tuple(int(one) if isinstance(one, str) and one.isascii() and one.isdecimal() else one for one in found)
+    return tuple(int(one) if isinstance(one, str) and is_token_id(one) else one for one in found)
+
+
+def is_token_id(text: str) -> bool:
+    """Whether ``text`` is a number that may be one."""
+    return re.fullmatch(r"[0-9]{1,10}", text) is not None
 
 
 def union(where: object, found: Declared, tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from tokenizers import AddedToken
 
 from jaxserve.models.config import ModelError
 from jaxserve.models.fields import Fields
+from jaxserve.models.loading.eos import is_token_id
 from jaxserve.models.loading.files import read_json, read_text, unreadable
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,9 @@ def read(folder: Path) -> HuggingFaceTokenizer:
 
     config, legacy = (_fields(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
     # Both files name special tokens; where the first lists all added tokens, it is the younger one.
-    both = config if config.has("added_tokens_decoder") else Fields(config.values | legacy.values, config.where)
+    both = config
+    if legacy.values and not config.has("added_tokens_decoder"):
+        both = Fields(config.values | legacy.values, f"{config.where} and special_tokens_map.json")
     named = dict(_named_tokens(both))
     listed = _listed_tokens(folder, config, named)
     backend.add_tokens([listed[index] for index in sorted(listed)])
@@ -111,9 +114,9 @@ def _listed_tokens(folder: Path, config: Fields, named: Mapping[str, AddedToken]
     """Id -> token, of tokenizer_config.json's added_tokens_decoder or else, from older versions, added_tokens.json."""
     if config.has("added_tokens_decoder"):
         decoder = config.fields("added_tokens_decoder")
-        wrong = next((key for key in decoder.values if not (key.isascii() and key.isdecimal())), None)
+        wrong = next((key for key in decoder.values if not is_token_id(key)), None)
         if wrong is not None:
-            raise ModelError(f"{config.where}: added_tokens_decoder: {wrong!r} must be a token id")
+            raise ModelError(f"{config.where}: added_tokens_decoder: {wrong!r:.80} must be a token id")
         if any(not isinstance(token, dict) for token in decoder.values.values()):
             raise config.error("added_tokens_decoder", "an object of objects")
         return {int(key): _token(decoder, key) for key in decoder.values}

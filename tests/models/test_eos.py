@@ -71,9 +71,11 @@ def test_one_log_line_names_them(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
 
 def test_what_is_no_token_of_the_model_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = word_folder(tmp_path, generation_config={"eos_token_id": [96, -1, "<|end|>", 2]})
+    folder = word_folder(tmp_path, generation_config={"eos_token_id": [96, -1, "<|end|>", "9" * 20, 2]})
     assert ends(folder) == (2,)
-    assert caplog.messages == [f"{folder}: no tokens of the model, so they end no output: 96, -1, '<|end|>'"]
+    assert caplog.messages == [
+        f"{folder}: no tokens of the model, so they end no output: 96, -1, '<|end|>', '{'9' * 20}'"
+    ]
     caplog.clear()
     assert ends(write_json(folder, generation_config={})) == ()
     assert caplog.messages == [f"{folder}: no token ends an output, each runs to max_tokens"]

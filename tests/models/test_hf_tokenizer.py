@@ -184,6 +184,7 @@ def test_chat_templates(
         ("tokenizer_config", {"eos_token": {"content": "a", "lstrip": 1}}, r"eos_token\.lstrip must be true or false"),
         ("tokenizer_config", {"added_tokens_decoder": ["a"]}, "added_tokens_decoder must be an object, found"),
         ("tokenizer_config", {"added_tokens_decoder": {"x": IM_END}}, "added_tokens_decoder: 'x' must be a token id"),
+        ("tokenizer_config", {"added_tokens_decoder": {"9" * 5000: IM_END}}, "added_tokens_decoder: '999.* must be"),
         ("tokenizer_config", {"added_tokens_decoder": {"1": "x"}}, "added_tokens_decoder must be an object of objects"),
         ("tokenizer_config", {"chat_template": 5}, "chat_template must be a string, or a list"),
         ("tokenizer_config", {"chat_template": ["a"]}, "chat_template must be a string, or a list"),
@@ -214,7 +215,7 @@ KEYS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(KEYS, ANY, max_size=4), st.dictionaries(KEYS, ANY, max_size=2), ANY)
 def test_any_values(tmp_path: Path, config: dict, special_map: dict, added: Any) -> None:
     folder = word_folder(tmp_path, 8)
