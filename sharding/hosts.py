@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -73,6 +74,8 @@ class Group:
         """
         import jax
 
+        # jax's channel to the leader would go by a proxy of the environment; this variable is gRPC's own.
+        os.environ["no_grpc_proxy"] = self.leader
         # It would swallow SIGTERM, which is ours.
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
