@@ -10,6 +10,8 @@ from jaxserve.config import ConfigError, option
 
 HEARTBEAT_TIMEOUT_SECONDS = 10
 """jax ends a process when another has been silent for so long."""
+PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
+"""Those that gRPC knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +76,9 @@ class Group:
         """
         import jax
 
-        # jax's channel to the leader would go by a proxy of the environment; this variable is gRPC's own.
-        os.environ["no_grpc_proxy"] = self.leader
+        if any(name in os.environ for name in PROXY_VARIABLES):
+            # jax's channel to the leader would go by it; this one is gRPC's own.
+            os.environ.update(no_grpc_proxy=self.leader)
         # It would swallow SIGTERM, which is ours.
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
