@@ -110,14 +110,22 @@ class Tokenizer:
         """Reads the whole vocabulary: some tenths of a second, once."""
         return TokenLength(self._backend)
 
-    def encode(self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+        limit_name: str = "max_model_len",
+    ) -> list[int]:
         """Token ids of ``text``. Special tokens written in it are recognised; ``add_special_tokens`` puts the model's
-        own around it (BOS). Raises RequestError for text that is not valid Unicode, and for more than ``max_tokens``;
-        where the length of the text tells, nothing is tokenized. Other threads run on meanwhile.
+        own around it (BOS). Other threads run on meanwhile.
+
+        Raises RequestError for text that is not valid Unicode, and for more than ``max_tokens``, which the error calls
+        ``limit_name``; where the length of the text tells, nothing is tokenized.
         """
         if max_tokens is not None and (least := self.token_length.least_tokens(text)) > max_tokens:
             raise RequestError(
-                f"prompt of {len(text)} characters is at least {least} tokens, which exceeds max_model_len {max_tokens}"
+                f"prompt of {len(text)} characters, at least {least} tokens, exceeds {limit_name} {max_tokens}"
             )
         try:
             # The package's encode holds Python's lock all along; its encode_batch gives it back.
@@ -125,7 +133,7 @@ class Tokenizer:
         except TypeError as error:  # the package's word for lone surrogates
             raise RequestError(f"text must be a string of valid Unicode, got {text!r:.80}") from error
         if max_tokens is not None and len(encoding) > max_tokens:
-            raise RequestError(f"prompt of {len(encoding)} tokens exceeds max_model_len {max_tokens}")
+            raise RequestError(f"prompt of {len(encoding)} tokens exceeds {limit_name} {max_tokens}")
         return encoding.ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

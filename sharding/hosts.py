@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from jaxserve.config import ConfigError, option
 
 HEARTBEAT_TIMEOUT_SECONDS = 10
 """jax ends a process when another has been silent for so long."""
+PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
+"""Those that gRPC knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,9 @@ class Group:
         """
         import jax
 
+        if any(name in os.environ for name in PROXY_VARIABLES):
+            # jax's channel to the leader would go by it; this one is gRPC's own.
+            os.environ.update(no_grpc_proxy=self.leader)
         # It would swallow SIGTERM, which is ours.
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(

@@ -1,6 +1,9 @@
 """The tokenizer: ids, chat prompts, and text that arrives token by token."""
 
 import json
+import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -386,3 +389,30 @@ def test_bytes_of_tokens() -> None:
 def test_sentencepiece_stream_survives_invalid_bytes(ids: list[int]) -> None:
     tokenizer = sentencepiece()
     assert len("".join(stream(tokenizer, ids))) >= len(tokenizer.decode(ids))
+
+
+@pytest.mark.parametrize("work", ["encode", "decode"])
+def test_other_threads_run_on_meanwhile(work):
+    """With an interval so long, a thread runs beside another only where that one gives Python's lock back itself."""
+    text = "The quick brown fox jumps over the lazy dog. " * 20_000
+    function, argument = (TOKENIZER.encode, text) if work == "encode" else (TOKENIZER.decode, [504, 282] * 400_000)
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (function(argument), done.set()))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        thread.start()
+        time.sleep(0.02)
+        assert not done.is_set()
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
+
+
+def test_a_limit_of_tokens():
+    text = "The quick brown fox"
+    assert len(TOKENIZER.encode(text, max_tokens=4)) == 4
+    with pytest.raises(RequestError, match=r"^prompt of 4 tokens exceeds max_model_len 3$"):
+        TOKENIZER.encode(text, max_tokens=3)
+    with pytest.raises(RequestError, match=r"^prompt of 810 characters, at least 10 tokens, exceeds the limit of 9$"):
+        TOKENIZER.encode("x" * 810, max_tokens=9, limit_name="the limit of")

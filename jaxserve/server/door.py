@@ -87,8 +87,8 @@ class Door(grpc.aio.ServerInterceptor):
             with self._admitted() if counted else contextlib.nullcontext():
                 if self.max_request_bytes is not None and len(message) > self.max_request_bytes:
                     raise RequestError(
-                        f"request of {len(message)} bytes exceeds {self.max_request_bytes} bytes, the most that "
-                        "a prompt of max_model_len tokens takes"
+                        f"request of {len(message)} bytes exceeds {self.max_request_bytes} bytes, "
+                        "more than a prompt of max_model_len tokens takes"
                     )
                 request = handler.request_deserializer(message) if handler.request_deserializer else message
                 if handler.response_streaming:

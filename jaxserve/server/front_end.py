@@ -78,10 +78,10 @@ class FrontEnd:
         started_seconds = time.monotonic()
         stopped = stop_signal()
         await self._listener.start()
-        # Ctrl-C is meant for both processes; this one tells the other, which must not miscount.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # A terminal sends SIGINT to both processes. The other one ignores it from birth: this one tells it.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._process.start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, handler)
         following = asyncio.create_task(self._follow_health(started_seconds))
         ended = asyncio.create_task(grpc_server.in_daemon_thread(self._process.join))
         stopping = asyncio.create_task(stopped.wait())

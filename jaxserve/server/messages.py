@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
+
+from google.protobuf.message import Message
 
 from jaxserve.request import MAX_STOP_STRINGS, FinishReason, Logprob, RequestDelta, RequestError, SamplingParams
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
@@ -23,10 +26,12 @@ FINISH_REASONS = {
 MAX_UINT32 = 2**32 - 1
 MAX_TOKEN_ID_BYTES = 5
 MAX_CHARACTER_BYTES = 4
-OTHER_FIELDS_BYTES = 64 * 1024
-"""What a request may hold besides its prompt when the prompt takes all it may: stop strings."""
+MIN_REQUEST_BYTES = 1024 * 1024
+"""What any request may hold, however short the prompts that are served."""
+MAX_TEXT_TOKENS = 128 * 1024
+"""What Tokenize and Detokenize take, or max_model_len where that is more."""
 RESPONSE_BYTES = 64 * 1024
-"""Least size at which an output is divided: making one response must not hold up the others."""
+"""Size at which an output is divided in any case: making one response must not hold up the others."""
 LARGEST_USAGE = pb.Usage(
     prompt_tokens=MAX_UINT32,
     output_tokens=MAX_UINT32,
@@ -56,36 +61,45 @@ def sampling_params(message: pb.SamplingParams, engine: Engine, num_prompt_token
 
 
 def max_request_bytes(engine: Engine) -> int | None:
-    """Of a request that can be served, as far as the tokenizer tells."""
+    """Of a request that can be served; None where the tokenizer sets no bound."""
     characters = engine.tokenizer.token_length.max_characters
     if characters is None:
         return None
-    return engine.max_model_len * max(characters * MAX_CHARACTER_BYTES, MAX_TOKEN_ID_BYTES) + OTHER_FIELDS_BYTES
+    token_bytes = max(characters * MAX_CHARACTER_BYTES, MAX_TOKEN_ID_BYTES)
+    return max(engine.max_model_len * token_bytes, MIN_REQUEST_BYTES)
+
+
+def prompt_limit(message: Message, engine: Engine) -> tuple[int, str]:
+    """Most tokens of the prompt or the ids in ``message``, and what sets that limit."""
+    if isinstance(message, pb.GenerateRequest) or engine.max_model_len > MAX_TEXT_TOKENS:
+        return engine.max_model_len, "max_model_len"
+    return MAX_TEXT_TOKENS, "the limit of"
 
 
 def check_size(message: pb.GenerateRequest | pb.TokenizeRequest | pb.DetokenizeRequest, engine: Engine) -> None:
-    """Raise RequestError for more items than max_model_len, before anything is made of them."""
-    limit = engine.max_model_len
+    """Raise RequestError for more items than tokens may be, before anything is made of them."""
     match message:
         case pb.DetokenizeRequest():
-            if len(message.token_ids) > limit:
-                raise RequestError(f"token_ids must be at most max_model_len {limit} ids, got {len(message.token_ids)}")
-        case pb.GenerateRequest() if (number := len(message.token_ids.ids)) > limit:
-            raise RequestError(f"prompt of {number} tokens exceeds max_model_len {limit}")
-        case _ if (number := len(message.chat.messages)) > limit:
-            raise RequestError(f"messages must be at most max_model_len {limit}, got {number}")
+            name, number = "token_ids", len(message.token_ids)
+        case pb.GenerateRequest() if message.HasField("token_ids"):
+            name, number = "prompt", len(message.token_ids.ids)
+        case _:
+            name, number = "messages", len(message.chat.messages)
+    limit, limit_name = prompt_limit(message, engine)
+    if number > limit:
+        raise RequestError(f"{name} of {number} items exceeds {limit_name} {limit}")
 
 
 def prompt_token_ids(message: pb.GenerateRequest | pb.TokenizeRequest, engine: Engine) -> list[int]:
     """The prompt as token ids, through tokenizer and chat template where needed. Raises RequestError."""
-    tokenizer, limit = engine.tokenizer, engine.max_model_len
+    limit, limit_name = prompt_limit(message, engine)
+    encode = partial(engine.tokenizer.encode, max_tokens=limit, limit_name=limit_name)
     match message.WhichOneof("prompt"):
         case "text":
-            return tokenizer.encode(message.text, max_tokens=limit)
+            return encode(message.text)
         case "chat":
             messages = [{"role": turn.role, "content": turn.content} for turn in message.chat.messages]
-            text = tokenizer.apply_chat_template(messages)
-            return tokenizer.encode(text, add_special_tokens=False, max_tokens=limit)
+            return encode(engine.tokenizer.apply_chat_template(messages), add_special_tokens=False)
         case "token_ids":
             assert isinstance(message, pb.GenerateRequest)
             return list(message.token_ids.ids)

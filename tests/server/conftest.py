@@ -33,11 +33,13 @@ class FakeTokenizer:
     vocab_size = VOCAB_SIZE - PADDING
     token_length = SimpleNamespace(max_characters=1)
 
-    def encode(self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None, limit_name: str = ""
+    ) -> list[int]:
         if text == "break":
             raise RuntimeError("secret of the tokenizer")
         if max_tokens is not None and len(text) > max_tokens:
-            raise RequestError(f"prompt of {len(text)} tokens exceeds max_model_len {max_tokens}")
+            raise RequestError(f"prompt of {len(text)} tokens exceeds {limit_name} {max_tokens}")
         return [ord(c) for c in text]
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
@@ -78,6 +80,8 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.last_deltas: list[RequestDelta] = []
         self.step_error: Exception | None = None
+        self.starved: set[str] = set()
+        """Requests that get no tokens."""
         self.num_steps = 0
         self.closed = False
 
@@ -112,6 +116,8 @@ class FakeEngine:
             raise self.step_error
         deltas, self.last_deltas = self.last_deltas, []
         for request_id, request in list(self.running.items()):
+            if request_id in self.starved:
+                continue
             now_seconds = time.monotonic()
             request.metrics.first_scheduled_seconds = request.metrics.first_scheduled_seconds or now_seconds
             request.metrics.token_seconds.append(now_seconds)
@@ -131,12 +137,13 @@ class FakeEngine:
     def _delta(self, request_id: str, request: FakeRequest, text: str, reason: FinishReason | None) -> RequestDelta:
         params, first = request.params, request.num_output_tokens == 1
         entry = {ord("x"): Logprob(-0.5, 1), ord("y"): Logprob(-1.5, 2)}
+        scored = [None, *[entry] * (len(request.prompt_token_ids) - 1)]
         return RequestDelta(
             request_id=request_id,
             token_ids=[ord(c) for c in text],
             text=text,
             logprobs=[entry] if text and params.logprobs is not None else None,
-            prompt_logprobs=[None, entry] if first and params.prompt_logprobs is not None else None,
+            prompt_logprobs=scored if first and params.prompt_logprobs is not None else None,
             finish_reason=reason,
             stop_reason="x" if reason is FinishReason.STOP else None,
             metrics=request.metrics,

@@ -7,20 +7,24 @@ import re
 import socket
 import threading
 import time
+from collections import Counter
 
 import grpc
 import pytest
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxserve.config import ConfigError, ServerConfig
-from jaxserve.request import SamplingParams
-from jaxserve.server import door, servicer
-from jaxserve.server.client import Client
+from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestMetrics, SamplingParams
+from jaxserve.server import door, listener, messages, servicer
+from jaxserve.server.client import AsyncClient, Client
 from jaxserve.server.grpc_server import GrpcServer
 from jaxserve.server.listener import LIVE, SERVICE_NAME
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
+from jaxserve.server.text_threads import LONG_THREADS, SHORT_BYTES
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -205,6 +209,134 @@ def test_exceptions_do_not_leak(server, client, fails, prompt):
     assert list(client.generate("abc", max_tokens=1))
 
 
+@pytest.mark.parametrize(
+    ("request_message", "message"),
+    [
+        ({"text": "a" * 2_000_000}, "request of 2000004 bytes exceeds 1048576 bytes"),
+        ({"token_ids": pb.TokenIds(ids=[2] * 1001)}, "prompt of 1001 items exceeds max_model_len 1000"),
+        ({"chat": pb.Chat(messages=[pb.ChatMessage()] * 1001)}, "messages of 1001 items exceeds max_model_len 1000"),
+    ],
+)
+def test_what_is_too_long_is_refused_untouched(server, client, fails, monkeypatch, request_message, message):
+    """Nothing is converted, rendered or tokenized first."""
+    for name in ("encode", "apply_chat_template"):
+        monkeypatch.setattr(server.engine.tokenizer, name, None)
+    call = client._stub.Generate
+    assert message in fails(StatusCode.INVALID_ARGUMENT, lambda: list(call(pb.GenerateRequest(**request_message))))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"stop": [""] * 17}, "stop must be at most 16 non-empty strings, got 17"),
+        ({"stop_token_ids": [2] * 161}, "stop_token_ids must be at most the vocabulary's 160, got 161"),
+    ],
+)
+def test_too_many_stops_are_refused_untouched(client, fails, sampling, message):
+    assert fails(StatusCode.INVALID_ARGUMENT, lambda: list(client.generate("abc", **sampling))) == message
+
+
+def test_texts_beyond_the_window_can_be_tokenized(client, fails):
+    text = "a" * 5000
+    assert client.detokenize(client.tokenize(text)) == text
+    limit = messages.MAX_TEXT_TOKENS
+    too_long = f"of {limit + 1} {{}} exceeds the limit of {limit}"
+    message = fails(StatusCode.INVALID_ARGUMENT, lambda: client.tokenize("a" * (limit + 1)))
+    assert message == "prompt " + too_long.format("tokens")
+    message = fails(StatusCode.INVALID_ARGUMENT, lambda: client.detokenize([2] * (limit + 1)))
+    assert message == "token_ids " + too_long.format("items")
+
+
+def test_a_request_that_is_no_message(client, fails):
+    call = client._channel.unary_unary(f"/{SERVICE_NAME}/Tokenize")
+    message = fails(StatusCode.INVALID_ARGUMENT, lambda: call(b"\xff\xff"))
+    assert message == "the request is no message of this method"
+
+
+def test_short_texts_pass_long_ones(server, client, fails, monkeypatch):
+    """However many long ones there are; those that get no turn are told to come back."""
+    monkeypatch.setattr(servicer, "TOKENIZE_TIMEOUT_SECONDS", 0.5)
+    tokenizer, release = server.engine.tokenizer, threading.Event()
+    encode = tokenizer.encode
+
+    def slow(text: str, **options) -> list[int]:
+        return (len(text) > SHORT_BYTES and release.wait(10) and [2]) or encode(text, **options)
+
+    monkeypatch.setattr(tokenizer, "encode", slow)
+    calls = [client.generate("a" * 20_000) for _ in range(LONG_THREADS + 4)]
+    assert list(client.generate("abc", max_tokens=1))
+    assert client.tokenize("abc") == [97, 98, 99]
+    codes = []
+    for call in calls:
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call)
+        codes.append(caught.value.code())
+        if codes[-1] is StatusCode.RESOURCE_EXHAUSTED:
+            assert "retry-after-ms" in dict(caught.value.trailing_metadata())
+    assert codes.count(StatusCode.INVALID_ARGUMENT) == LONG_THREADS
+    assert codes.count(StatusCode.RESOURCE_EXHAUSTED) == 4
+    release.set()
+
+
+# ---- responses that would be too large
+
+
+def test_large_outputs_are_divided(make_server):
+    server = make_server(max_message_bytes=1500)
+    with Client(server.target) as client:
+        *parts, first, last = client.generate([2] * 300, max_tokens=2, prompt_logprobs=20)
+        assert parts
+        assert not any(part.token_ids or part.finish_reason for part in parts)
+        assert first.token_ids
+        positions = [position for part in (*parts, first) for position in part.prompt_logprobs]
+        assert [len(position.candidates) for position in positions] == [0] + [2] * 299
+        assert not last.prompt_logprobs
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    text=st.text(max_size=3000),
+    num_positions=st.integers(0, 60),
+    num_top=st.integers(0, 20),
+    stop=st.text(min_size=1, max_size=300),
+    limit=st.integers(2000, 20_000),
+)
+def test_no_response_exceeds_the_limit_and_none_is_lost(text, num_positions, num_top, stop, limit):
+    params = SamplingParams(prompt_logprobs=num_top, logprobs=num_top, stop=stop)
+    entry = {2**31 + i: Logprob(-1.5, 2**31) for i in range(1 + num_top)}
+    delta = RequestDelta(
+        request_id="\N{GRINNING FACE}" * 128, token_ids=[2**31], text=text, logprobs=[entry], stop_reason=stop,
+        prompt_logprobs=[None, *[entry] * num_positions], finish_reason=FinishReason.STOP,
+        metrics=RequestMetrics(0.0, first_scheduled_seconds=1.0, token_seconds=[2.0]), num_prompt_tokens=2**31,
+    )  # fmt: skip
+    room = messages.ResponseRoom(delta.request_id, params, limit)
+    responses = list(messages.generate_responses(delta, 2**31, room))
+    assert max(response.ByteSize() for response in responses) <= limit
+    assert "".join(response.text for response in responses) == text
+    positions = [position for response in responses for position in response.prompt_logprobs]
+    assert positions == [messages.position_logprobs(position) for position in delta.prompt_logprobs]
+    assert [bool(response.token_ids) for response in responses] == [False] * (len(responses) - 1) + [True]
+
+
+@pytest.mark.parametrize("sampling", [{"logprobs": 20}, {"prompt_logprobs": 20}, {"stop": "s" * 400}])
+def test_what_no_response_could_hold_is_refused(make_server, fails, sampling):
+    server = make_server(max_message_bytes=500)
+    with Client(server.target) as client:
+        message = fails(StatusCode.INVALID_ARGUMENT, lambda: list(client.generate("abc", **sampling)))
+        assert message.endswith("which exceeds max_message_bytes 500")
+        assert list(client.generate("abc", max_tokens=1))
+    assert server.engine.num_steps < 20, "nothing was computed for them"
+
+
+def test_a_single_response_over_the_limit(make_server, fails, monkeypatch):
+    server = make_server(max_message_bytes=1000)
+    monkeypatch.setattr(server.engine.tokenizer, "decode", lambda ids, skip_special_tokens: "word " * len(ids))
+    with Client(server.target) as client:
+        assert client.detokenize([2] * 100) == "word " * 100
+        message = fails(StatusCode.INVALID_ARGUMENT, lambda: client.detokenize([2] * 500))
+        assert message == "response of 2503 bytes exceeds max_message_bytes 1000"
+
+
 def test_slow_tokenizer_neither_blocks_streams_nor_hangs(server, client, fails, monkeypatch):
     monkeypatch.setattr(servicer, "TOKENIZE_TIMEOUT_SECONDS", 0.2)
     release = threading.Event()
@@ -285,6 +417,51 @@ def test_queue_full(make_server, eventually):
         assert list(client.generate("abc", max_tokens=1))
 
 
+def test_every_call_of_a_flood_is_served_or_told_when_to_come_back(make_server):
+    server = make_server(max_waiting=4)
+
+    async def flood() -> Counter[StatusCode | str]:
+        codes: Counter[StatusCode | str] = Counter()
+        async with AsyncClient(server.target) as client, asyncio.TaskGroup() as group:
+
+            async def call() -> None:
+                try:
+                    async for _ in client.generate([2] * 20, max_tokens=2):
+                        pass
+                    codes[StatusCode.OK] += 1
+                except grpc.aio.AioRpcError as error:
+                    when = "retry-after-ms" in dict(error.trailing_metadata())
+                    codes[error.code() if when else "no retry-after-ms"] += 1
+
+            for _ in range(1500):
+                group.create_task(call())
+        return codes
+
+    codes = asyncio.run(flood())
+    assert codes.keys() == {StatusCode.OK, StatusCode.RESOURCE_EXHAUSTED}
+    assert codes.total() == 1500
+    assert health(server.target, SERVICE_NAME) == SERVING
+
+
+def test_calls_beside_requests_are_limited_but_for_health(make_server, eventually, monkeypatch):
+    monkeypatch.setattr(listener, "SPARE_CALLS", 1)
+    server = make_server(max_waiting=1)
+    release = threading.Event()
+    monkeypatch.setattr(server.engine.tokenizer, "encode", lambda text, **options: release.wait(10) and [2])
+    with Client(server.target) as client:
+        calls = [client._stub.Tokenize.future(pb.TokenizeRequest(text="a")) for _ in range(2)]
+        eventually(lambda: server.server.listener.door._num_calls == 2)
+        with pytest.raises(grpc.RpcError) as caught:
+            client.model_info()
+        assert caught.value.code() is StatusCode.RESOURCE_EXHAUSTED
+        assert caught.value.details() == "2 calls are under way, the limit is 2"
+        assert "retry-after-ms" in dict(caught.value.trailing_metadata())
+        assert client.ready()
+        release.set()
+        assert [list(call.result(timeout=5).token_ids) for call in calls] == [[2], [2]]
+        assert client.model_info()
+
+
 # ---- health, reflection, connections
 
 
@@ -328,6 +505,30 @@ def test_drain_aborts_what_takes_too_long(make_server):
         *_, last = stream
         assert last.finish_reason == pb.FINISH_REASON_ABORT
         assert server.engine.aborted == ["long"]
+
+
+def test_drain_tells_whom_it_served_nothing(make_server, fails, eventually):
+    server = make_server(drain_seconds=0.1)
+    server.engine.starved = {"second"}
+    with Client(server.target) as client:
+        first = client.generate("abc", request_id="first", max_tokens=None)
+        second = client.generate("abc", request_id="second", max_tokens=None)
+        next(iter(first))
+        eventually(lambda: "second" in server.engine.running)
+        server.call(server.server.shutdown())
+        assert fails(StatusCode.UNAVAILABLE, lambda: list(second)) == "the engine has stopped"
+        *_, last = first
+        assert last.finish_reason == pb.FINISH_REASON_ABORT
+
+
+def test_abort_before_the_first_token_is_no_failure(server, client, eventually):
+    server.engine.starved = {"a"}
+    stream = client.generate("abc", request_id="a")
+    eventually(lambda: "a" in server.engine.running)
+    assert client.abort("a")
+    (only,) = stream
+    assert only.finish_reason == pb.FINISH_REASON_ABORT
+    assert not only.token_ids
 
 
 def test_engine_death_ends_streams_and_health(server, client, fails):

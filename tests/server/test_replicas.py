@@ -91,7 +91,8 @@ def test_replicas_of_a_divided_model_on_devices_of_their_own(tiny_tokenizer: Pat
         streams = [client.generate(golden.prompt, **params) for _ in range(4)]
         for stream in streams:
             assert [token for response in stream for token in response.token_ids] == golden.greedy
-        text = urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics").read().decode()
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        text = opener.open(f"http://127.0.0.1:{metrics_port}/metrics").read().decode()
         for engine in (0, 1):
             (served,) = re.findall(
                 rf'jaxserve_request_success_total{{engine="{engine}",finished_reason="length"}} (\S+)', text

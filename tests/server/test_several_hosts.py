@@ -44,6 +44,8 @@ class Group:
 
     def __init__(self, folder: Path, flags: list[str], port: int) -> None:
         environment = os.environ | {"XLA_FLAGS": DEVICES.sub("", os.environ["XLA_FLAGS"]).strip()}
+        # One that refuses: nothing between the hosts may go by it.
+        environment |= dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9") | {"no_proxy": ""}
         command = [
             sys.executable, str(SERVE), *flags, "--port", str(port), "--hosts", "127.0.0.1,127.0.0.1",
             "--coordinator-port", str(free_ports()), "--compilation-cache", str(folder / "compiled"),
