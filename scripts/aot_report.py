@@ -3,14 +3,16 @@
 aot_report.py --device h100 --model mistral-7b --token-budget 2048 --output report.json
 aot_report.py --model falcon-180b --max-model-len 2048 --tensor-parallel 4 --pipeline-parallel 2 --hosts 2
 
-For every token bucket: whether the KV cache is changed in place, temporary memory, CUDA graphs, collectives; and the
-registers that the kernels take. Bytes are those of one device. Needs the packages of the extra 'aot'.
+For every token bucket: whether the KV cache is changed in place, temporary memory, kernels a layer, what they move over
+what the weights take (the KV cache left out), CUDA graphs, collectives; and the
+registers that the kernels take. Bytes are those of one device. Needs XLA's CUDA plugin and jax-triton: make aot.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
 import os
 import sys
@@ -91,6 +93,9 @@ def report(config: EngineConfig, args: argparse.Namespace, folder: Path) -> int:
             "not aliased": str(r.donated_bytes - r.alias_bytes),
             "temp MiB": f"{r.temp_bytes / MIB:.1f}",
             "cache copies": str(r.num_cache_copies),
+            "rematerialized": str(r.num_rematerialized),
+            "kernels per layer": f"{r.num_layer_kernels / r.num_layers:.1f}",
+            "moved / weights": f"{r.moved_bytes / r.weight_bytes:.2f}",
             "CUDA graphs": str(r.launches.num_graphs),
             "other launches": str(r.launches.num_others),
             "waits": str(r.launches.num_waits),
@@ -106,6 +111,7 @@ def report(config: EngineConfig, args: argparse.Namespace, folder: Path) -> int:
     if args.output is not None:
         everything = {
             "device": device._asdict(),
+            "versions": {name: importlib.metadata.version(name) for name in ("jax", "triton", "jax-triton")},
             "hosts": [[device.process_index for device in stage] for stage in mesh.devices],
             "settings": vars(resolved) | {"num_blocks": programs.num_blocks},
             "programs": [dataclasses.asdict(r) | {"launches": r.launches._asdict()} for r in reports],

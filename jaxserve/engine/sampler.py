@@ -55,6 +55,8 @@ def sample(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
     best = jnp.take_along_axis(logits, greedy[:, None], axis=-1)
     # There is nothing to draw from where a logit is infinite or not a number.
     random = (inputs.temperature > 0) & jnp.isfinite(best[:, 0])
+    # Limits do not matter to the other rows, and cost nothing where no row has any.
+    inputs = inputs._replace(top_k=jnp.where(random, inputs.top_k, 0), top_p=jnp.where(random, inputs.top_p, 1.0))
     # The branch is skipped at run time when every row is greedy.
     drawn = jax.lax.cond(jnp.any(random), lambda: _draw(logits - best, inputs), lambda: greedy)
     return jnp.where(random, drawn, greedy)

@@ -19,7 +19,17 @@ from jax.sharding import Mesh
 
 from jaxserve.config import ConfigError
 from jaxserve.engine.programs import StepPrograms
-from jaxserve.evaluation.compiled import Launches, collectives, compile_and_explain, custom_calls, num_copies
+from jaxserve.evaluation.compiled import (
+    Launches,
+    collectives,
+    compile_and_explain,
+    computations,
+    custom_calls,
+    moved_bytes,
+    num_copies,
+    num_launched,
+    num_rematerialized,
+)
 from jaxserve.kernels.backend import Target
 
 DESCRIPTION = """
@@ -79,7 +89,10 @@ def absent_mesh(device: AbsentDevice, tensor: int = 1, pipe: int = 1, hosts: int
     if hosts < 1 or pipe % hosts:
         raise ConfigError(f"hosts must divide the {pipe} stages of pipeline_parallel, got {hosts}")
     if importlib.util.find_spec("jax_cuda13_plugin") is None and importlib.util.find_spec("jax_cuda12_plugin") is None:
-        raise ConfigError("compiling for a GPU needs XLA's plugin, which the extra 'aot' of jaxserve brings")
+        raise ConfigError(
+            'compiling for a GPU needs XLA\'s CUDA plugin, which is not installed here; make aot ARGS="--model ..." '
+            "brings it and runs scripts/aot_report.py with it"
+        )
     description = DESCRIPTION.format(**device._asdict())
     shape = f"1x{hosts}x{pipe // hosts * tensor}"  # slices, hosts of each, devices of each
     topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology=shape)
@@ -102,6 +115,12 @@ class ProgramReport:
     """What it does change in place."""
     temp_bytes: int
     num_cache_copies: int
+    num_rematerialized: int
+    """Instructions that compute again what could be kept."""
+    moved_bytes: int
+    """Read and written by kernels, by the shapes of what they take and give, without the KV cache."""
+    num_layer_kernels: int
+    """Of all layers."""
     launches: Launches
     num_layers: int
     """Of one stage."""
@@ -114,6 +133,11 @@ class ProgramReport:
     def calls(self, kind: str) -> int:
         """Custom calls whose target has ``kind`` in its name."""
         return sum(count for target, count in self.custom_calls.items() if kind in target)
+
+    @property
+    def weight_bytes(self) -> int:
+        """And what else comes with a step, which is little."""
+        return self.argument_bytes - self.donated_bytes
 
     @property
     def collectives_per_layer(self) -> dict[str, float]:
@@ -139,6 +163,9 @@ def compile_step(programs: StepPrograms, rows: int) -> ProgramReport:
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         num_cache_copies=num_copies(text, _shard(state.cache.k)),
+        num_rematerialized=num_rematerialized(text),
+        moved_bytes=moved_bytes(computations(text)["ENTRY"], without=_shard(state.cache.k)[0]),
+        num_layer_kernels=num_launched(text, "run_layer"),
         launches=launches,
         num_layers=programs.num_cache_layers // programs.num_stages,
         collectives=dict(collectives(text)),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +54,82 @@ def count_launches(thunks: str) -> Launches:
     kinds = Counter(re.findall(r"^\d+: (k\w+)", thunks, re.MULTILINE))
     num_others = kinds.total() - kinds["kCommandBuffer"] - kinds["kAsyncDone"]
     return Launches(thunks.count("kCommandBuffer"), num_others, kinds["kConditional"] + kinds["kWhile"])
+
+
+class Instruction(NamedTuple):
+    """One of a compiled program's."""
+
+    name: str
+    types: list[tuple[str, tuple[int, ...]]]
+    """Of its results: element type and shape."""
+    opcode: str
+    operands: list[tuple[str, int | None]]
+    """By name; of a tuple, the number of the element that is meant."""
+    text: str
+    """As XLA writes it, with what it is made of."""
+
+    @property
+    def is_launched(self) -> bool:
+        """Whether the device does something for it."""
+        return self.opcode not in ("parameter", "constant", "bitcast", "get-tuple-element", "tuple", "opt-barrier")
+
+
+_ELEMENT_BYTES = {"pred": 1, "u8": 1, "f8e4m3fn": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+"""Without s8, which is the type of cuBLAS's workspaces."""
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
+_TYPE = re.compile(rf"\b({'|'.join(_ELEMENT_BYTES)})\[([\d,]*)\]")
+
+
+def computations(text: str) -> dict[str, dict[str, Instruction]]:
+    """Of a compiled program: their instructions by name, by the computation's name. The program itself is ENTRY."""
+    found: dict[str, dict[str, Instruction]] = {}
+    for line in text.splitlines():
+        if header := re.match(r"(?:(ENTRY) )?%([\w.\-]+) \(.*\{$", line):
+            current = found[header[1] or header[2]] = {}
+        elif match := _INSTRUCTION.match(line):
+            name, types, opcode, rest = match.groups()
+            operands = re.findall(r"%([\w.\-]+)(?:#(\d+))?", re.split(r"\), |\)$", rest)[0])
+            current[name] = Instruction(
+                name, _types(types), opcode, [(of, int(part) if part else None) for of, part in operands], line
+            )
+    return found
+
+
+def num_rematerialized(text: str) -> int:
+    """Instructions that compute again what has been computed, for want of memory."""
+    return len(re.findall(r"^\s+(?:ROOT )?%[\w.\-]*\.remat", text, re.MULTILINE))
+
+
+def num_launched(text: str, scope: str = "") -> int:
+    """Kernels and other nodes of a program's graph; ``scope`` as in ``collectives``."""
+    return sum(each.is_launched and scope in each.text for each in computations(text)["ENTRY"].values())
+
+
+def moved_bytes(computation: Mapping[str, Instruction], *, without: int | None = None) -> int:
+    """What instructions read and write, taking each for one that reads its operands and writes its results once.
+
+    Loops and branches are left out, and arrays whose first dimension is ``without``, such as the KV cache's: a kernel
+    that takes them does not touch all.
+    """
+    total = 0
+    for each in computation.values():
+        if each.is_launched and each.opcode not in ("while", "conditional"):
+            read = [
+                one
+                for name, part in each.operands
+                if name in computation
+                for one in (computation[name].types if part is None else computation[name].types[part : part + 1])
+            ]
+            total += sum(_num_bytes(*one) for one in (*read, *each.types) if one[1][:1] != (without,))
+    return total
+
+
+def _types(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    return [(kind, tuple(int(size) for size in sizes.split(",") if size)) for kind, sizes in _TYPE.findall(text)]
+
+
+def _num_bytes(kind: str, shape: tuple[int, ...]) -> int:
+    return _ELEMENT_BYTES[kind] * math.prod(shape)
 
 
 def num_copies(text: str, shape: tuple[int, ...]) -> int:

@@ -6,7 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jaxserve.evaluation.compiled import collectives, count_launches, custom_calls, num_copies
+from jaxserve.evaluation.compiled import (
+    collectives,
+    computations,
+    count_launches,
+    custom_calls,
+    moved_bytes,
+    num_copies,
+    num_launched,
+    num_rematerialized,
+)
 
 THUNKS = """\
 000: kCommandBuffer [source       | next=129 (1)]
@@ -41,6 +50,40 @@ COLLECTIVES = """\
   ROOT %all-to-all.1 = f32[8,4]{1,0} all-to-all(%gathered), metadata={op_name="jit(f)/g/all_to_all"}
   %fusion.1 = f32[8,4]{1,0} fusion(%all-reduce.2), metadata={op_name="jit(f)/g/all_reduce(x)"}
 """
+
+
+PROGRAM = """\
+%body (arg: (f32[8], s32[])) -> (f32[8], s32[]) {
+  %arg = (f32[8]{0}, s32[]) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%arg), index=0
+  %sum.remat = f32[] fusion(%x), kind=kInput, metadata={op_name="jit(f)/g/sum"}
+  ROOT %tuple = (f32[8]{0}, s32[]) tuple(%x, %sum.remat)
+}
+
+ENTRY %main (cache: bf16[100,4], rows: bf16[8,4]) -> bf16[8,4] {
+  %cache = bf16[100,4]{1,0} parameter(0), metadata={op_name="jit(f)/g/cache"}
+  %rows = bf16[8,4]{1,0} parameter(1)
+  %dot.remat2 = (f32[8,4]{1,0}, s8[4096]{0}) custom-call(%rows, %rows), metadata={op_name="jit(f)/g/dot"}
+  %dot.3 = f32[8,4]{1,0} get-tuple-element(%dot.remat2), index=0
+  %both = (bf16[8,4]{1,0}, /*index=1*/u32[2]{0}) fusion(%dot.3, %cache), calls=%fused, metadata={op_name="jit(f)/h"}
+  %while = (f32[8]{0}, s32[]) while(%both), body=%body
+  ROOT %last = bf16[8,4]{1,0} fusion(%both#1), metadata={op_name="jit(f)/rematted"}
+}
+"""
+
+
+def test_what_a_program_launches_and_moves() -> None:
+    """Parameters and tuples are not launched; the cache's bytes, workspaces, loops, and other elements do not count."""
+    parts = computations(PROGRAM)
+    assert list(parts) == ["body", "ENTRY"]
+    assert parts["ENTRY"]["both"].operands == [("dot.3", None), ("cache", None)]
+    assert parts["ENTRY"]["last"].operands == [("both", 1)]
+    assert moved_bytes(parts["body"]) == 8 * 4 + 4
+    product, both, last = 2 * 64 + 128, 128 + 64 + 8, 8 + 64
+    assert moved_bytes(parts["ENTRY"], without=100) == product + both + last
+    assert moved_bytes(parts["ENTRY"]) == product + both + last + 100 * 4 * 2
+    assert (num_launched(PROGRAM), num_launched(PROGRAM, "/g/")) == (4, 1)
+    assert num_rematerialized(PROGRAM) == 2
 
 
 def test_launches_outside_and_inside_of_graphs() -> None:

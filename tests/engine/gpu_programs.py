@@ -1,0 +1,57 @@
+"""Compiles for an H100 that is not there, as two starts of an engine would: gpu_programs.py FOLDER START [sampler].
+
+FOLDER/cache is the engine's; FOLDER/START gets what XLA tells of a matrix product, the text of a step, and the compiled
+sampler of 128 sequences and a vocabulary of 131,072.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine.compile import gpu_options, use_persistent_cache
+from jaxserve.engine.programs import StepPrograms
+from jaxserve.engine.sampler import SamplingInputs, sample
+from jaxserve.evaluation.aot import DEVICES, absent_mesh
+from jaxserve.models.loading.checkpoint import open_checkpoint
+
+
+def main(folder: Path, start: str, *more: str) -> None:
+    device = DEVICES["h100"]
+    mesh = absent_mesh(device)
+    out = folder / start
+    out.mkdir()
+
+    def array(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, PartitionSpec()))
+
+    model = open_checkpoint("mistral-7b", "dummy").config
+    shallow = dataclasses.replace(model, num_layers=2, windows=model.windows[:2])
+    config = EngineConfig(model="mistral-7b", dtype="bfloat16", token_budget=16, attention_backend="triton")
+    resolved = config.resolve(model_max_len=4096, on_gpu=True)
+    programs = StepPrograms(
+        resolved, shallow, mesh, target=device.target, gpu_memory_bytes=int(0.92 * device.memory_bytes)
+    )
+    (out / "step.mlir").write_text(programs.lower_step(16).as_text())
+
+    def product(x: jax.Array, y: jax.Array) -> jax.Array:
+        return x @ y
+
+    use_persistent_cache(folder / "cache")
+    lowered = jax.jit(product, compiler_options=gpu_options("auto")).lower(array(64, 64), array(64, 64))
+    lowered.compile(compiler_options={"xla_dump_to": str(out)})
+    if more:
+        ints = (array(128, dtype="int32"),) * 3
+        inputs = SamplingInputs(*(array(128),) * 3, *ints)
+        compiled = jax.jit(sample, compiler_options=gpu_options("auto")).lower(array(128, 131072), inputs).compile()
+        (out / "sampler.txt").write_text(compiled.as_text() or "")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
