@@ -198,7 +198,7 @@ def kernels(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 def step(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="shorter measurements")
     parser.add_argument(
-        "--buckets", nargs="+", type=int, help="compile these step programs only, and pad steps to them; all by default"
+        "--buckets", nargs="+", type=int, help="compile and measure these step programs only; all by default"
     )
     parser.add_argument("--requests", type=int, default=256, help="number of requests of the engine under load")
     parser.add_argument("--prompt-tokens", type=int, default=512, help="tokens of each prompt")

@@ -6,9 +6,11 @@ Variants of a case change one thing each: page size, type of the KV cache, or ho
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from itertools import batched
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +48,8 @@ SHAPE = AttentionShape(num_heads=32, num_kv_heads=8, head_dim=128, page_size=64,
 """Of Mistral-7B and Llama-3-8B."""
 TINY_SHAPE = SHAPE._replace(num_heads=4, num_kv_heads=2, head_dim=16)
 NUM_CALLS = 16
+MOST_THREADS = 8
+"""Each holds a random cache of up to 4 GB on the device."""
 WINDOW = 4096
 """Mistral-7B's. Kernels with a window are other ones: they mask every tile."""
 MOST_ERROR = 1e-2
@@ -154,6 +158,8 @@ class Row:
 def variants(case: Case, backend: Backend, shape: AttentionShape, window: int = WINDOW) -> Iterator[Variant]:
     """All that are measured, the plain ones first. Tilings are varied where the backend splits work by how busy the
     device is."""
+    if backend.name == "mosaic" and (case.rotates or all(rows == 1 for _, rows in case.sequences)):
+        return  # they are triton's
     yield Variant("", shape, plain=True)
     if not case.rotates:
         yield Variant(f"window {window}", shape, window, plain=True)
@@ -170,7 +176,7 @@ def variants(case: Case, backend: Backend, shape: AttentionShape, window: int = 
         yield Variant(f"tiles of {tile_rows} rows", shape, change=_with(prefill_rows=tile_rows))
         for items in (busy.prefill // 2, 2 * busy.prefill):
             yield Variant(f"busy {items}", shape, change=_with(busy=BusyItems(busy.decode, items)))
-    elif backend.name == "triton":  # mosaic's decodes are the same
+    else:
         for tokens in (backend.tiling.decode_tokens // 2, 2 * backend.tiling.decode_tokens):
             yield Variant(f"split {tokens}", shape, change=_with(decode_tokens=tokens))
         for items in (busy.decode // 2, busy.decode * 3 // 4, 2 * busy.decode):
@@ -180,6 +186,13 @@ def variants(case: Case, backend: Backend, shape: AttentionShape, window: int = 
 def _with(**changes: Any) -> Callable[[Backend], Backend]:
     """Another tiling."""
     return lambda backend: dataclasses.replace(backend, tiling=dataclasses.replace(backend.tiling, **changes))
+
+
+class Chain(NamedTuple):
+    """A program of several calls in a row."""
+
+    launch: Callable[[], Any]
+    num_calls: int
 
 
 class KernelBench:
@@ -197,18 +210,26 @@ class KernelBench:
         self._shape, self._window = TINY_SHAPE if tiny else SHAPE, WINDOW // scale
         self._effort = Effort(3, 0.0, 0.1) if tiny else QUICK if quick else THOROUGH
         self._num_calls, self._cache_bytes = (2, 0) if tiny else (NUM_CALLS, LEAST_CACHE_BYTES)
+        self._num_threads = 1 if tiny else max(1, min(MOST_THREADS, (os.cpu_count() or 1) // 2))
         self._backends = [self._choose(name, self._shape) for name in backends]
         self.ceilings = measure_ceilings(self._effort)
 
     def rows(self, names: Sequence[str], *, plain: bool) -> Iterator[Row]:
-        """Of the named cases the plain variants, or the others, as they are measured; one that fails is a row too."""
-        for name in names:
-            for backend in self._backends:
-                if self.cases[name].rotates and backend.name == "mosaic":
-                    continue  # it is triton's
-                for variant in variants(self.cases[name], backend, self._shape, self._window):
-                    if variant.plain == plain:
-                        yield self._measure(self.cases[name], backend.name, variant)
+        """Of the named cases the plain variants, or the others, as they are measured; one that fails is a row too.
+
+        A few at a time are compiled and checked side by side, then timed alone.
+        """
+        wanted = [
+            (self.cases[name], backend.name, variant)
+            for name in names
+            for backend in self._backends
+            for variant in variants(self.cases[name], backend, self._shape, self._window)
+            if variant.plain == plain
+        ]
+        with ThreadPoolExecutor(self._num_threads) as pool:
+            for few in batched(wanted, self._num_threads):
+                for row, chain in list(pool.map(lambda one: self._prepare(*one), few)):
+                    yield row if chain is None else self._time(row, chain)
 
     def _choose(self, name: str, shape: AttentionShape) -> Backend:
         try:
@@ -216,9 +237,9 @@ class KernelBench:
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
-    def _measure(self, case: Case, name: str, variant: Variant) -> Row:
-        row = partial(Row, case, name, variant, case.work(variant.shape, variant.window))
-        error = None
+    def _prepare(self, case: Case, name: str, variant: Variant) -> tuple[Row, Chain | None]:
+        """The row as far as it goes without timing, and what is to be timed if the kernels are right."""
+        row = Row(case, name, variant, case.work(variant.shape, variant.window))
         try:
             backend = variant.change(self._choose(name, variant.shape))
             batch = random_batch(
@@ -226,13 +247,25 @@ class KernelBench:
             )
             error = (rotation_error if case.rotates else attention_error)(batch)
             if not error <= MOST_ERROR:
-                return row(failure=f"error of {error:.2g} above {MOST_ERROR}")
+                return dataclasses.replace(row, failure=f"error of {error:.2g} above {MOST_ERROR}"), None
             num_calls = max(self._num_calls, batch.num_layers)
-            chain = (rotation_chain if case.rotates else attention_chain)(batch, num_calls)
-            return row(error=error, seconds=time_launches(chain, self._effort).per(num_calls))
+            launch = (rotation_chain if case.rotates else attention_chain)(batch, num_calls)
+            jax.block_until_ready(launch())  # compiles
         except Exception as failure:  # whatever a kernel does, the other rows must be measured
-            lines = str(failure).strip().splitlines() or [""]
-            return row(error=error, failure=f"{type(failure).__name__}: {lines[0]}")
+            return dataclasses.replace(row, failure=_first_line(failure)), None
+        return dataclasses.replace(row, error=error), Chain(launch, num_calls)
+
+    def _time(self, row: Row, chain: Chain) -> Row:
+        try:
+            seconds = time_launches(chain.launch, self._effort).per(chain.num_calls)
+        except Exception as failure:
+            return dataclasses.replace(row, failure=_first_line(failure))
+        return dataclasses.replace(row, seconds=seconds)
+
+
+def _first_line(failure: Exception) -> str:
+    lines = str(failure).strip().splitlines() or [""]
+    return f"{type(failure).__name__}: {lines[0]}"
 
 
 def bounds(row: Row, rows: Sequence[Row]) -> Bounds | None:

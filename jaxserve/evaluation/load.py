@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -80,19 +81,31 @@ class _Recorder:
 
 
 def measure_server(
-    target: str, workload: Sequence[WorkloadRequest], *, vocab_size: int, seed: int = 0, concurrency: int | None = None
+    target: str,
+    workload: Sequence[WorkloadRequest],
+    *,
+    vocab_size: int,
+    seed: int = 0,
+    concurrency: int | None = None,
+    stop_seconds: float = math.inf,
 ) -> RunResult:
     """Send the workload to the server at ``target`` and measure tokens as they reach the client.
 
     Requests go out at their times whether or not earlier ones have ended (open loop), or with ``concurrency`` as soon
     as fewer are in flight (closed loop). They arrive when the plan says so: TTFT and scheduling delay hold the
-    generator's own lag, on top of the delay that the server reports. A request that fails is counted and told.
+    generator's own lag, on top of the delay that the server reports. A request that fails is counted and told. None
+    is sent later than ``stop_seconds`` after the start.
     """
-    return asyncio.run(_send_all(target, workload, make_prompts(workload, vocab_size, seed), concurrency))
+    prompts = make_prompts(workload, vocab_size, seed)
+    return asyncio.run(_send_all(target, workload, prompts, concurrency, stop_seconds))
 
 
 async def _send_all(
-    target: str, workload: Sequence[WorkloadRequest], prompts: list[list[int]], concurrency: int | None
+    target: str,
+    workload: Sequence[WorkloadRequest],
+    prompts: list[list[int]],
+    concurrency: int | None,
+    stop_seconds: float,
 ) -> RunResult:
     recorder = _Recorder(time.monotonic())
     slots = asyncio.Semaphore(concurrency or len(workload))
@@ -103,6 +116,8 @@ async def _send_all(
             if concurrency is None:
                 arrival_seconds = recorder.started_seconds + request.arrival_seconds
                 await asyncio.sleep(arrival_seconds - time.monotonic())
+            if arrival_seconds > recorder.started_seconds + stop_seconds:
+                break
             task = group.create_task(_send(client, request, prompt, arrival_seconds, recorder))
             task.add_done_callback(lambda _: slots.release())
     return recorder.result()

@@ -25,7 +25,7 @@ from jaxserve.evaluation.throughput import ThroughputResult
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import Request, RequestMetrics, SamplingParams
 from jaxserve.scheduler import Chunk
-from jaxserve.scheduler.buckets import bucket_of
+from jaxserve.scheduler.buckets import bucket_of, token_buckets
 from jaxserve.scheduler.step_time import num_seen_keys
 from jaxserve.sharding.mesh import make_mesh
 
@@ -72,7 +72,10 @@ def why_not(case: StepCase, runner: ModelRunner) -> str | None:
         "num_blocks": (num_blocks, runner.num_blocks),
     }
     short = [f"{name} of {needed}, got {limit}" for name, (needed, limit) in limits.items() if needed > limit]
-    return f"needs {' and '.join(short)}" if short else None
+    if short:
+        return f"needs {' and '.join(short)}"
+    num_rows = bucket_of(case.num_tokens, token_buckets(config.token_budget))
+    return None if num_rows in runner.buckets else f"the program of {num_rows} rows was not compiled"
 
 
 def step_work(
@@ -142,8 +145,9 @@ class StepBench:
         with ThreadPoolExecutor() as pool:
             launches = pool.map(lambda rows: compile_into_cache(self._programs.lower_step(rows)), compiled)
             self._launches = dict(zip(compiled, launches, strict=True))
-        # Warm-up would compile the others.
-        self.engine = Engine(config if buckets is None else dataclasses.replace(config, warmup=False))
+        # Of the same size, whatever the memory holds by then; and warm-up would compile the other programs.
+        same = dataclasses.replace(config, num_blocks=self._programs.num_blocks)
+        self.engine = Engine(same if buckets is None else dataclasses.replace(same, warmup=False))
         self.runner = self.engine.runner
         self.runner.buckets = compiled
 

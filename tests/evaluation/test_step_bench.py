@@ -80,6 +80,7 @@ def test_what_the_engine_cannot_run_is_left_out(tiny: str) -> None:
     assert why_not(StepCase("", ((100, 1),) * 4), bench.runner) is None
     reason = why_not(StepCase("", ((200, 20),) * 5), bench.runner)
     assert reason == "needs max_num_seqs of 5, got 4 and token_budget of 100, got 64 and num_blocks of 71, got 40"
+    assert why_not(StepCase("", ((0, 20),)), bench.runner) == "the program of 32 rows was not compiled"
     row = bench.measure(StepCase("", ((100, 1),) * 3))
     assert (row.num_rows, row.launches) == (16, None)
     assert row.seconds.median > 0
