@@ -145,8 +145,9 @@ class StepBench:
         with ThreadPoolExecutor() as pool:
             launches = pool.map(lambda rows: compile_into_cache(self._programs.lower_step(rows)), compiled)
             self._launches = dict(zip(compiled, launches, strict=True))
-        # Warm-up would compile the others.
-        self.engine = Engine(config if buckets is None else dataclasses.replace(config, warmup=False))
+        # Of the same size, whatever the memory holds by then; and warm-up would compile the other programs.
+        same = dataclasses.replace(config, num_blocks=self._programs.num_blocks)
+        self.engine = Engine(same if buckets is None else dataclasses.replace(same, warmup=False))
         self.runner = self.engine.runner
         self.runner.buckets = compiled
 

@@ -26,7 +26,7 @@ SEQUENCES = ((5000, 1), (0, 1), (4095, 1), (300, 1), (0, 70), (1000, 130), (5000
 """(context, rows): decodes and chunks on both sides of a window of 4,096 and of pages' ends, long ones split; 356 rows,
 28 of padding."""
 TINY_SEQUENCES = ((40, 1), (0, 1), (30, 9), (0, 5))
-TINY_VARIANTS = ("window", "16/8 x 256, float8 KV, pages of 16")
+TINY_VARIANTS = ("16/8 x 256, window, soft cap",)
 MOST_PROCESSES = 8
 
 

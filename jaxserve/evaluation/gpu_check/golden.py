@@ -41,9 +41,15 @@ def _greedy_agrees(name: str, tokenizer: Path) -> bool:
     expected = np.load(FOLDER / name / "expected.npz")
     prompt, greedy, gaps = (expected[array].tolist() for array in ("input_ids", "greedy_ids", "greedy_gaps"))
     config = EngineConfig(
-        model=str(FOLDER / name), tokenizer=str(tokenizer), dtype="float32", token_budget=16, max_num_seqs=2, block_size=16, num_blocks=32,
+        model=str(FOLDER / name),
+        tokenizer=str(tokenizer),
+        dtype="float32",
+        token_budget=16,
+        max_num_seqs=2,
+        block_size=16,
+        num_blocks=32,
         max_model_len=len(prompt) + len(greedy),
-    )  # fmt: skip
+    )
     engine = Engine(config, show_progress=False)
     engine.add_request("golden", prompt, SamplingParams(temperature=0, max_tokens=len(greedy), ignore_eos=True))
     tokens: list[int] = []

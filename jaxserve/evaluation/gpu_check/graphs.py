@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.engine.programs import GRAPH_OPTIONS
+from jaxserve.engine.compile import GPU_OPTIONS
 from jaxserve.engine.sampler import SamplingInputs, sample
 from jaxserve.evaluation.attention_batch import NO_GRAPHS, attention_chain, random_batch
 from jaxserve.evaluation.gpu_check.stage import Context, StageFailed
@@ -42,7 +42,7 @@ def _sampler(tiny: bool) -> dict[str, bool]:
     """Each kind of batch several times in one program, whose branches go another way each time."""
     rows, vocab = (4, 300) if tiny else (64, 32000)
     logits = 4 * jax.random.normal(jax.random.key(0), (rows, vocab))
-    graph, single = (jax.jit(sample, compiler_options=options) for options in (GRAPH_OPTIONS, NO_GRAPHS))
+    graph, single = (jax.jit(sample, compiler_options=options) for options in (GPU_OPTIONS, GPU_OPTIONS | NO_GRAPHS))
     equal: dict[str, bool] = {}
     for _ in range(RUNS):
         for name, inputs in _sampling_inputs(rows):

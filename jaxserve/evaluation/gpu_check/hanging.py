@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 
@@ -10,6 +11,6 @@ from jaxserve.evaluation.gpu_check.stage import Context
 
 def run(context: Context) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    context.records.add("hanging")
+    context.records.add("hanging", pid=os.getpid())
     while True:
         time.sleep(60)

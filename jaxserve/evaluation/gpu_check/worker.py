@@ -24,10 +24,9 @@ def main() -> int:
     args = parser.parse_args()
     records = Recorder(args.out / RESULTS, args.name)
     deadline = time.monotonic() + args.seconds
-    module = importlib.import_module(f"jaxserve.evaluation.gpu_check.{args.module}")
     context = Context(args.name, args.out, records, deadline, args.tiny, args.arguments)
     try:
-        module.run(context)
+        importlib.import_module(f"jaxserve.evaluation.gpu_check.{args.module}").run(context)
     except StageFailed as failure:
         print(f"{args.name}: {failure}", file=sys.stderr)
         return 1
