@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.gpu_packages import OF_THE_TESTS
+
 DEMO = Path(__file__).parents[1] / "scripts" / "demo.py"
-OF_THE_TESTS = ("JAX_PLATFORMS", "TRITON_INTERPRET", "XLA_FLAGS")
-"""Environment of tests/conftest.py."""
 
 
 def test_the_demo_says_only_what_concerns_its_user() -> None:
