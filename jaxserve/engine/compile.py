@@ -37,8 +37,13 @@ GEMM_OPTIONS: dict[str, dict[str, str | bool | int]] = {
 
 
 def gpu_options(gemm_backend: str) -> dict[str, str | bool | int]:
-    """XLA's options for an engine's programs on GPUs. ``gemm_backend``: one of config.GEMM_BACKENDS."""
-    return GPU_OPTIONS | GEMM_OPTIONS[gemm_backend]
+    """XLA's options for an engine's programs on GPUs. ``gemm_backend``: one of config.GEMM_BACKENDS.
+
+    Those that the environment's XLA_FLAGS name are left out: what the user says there holds.
+    """
+    given = {flag.removeprefix("--").partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
+    options = GPU_OPTIONS | GEMM_OPTIONS[gemm_backend]
+    return {name: value for name, value in options.items() if name not in given}
 
 
 def use_persistent_cache(folder: Path) -> None:

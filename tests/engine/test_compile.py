@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxserve.engine.compile import CompileCounter, Programs, compile_all
+from jaxserve.engine.compile import CompileCounter, Programs, compile_all, gpu_options
 
 
 def test_compile_all() -> None:
@@ -21,6 +21,16 @@ def test_compile_all() -> None:
     assert list(programs) == [2, 3, 5]
     for n, program in programs.items():
         np.testing.assert_array_equal(program(np.ones(n, np.float32)), np.full(n, n))
+
+
+def test_options_that_the_environment_names_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's options would go before its flags, and gpu_check.py turn no graphs off."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    everything = gpu_options("cublaslt")
+    assert everything["xla_gpu_enable_triton_gemm"] is False
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_command_buffer= --xla_gpu_enable_triton_gemm=true")
+    left = gpu_options("cublaslt")
+    assert everything.keys() - left.keys() == {"xla_gpu_enable_command_buffer", "xla_gpu_enable_triton_gemm"}
 
 
 def test_compile_all_passes_errors_on() -> None:

@@ -69,11 +69,11 @@ def test_the_budget_skips_what_no_longer_fits(tmp_path: Path, capsys: pytest.Cap
     assert "long         skipped: 100 s needed, 20 left" in capsys.readouterr().out
 
 
-def test_the_usual_budget_begins_every_stage_but_the_extra_one() -> None:
+def test_the_usual_budget_begins_every_stage_but_the_extra_ones() -> None:
     """Even where each takes half of its limit."""
     left = 470.0
     for stage in STAGES:
-        if stage.name != "tuned-steps":
+        if stage.name not in ("tuned-steps", "no-split-k-steps"):
             assert stage.least_seconds < min(stage.limit_seconds, left), stage.name
             left -= stage.limit_seconds / 2
 

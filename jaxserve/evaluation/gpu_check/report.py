@@ -228,7 +228,8 @@ def _steps(records: Sequence[Record]) -> list[str]:
         )
     return [
         "Milliseconds: floor → prediction for both devices. steps: with products of cuBLASLt alone; tuned-steps: "
-        "with XLA's own choice. Predicted besides: no time between two steps, one update of the graph for each.",
+        "with XLA's own choice; no-split-k-steps: the same, none of them split. "
+        "Predicted besides: no time between two steps, one update of the graph for each.",
         markdown_table(rows),
         "\n".join(notes),
     ]

@@ -26,17 +26,19 @@ GRAPH_EVENTS = {
 
 
 def run(context: Context) -> None:
-    """``context.arguments``: the buckets."""
+    """``context.arguments``: the gemm_backend and the buckets."""
     effort = TINY_EFFORT if context.tiny else QUICK
     ceilings = measure_ceilings(effort)  # before the engine takes the memory
     context.records.add("ceilings", **ceilings._asdict())
-    config, buckets = STEPS, list(map(int, context.arguments))
     if context.tiny:
         config = replace(
-            config, model=write_tiny(context.out / "tiny"), token_budget=64, max_num_seqs=32, max_model_len=1024,
+            STEPS, model=write_tiny(context.out / "tiny"), token_budget=64, max_num_seqs=32, max_model_len=1024,
             num_blocks=2200,
         )  # fmt: skip
         buckets = list(TINY_BUCKETS)
+    else:
+        gemm_backend, *numbers = context.arguments
+        config, buckets = replace(STEPS, gemm_backend=gemm_backend), list(map(int, numbers))
     bench = StepBench(config, effort, buckets=buckets)
     context.records.add("startup", seconds=bench.engine.startup._asdict(), num_blocks=bench.runner.num_blocks)
     for case in step_cases():
