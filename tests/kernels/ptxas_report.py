@@ -1,6 +1,6 @@
 """What the Triton kernels ask of a GPU, found by compiling them without one: ``python -m tests.kernels.ptxas_report``.
 
-Prints a table of registers, spills, shared memory and matrix instructions for each kernel of each variant, or JSON with
+Prints a table of registers, spills, shared memory and instructions for each kernel of each variant, or JSON with
 ``--json``. Not for a process with TRITON_INTERPRET.
 """
 
@@ -58,6 +58,8 @@ VARIANTS = {
     "16/8 x 256, float8 KV, pages of 16": replace(
         MISTRAL, heads=16, head_dim=256, rotated=256, cache_dtype="float8_e4m3fn", page_size=16
     ),
+    "window, 2 prefill programs": replace(MISTRAL, window=4096, backend="triton, 2 prefill programs"),
+    "window, pod": replace(MISTRAL, window=4096, backend="pod"),
 }  # fmt: skip
 
 
@@ -70,7 +72,6 @@ class Launch:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     num_warps: int
-    num_stages: int
     backend_options: tuple[tuple[str, Any], ...]
 
 
@@ -89,6 +90,14 @@ class Resources:
     """Matrix instructions of warpgroups, in the program text."""
     mma: int
     """Matrix instructions of warps."""
+    loops: tuple[int, ...]
+    """Instructions of each loop that multiplies matrices: one step for each tile of keys."""
+
+    @property
+    def occupancy(self) -> int:
+        """Programs that a Hopper multiprocessor runs at once."""
+        warp_registers = -(-32 * self.registers // 256) * 256
+        return min(65536 // (warp_registers * self.num_warps), 233472 // (self.shared_bytes + 1024))
 
 
 def launches(variant: Variant) -> list[Launch]:
@@ -103,7 +112,6 @@ def launches(variant: Variant) -> list[Launch]:
         input_output_aliases: dict[int, int],
         compute_capability: int,
         num_warps: int,
-        num_stages: int = 3,
         backend_options: dict[str, Any],
         name: str = "",
         **constants: Any,
@@ -117,9 +125,7 @@ def launches(variant: Variant) -> list[Launch]:
         signature = {parameter: types.get(parameter, "constexpr") for parameter in kernel.arg_names}
         options = tuple(backend_options.items())
         label = name or kernel.__name__
-        found.append(
-            Launch(kernel, label, (*signature.items(),), (*constants.items(),), num_warps, num_stages, options)
-        )
+        found.append(Launch(kernel, label, (*signature.items(),), (*constants.items(),), num_warps, options))
         return jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), out_type)
 
     with mock.patch.object(triton_attention, "triton_call", triton_call):
@@ -129,7 +135,7 @@ def launches(variant: Variant) -> list[Launch]:
 
 def program(variant: Variant) -> tuple[Any, ...]:
     """One layer's attention as a function of (qkv, rotation, cache, inputs, layer), and the shapes of these."""
-    cache, inputs = cache_and_inputs(variant, "triton")
+    cache, inputs = cache_and_inputs(variant, variant.backend)
 
     def layer(
         qkv: jax.Array, rotation: Any, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array
@@ -151,7 +157,7 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
     source = ASTSource(
         launch.kernel, signature, dict(launch.constants), {(i,): [["tt.divisibility", 16]] for i in pointers}
     )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **dict(launch.backend_options)}
+    options = {"num_warps": launch.num_warps, **dict(launch.backend_options)}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
@@ -160,12 +166,29 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
         architecture = sm_arch_from_capability(capability)
         command = [get_ptxas(capability).path, "-v", f"--gpu-name={architecture}", str(path), "-o", f"{path}.cubin"]
         log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        disassemble = [str(Path(command[0]).with_name("cuobjdump")), "-sass", f"{path}.cubin"]
+        sass = subprocess.run(disassemble, check=True, capture_output=True, text=True).stdout
     (registers,) = re.findall(r"Used (\d+) registers", log)
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
     return Resources(
         launch.name, launch.num_warps, int(registers), spilled, compiled.metadata.shared,
-        ptx.count("wgmma.mma_async"), ptx.count("mma.sync"),
+        ptx.count("wgmma.mma_async"), ptx.count("mma.sync"), matrix_loops(sass),
     )  # fmt: skip
+
+
+def matrix_loops(sass: str) -> tuple[int, ...]:
+    """Instructions of each innermost loop, that is from the target of a branch backwards, that multiplies matrices."""
+    code = [(int(place, 16), text) for place, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    places = [place for place, _ in code]
+    loops = []
+    for end, (place, text) in enumerate(code):
+        target = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < place:
+            loops.append(range(places.index(int(target[1], 16)), end + 1))
+    innermost = [
+        loop for loop in loops if not any(other != loop and other[0] in loop and other[-1] in loop for other in loops)
+    ]
+    return tuple(len(loop) for loop in innermost if any(re.search(r"\bHG?MMA\b", code[i][1]) for i in loop))
 
 
 def report(variants: dict[str, Variant]) -> dict[str, list[Resources]]:
@@ -185,13 +208,15 @@ def report(variants: dict[str, Variant]) -> dict[str, list[Resources]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
-    found = report(VARIANTS)
-    if parser.parse_args().json:
+    parser.add_argument("--variants", nargs="+", default=VARIANTS)
+    arguments = parser.parse_args()
+    found = report({name: VARIANTS[name] for name in arguments.variants})
+    if arguments.json:
         print(json.dumps({name: [asdict(kernel) for kernel in kernels] for name, kernels in found.items()}))
         return
     print(f"Triton {triton.__version__}, for sm_90a.\n")
-    print("| variant | kernel | warps | registers | bytes spilled | shared bytes | wgmma | mma |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| variant | kernel | warps | registers | bytes spilled | shared bytes | wgmma | mma | loops |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, kernels in found.items():
         for kernel in kernels:
             print(f"| {name} | {' | '.join(map(str, astuple(kernel)))} |")

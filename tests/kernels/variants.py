@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from jaxserve.kernels.attention import AttentionInputs, KVCache
-from jaxserve.kernels.backend import AttentionShape, Target, choose_backend
+from jaxserve.kernels.backend import AttentionShape, Target, gpu_variants
 from jaxserve.kernels.plan import AttentionPlan, PlanLimits, plan_shapes
 
 LAYERS, ROWS, SEQUENCES, MAX_LEN, NUM_PAGES = 32, 2048, 64, 32768, 4096
@@ -31,6 +31,8 @@ class Variant:
     window: int | None = None
     softcap: float | None = None
     capability: int = 90
+    backend: str = "triton"
+    """One of gpu_variants."""
 
     @property
     def masking(self) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def cache_and_inputs(
     """Shapes and types of a step's, as ``backend`` wants its work list."""
     dtype, cache_dtype = (jnp.dtype(getattr(jnp, name)) for name in (variant.dtype, variant.cache_dtype))
     shape = AttentionShape(variant.heads, variant.kv_heads, variant.head_dim, variant.page_size, dtype, cache_dtype)
-    chosen = choose_backend(backend, Target("gpu", variant.capability, 132), shape)
+    chosen = gpu_variants(Target("gpu", variant.capability, 132), shape)[backend]
     limits = PlanLimits(ROWS, SEQUENCES, MAX_LEN, variant.page_size, NUM_PAGES, chosen.tiling, variant.window)
 
     def array(*size: int, dtype: Any = jnp.int32) -> Any:
