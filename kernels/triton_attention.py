@@ -42,8 +42,10 @@ POD_PROGRAMS_PER_CORE, POD_WARPS = 2, 8
 COMBINE_PROGRAMS_PER_CORE = 4
 COMBINE_SHARES = 16
 """Programs that share the results of one entry: enough to spread a single long decode, or a tile's many rows."""
-CORE_REGISTERS, MOST_REGISTERS = 65536, 255
-"""Of a multiprocessor, and of a thread."""
+CORE_REGISTERS = 65536
+"""Of a multiprocessor."""
+REGISTERS = {DECODE: 144, PREFILL: 184}
+"""Of a thread: a program of prefill with eight warps and one of decode with four share a multiprocessor's."""
 ROTATE_ROWS = 16
 """Rows of one program: enough to fill four warps with 16-byte loads, few enough to spread a small batch."""
 COMPILER_OPTIONS = {"enable_fp_fusion": True, "ptx_version": 86}
@@ -123,8 +125,9 @@ def _attend(
     constants = _constants(q, cache, inputs, **masking)
     block_rows = _block_rows(kind, q, cache, inputs)
     num_warps = _num_warps(block_rows, constants["BLOCK_DIM"])
-    # Without one the compiler takes as few registers for decodes as it needs, with one all that it may.
-    limit = {} if decoding else _register_limit(programs // target.num_cores, num_warps)
+    limit = REGISTERS[kind] if constants["BLOCK_DIM"] <= 128 and num_warps == (4 if decoding else 8) else None
+    if not decoding and programs > target.num_cores:
+        limit = _share_of_registers(programs // target.num_cores, num_warps)
     return triton_call(
         q, cache.k, cache.v, inputs.block_tables, plan.decode if decoding else plan.prefill, plan.counts, layer,
         cache.scales, *((None,) if decoding else ()),
@@ -135,7 +138,7 @@ def _attend(
         name="decode" if decoding else "prefill",
         num_warps=num_warps,
         compute_capability=target.compute_capability,
-        backend_options=COMPILER_OPTIONS | limit,
+        backend_options=COMPILER_OPTIONS | {"maxnreg": limit},
         KIND=kind,
         PROGRAMS=programs,
         # Starting a second loop empties the pipeline of loads, which only pays where masking is work.
@@ -170,7 +173,7 @@ def _attend_both(
         grid=(POD_PROGRAMS_PER_CORE * target.num_cores,),
         num_warps=POD_WARPS,
         compute_capability=target.compute_capability,
-        backend_options=COMPILER_OPTIONS | _register_limit(POD_PROGRAMS_PER_CORE, POD_WARPS),
+        backend_options=COMPILER_OPTIONS | {"maxnreg": _share_of_registers(POD_PROGRAMS_PER_CORE, POD_WARPS)},
         CORES=target.num_cores,
         DECODE_ROWS=_block_rows(DECODE, q, cache, inputs),
         PREFILL_ROWS=_block_rows(PREFILL, q, cache, inputs),
@@ -231,10 +234,9 @@ def _combine(
     )  # fmt: skip
 
 
-def _register_limit(programs: int, num_warps: int) -> dict[str, int]:
-    """The compiler's option that lets ``programs`` run on a multiprocessor at once."""
-    registers = CORE_REGISTERS // (max(programs, 1) * num_warps * 32)
-    return {"maxnreg": registers} if registers < MOST_REGISTERS else {}
+def _share_of_registers(programs: int, num_warps: int) -> int:
+    """Of a thread, where ``programs`` are to run on a multiprocessor at once."""
+    return CORE_REGISTERS // (programs * num_warps * 32)
 
 
 def _num_warps(block_rows: int, block_dim: int) -> int:

@@ -92,12 +92,21 @@ class Resources:
     """Matrix instructions of warps."""
     loops: tuple[int, ...]
     """Instructions of each loop that multiplies matrices: one step for each tile of keys."""
+    local_accesses: int
+    """Instructions that access a thread's own memory, which is where spilled registers are."""
+
+    @property
+    def core_registers(self) -> int:
+        """Of a multiprocessor, for one program: warps get them 256 at a time."""
+        return -(-32 * self.registers // 256) * 256 * self.num_warps
 
     @property
     def occupancy(self) -> int:
-        """Programs that a Hopper multiprocessor runs at once."""
-        warp_registers = -(-32 * self.registers // 256) * 256
-        return min(65536 // (warp_registers * self.num_warps), 233472 // (self.shared_bytes + 1024))
+        """Programs that a multiprocessor of Hopper runs at once; each takes 1 KiB of shared memory besides its own."""
+        return min(65536 // self.core_registers, 228 * 1024 // (self.shared_bytes + 1024))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"core_registers": self.core_registers, "occupancy": self.occupancy}
 
 
 def launches(variant: Variant) -> list[Launch]:
@@ -173,6 +182,7 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
     return Resources(
         launch.name, launch.num_warps, int(registers), spilled, compiled.metadata.shared,
         ptx.count("wgmma.mma_async"), ptx.count("mma.sync"), matrix_loops(sass),
+        len(re.findall(r"\b(?:LDL|STL)\b", sass)),
     )  # fmt: skip
 
 
@@ -212,11 +222,11 @@ def main() -> None:
     arguments = parser.parse_args()
     found = report({name: VARIANTS[name] for name in arguments.variants})
     if arguments.json:
-        print(json.dumps({name: [asdict(kernel) for kernel in kernels] for name, kernels in found.items()}))
+        print(json.dumps({name: [kernel.to_json() for kernel in kernels] for name, kernels in found.items()}))
         return
     print(f"Triton {triton.__version__}, for sm_90a.\n")
-    print("| variant | kernel | warps | registers | bytes spilled | shared bytes | wgmma | mma | loops |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| variant | kernel | warps | registers | bytes spilled | shared bytes | wgmma | mma | loops | local |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for name, kernels in found.items():
         for kernel in kernels:
             print(f"| {name} | {' | '.join(map(str, astuple(kernel)))} |")
