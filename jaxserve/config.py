@@ -21,7 +21,7 @@ import yaml
 
 SCHEDULERS = ("sarathi", "adaptive", "prefill_first", "orca", "decode_first", "chunked_only", "hybrid_only")
 WHOLE_PROMPT_SCHEDULERS = ("prefill_first", "orca", "decode_first", "hybrid_only")
-ATTENTION_BACKENDS = ("auto", "xla", "native", "triton", "mosaic")
+ATTENTION_BACKENDS = ("auto", "xla", "native", "triton", "pod", "mosaic")
 KV_CACHE_DTYPES = ("auto", "fp8_e4m3")
 GEMM_BACKENDS = ("auto", "no_split_k", "cublaslt")
 GENERATION_CONFIGS = ("auto", "none")
@@ -81,7 +81,7 @@ class EngineConfig:
     attention_backend: str = option(
         "auto",
         "attention kernels; auto: native on CPUs with a C++ compiler, in float32 and bfloat16, triton on GPUs, or xla; "
-        "mosaic: triton with a prefill kernel for Hopper",
+        "pod: triton with one launch for hybrid batches; mosaic: triton with a prefill kernel for Hopper",
         ATTENTION_BACKENDS,
     )
     gemm_backend: str = option(

@@ -1,7 +1,8 @@
 """Paged attention over a hybrid batch: any mix of prefill chunks and decodes in one flat array of rows.
 
 This is the interface that models use. The backends: ``xla`` serves every platform, ``native`` is C++ for CPUs,
-``triton`` serves GPUs, and ``mosaic`` is triton with a prefill kernel for Hopper.
+``triton`` serves GPUs, ``pod`` is triton with one launch for hybrid batches, and ``mosaic`` is triton with a prefill
+kernel for Hopper.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxserve.kernels import cpu_attention, xla
-from jaxserve.kernels.backend import Backend
+from jaxserve.kernels.backend import GPU_BACKENDS, Backend
 from jaxserve.kernels.plan import AttentionPlan
 
 Rotation = tuple[jax.Array, jax.Array] | None
@@ -85,7 +86,7 @@ def rotate_and_write(
 def _rotate_and_write(
     qkv: jax.Array, rotation: Rotation, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array
 ) -> tuple[jax.Array, KVCache[jax.Array]]:
-    if inputs.backend.name in ("triton", "mosaic"):
+    if inputs.backend.name in GPU_BACKENDS:
         from jaxserve.kernels import triton_attention  # it needs packages that only GPUs do
 
         return triton_attention.rotate_and_write(qkv, rotation, cache, inputs, layer)
@@ -122,7 +123,7 @@ def paged_attention(
 def _paged_attention(
     q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array, **masking: Any
 ) -> jax.Array:
-    if inputs.backend.name in ("triton", "mosaic"):
+    if inputs.backend.name in GPU_BACKENDS:
         from jaxserve.kernels import triton_attention
 
         return triton_attention.paged_attention(q, cache, inputs, layer, **masking)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -17,13 +17,14 @@ logger = logging.getLogger(__name__)
 
 CPU_TILING = Tiling(decode_tokens=128, prefill_rows=64)
 """Of the backends that serve CPUs: xla, which serves all platforms, and native."""
-SPLIT_TOKENS = 256
+SPLIT_TOKENS = 128
 """KV tokens below which splitting costs a GPU more than it gains."""
 DECODE_PROGRAMS_PER_CORE = 3
 """As many as fit into shared memory: of a multiprocessor's 227 KiB each takes 70."""
 PREFILL_PROGRAMS_PER_CORE = 1
 """A prefill program's accumulators take all registers of a multiprocessor."""
 HOPPER = 90
+GPU_BACKENDS = ("triton", "pod", "mosaic")
 
 
 class Target(NamedTuple):
@@ -77,7 +78,24 @@ def choose_backend(name: str, target: Target, shape: AttentionShape) -> Backend:
         raise ValueError(f"attention_backend {name} needs {needed}")
     if name in ("xla", "native"):
         return Backend(name, CPU_TILING, target)
-    return Backend(name, _gpu_tiling(target, shape), target)
+    tiling = _gpu_tiling(target, shape)
+    return Backend(name, _fused(tiling, target) if name == "pod" else tiling, target)
+
+
+def gpu_variants(target: Target, shape: AttentionShape) -> dict[str, Backend]:
+    """What is worth timing against each other on a GPU, by name; those of them that serve it. The default is first."""
+    found = {name: choose_backend(name, target, shape) for name in GPU_BACKENDS if not _NEEDS[name](target, shape)}
+    if "triton" in found:
+        found["triton, 2 prefill programs"] = _with_prefill_programs(found["triton"], 2)
+    return found
+
+
+def _with_prefill_programs(backend: Backend, programs: int) -> Backend:
+    """``programs`` on a multiprocessor, which share its registers (triton_attention tells the compiler)."""
+    tiling = backend.tiling
+    assert tiling.busy is not None
+    busy = tiling.busy._replace(prefill=programs * backend.target.num_cores)
+    return replace(backend, tiling=replace(tiling, busy=busy))
 
 
 def has_native_kernels(target: Target, dtype: jnp.dtype) -> bool:
@@ -128,7 +146,15 @@ def _mosaic_needs(target: Target, shape: AttentionShape) -> str | None:
     return None
 
 
-_NEEDS = {"native": _native_needs, "triton": _triton_needs, "mosaic": _mosaic_needs}
+def _pod_needs(target: Target, shape: AttentionShape) -> str | None:
+    if needed := _triton_needs(target, shape):
+        return needed
+    if target.compute_capability < HOPPER:
+        return f"a GPU of compute capability 9.0 or newer, got {target.compute_capability / 10}"
+    return f"a head_dim of at most 128, got {shape.head_dim}" if shape.head_dim > 128 else None
+
+
+_NEEDS = {"native": _native_needs, "triton": _triton_needs, "mosaic": _mosaic_needs, "pod": _pod_needs}
 
 
 def _gpu_tiling(target: Target, shape: AttentionShape) -> Tiling:
@@ -137,7 +163,16 @@ def _gpu_tiling(target: Target, shape: AttentionShape) -> Tiling:
     group = shape.num_heads // shape.num_kv_heads
     tile = 128 if shape.head_dim <= 128 else 64
     busy = BusyItems(
-        decode=-(-target.num_cores * DECODE_PROGRAMS_PER_CORE // shape.num_kv_heads),
-        prefill=-(-target.num_cores * PREFILL_PROGRAMS_PER_CORE // shape.num_kv_heads),
+        decode=target.num_cores * DECODE_PROGRAMS_PER_CORE,
+        prefill=target.num_cores * PREFILL_PROGRAMS_PER_CORE,
+        kv_heads=shape.num_kv_heads,
     )
     return Tiling(SPLIT_TOKENS, max(1, tile // group), busy)
+
+
+def _fused(tiling: Tiling, target: Target) -> Tiling:
+    """For POD's launch, which has a program of each kind on a multiprocessor: prefill items that last one wave of these
+    or two, and shorter decode items, so that both kinds are done at about the same time."""
+    assert tiling.busy is not None
+    busy = tiling.busy._replace(decode=2 * target.num_cores, prefill=target.num_cores)
+    return replace(tiling, fused=busy)

@@ -56,8 +56,8 @@ def paged_prefill(
 
     q: ``[T, heads, head_dim]``, in the type of the cache, whose pages hold 64 tokens; head_dim is 64 or 128.
     Returns the output, as ``q``, and the partial results of items that are parts of a tile: unnormalised values
-    ``float32[max_partial_rows, heads, head_dim]`` and stats ``float32[max_partial_rows, heads, 2]``, the maximum of a
-    row's scores times log2 e (-1e30 if it saw none) and the sum of its weights. All other rows are undefined. Raises
+    ``float32[n, heads, head_dim]`` and stats ``float32[n, heads, 2]`` for ``max_prefill_partials`` rows, the maximum of
+    a row's scores times log2 e (-1e30 if it saw none) and the sum of its weights. All other rows are undefined. Raises
     ValueError if a tile's rows exceed 128. Soft caps use the hardware's tanh, whose relative error is 2^-11.
     """
     num_rows, heads, dim = q.shape
@@ -71,7 +71,7 @@ def paged_prefill(
             f"tile_rows {limits.tile_rows} times {group} query heads for each KV head must be at most {TILE_ROWS}"
         )
     kernel = _Kernel(group, limits.tile_rows, inputs.num_pages, scale, window, softcap)
-    partial = (limits.max_partial_rows, heads)
+    partial = (limits.max_prefill_partials, heads)
     return plgpu.kernel(
         kernel.body,
         out_type=(

@@ -11,6 +11,7 @@ kernels skip what lies outside.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,28 +21,69 @@ ITEM_FIELDS = 8
 COMBINE_FIELDS = 4
 
 
+class ItemCost(NamedTuple):
+    """What an item costs a GPU besides its pages, in tokens: an estimate."""
+
+    item: int
+    """Of every item: finding its pages, filling the pipeline of loads, writing the result."""
+    part: int
+    """Of parts of tiles besides: their results are float32, and read again."""
+
+
+DECODE_COST, PREFILL_COST = ItemCost(64, 0), ItemCost(96, 32)
+MOST_WAVES = 4
+"""Programs of parts, by those that run at once: more parts cost more than their better balance gains."""
+GOOD_BALANCE = 0.95
+"""Share of busy processors from which on no better cut is looked for."""
+LEAST_GAIN = 0.98
+"""Of the time that whole tiles take a cut must take less than this share."""
+UNCUT_EXCESS = 0.25
+"""By how much of a part's length a tile may be longer without another cut."""
+
+
 class BusyItems(NamedTuple):
-    """About how many work items, of each kind and for each KV head, keep a device busy."""
+    """How many programs, of each kind, a device runs at once. An item takes one for each of ``kv_heads``."""
 
     decode: int
     prefill: int
+    kv_heads: int = 1
+
+    @property
+    def decode_parts(self) -> int:
+        """The most of all decodes that are split."""
+        return MOST_WAVES * self.decode // self.kv_heads
+
+    @property
+    def prefill_parts(self) -> int:
+        """The most of all prefill tiles that are split."""
+        return MOST_WAVES * self.prefill // self.kv_heads
 
 
 @dataclass(frozen=True)
 class Tiling:
     """How a backend wants a batch cut.
 
-    Without ``busy`` every decode item is a part of at most ``decode_tokens`` tokens, with a partial result; prefill
-    items see all their pages, and rows of no sequence are in none. With it, tiles are cut into parts of about equal
-    length until there are about ``busy`` many, none much shorter than ``decode_tokens``; a tile in one part writes its
-    output itself; the longest items come first; and rows of no sequence are in prefill items that see nothing, so that
-    every row of the output is written.
+    Every decode item has a partial result. Without ``busy`` it is a part of at most ``decode_tokens`` tokens; prefill
+    items see all their pages, and rows of no sequence are in none. With it, tiles are cut into parts of equal length,
+    none shorter than ``decode_tokens``, so that ``busy`` many programs are done as early as possible; a prefill tile in
+    one part writes its output itself; the longest items come first; and rows of no sequence are in prefill items that
+    see nothing, so that every row of the output is written.
     """
 
     decode_tokens: int
     prefill_rows: int
     """Most query rows of one prefill item, in a batch that has as many."""
     busy: BusyItems | None = None
+    fused: BusyItems | None = None
+    """The same of a launch that takes items of both kinds, in batches that have both; None: there is none."""
+
+    @property
+    def most_decode_parts(self) -> int:
+        return max(busy.decode_parts for busy in (self.busy, self.fused) if busy is not None)
+
+    @property
+    def most_prefill_parts(self) -> int:
+        return max(busy.prefill_parts for busy in (self.busy, self.fused) if busy is not None)
 
     def decode_pages(self, page_size: int) -> int:
         return max(1, self.decode_tokens // page_size)
@@ -72,8 +114,9 @@ class PlanLimits:
     @property
     def max_decode_items(self) -> int:
         if self.tiling.busy is not None:
-            return self.tiling.busy.decode + self.max_num_seqs
-        # Each running sequence ends in a partly filled part; all others are full, and pages are not shared.
+            return self.max_num_seqs + self.tiling.most_decode_parts
+        # Each running sequence ends in a partly filled part; all others are full. Where sequences share so many pages
+        # that this is too few, make_plan makes prefill items of what is left.
         part_pages = self.tiling.decode_pages(self.page_size)
         pages_per_seq = -(-self.max_model_len // self.page_size)
         if self.window is not None:
@@ -87,24 +130,20 @@ class PlanLimits:
     def max_prefill_items(self) -> int:
         # Each chunk ends in a partly filled tile.
         tiles = self.num_rows // self.tile_rows + min(self.max_num_seqs, self.num_rows)
-        return tiles if self.tiling.busy is None else tiles + 1 + self.tiling.busy.prefill
+        return tiles if self.tiling.busy is None else tiles + 1 + self.tiling.most_prefill_parts
+
+    @property
+    def max_prefill_partials(self) -> int:
+        """Rows of partial results that prefill items leave; a decode item leaves one."""
+        return 0 if self.tiling.busy is None else self.tiling.most_prefill_parts * self.tile_rows
 
     @property
     def max_partial_rows(self) -> int:
-        busy = self.tiling.busy
-        if busy is None:
-            return self.max_decode_items
-        return _most_parts(busy.decode) + _most_parts(busy.prefill) * self.tile_rows
+        return self.max_decode_items + self.max_prefill_partials
 
     @property
     def max_combines(self) -> int:
-        busy = self.tiling.busy
-        return self.max_num_seqs if busy is None else (_most_parts(busy.decode) + _most_parts(busy.prefill)) // 2
-
-
-def _most_parts(busy: int) -> int:
-    """Of tiles that are split at all: a share x of the work, in units of all / busy, makes round(x) <= 4/3 x parts."""
-    return busy * 4 // 3
+        return self.max_num_seqs + (0 if self.tiling.busy is None else self.tiling.most_prefill_parts // 2)
 
 
 class AttentionPlan[Array](NamedTuple):
@@ -117,11 +156,12 @@ class AttentionPlan[Array](NamedTuple):
     combine: Array
     """``int32[max_combines, 4]``: first query row, number of rows, first partial row, number of parts.
 
-    Partial row ``first + part * rows + i`` is the ``part``-th result of row ``i``. Unused entries start at row
-    ``num_rows``.
+    Partial row ``first + part * rows + i`` is the ``part``-th result of row ``i``; those from ``max_decode_items`` on
+    are of prefill items, which count their own from 0. Unused entries start at row ``num_rows``.
     """
     counts: Array
-    """``int32[3]``: decode items, prefill items, combines."""
+    """``int32[3]``: decode items, prefill items, combines. With a fused launch ``int32[5]``: also the decode items and
+    the prefill items that it takes; then the first two are 0."""
 
 
 def plan_shapes(limits: PlanLimits) -> dict[str, tuple[int, ...]]:
@@ -129,7 +169,7 @@ def plan_shapes(limits: PlanLimits) -> dict[str, tuple[int, ...]]:
         "decode": (limits.max_decode_items, ITEM_FIELDS),
         "prefill": (limits.max_prefill_items, ITEM_FIELDS),
         "combine": (limits.max_combines, COMBINE_FIELDS),
-        "counts": (3,),
+        "counts": (3 if limits.tiling.fused is None else 5,),
     }
 
 
@@ -145,27 +185,38 @@ def make_plan(
     sequences, query_lens, kv_lens: ``int[n]``; sequence ``sequences[i]`` (a row of the block table) has
     ``query_lens[i]`` consecutive rows of the batch, the last at position ``kv_lens[i] - 1``.
     """
-    tiling, busy = limits.tiling, limits.tiling.busy
+    tiling = limits.tiling
     first_rows = np.cumsum(query_lens) - query_lens
-    decoding = query_lens == 1
     batch = np.array((sequences, first_rows, query_lens, kv_lens))
-    decodes, chunks = _see_all(limits, batch[:, decoding], kv_lens[decoding] - 1), batch[:, ~decoding]
+    decoding = query_lens == 1
+    decodes = _see_all(limits, batch[:, decoding], kv_lens[decoding] - 1)
+    fused = tiling.fused is not None and decoding.any() and not decoding.all()
+    busy = tiling.fused if fused else tiling.busy
     if busy is None:
-        part_pages = tiling.decode_pages(limits.page_size)
-        decode, combine = _cut(decodes, -(-_pages(decodes) // part_pages), 0, keep_whole=False)
-        prefill, _ = _cut(_tiles(limits, chunks), None, 0)
+        num_parts = -(-_pages(decodes) // tiling.decode_pages(limits.page_size))
+        if num_parts.sum() > limits.max_decode_items:  # only where sequences share pages
+            fitting = np.cumsum(num_parts) <= limits.max_decode_items
+            decodes, num_parts = decodes[fitting], num_parts[fitting]
+            decoding[np.flatnonzero(decoding)[~fitting]] = False
+        decode, combine = _cut(decodes, num_parts, keep_whole=False)
+        prefill, _ = _cut(_tiles(limits, batch[:, ~decoding]), None)
     else:
         used = int(query_lens.sum())
         padding = np.array([[0], [used], [limits.num_rows - used], [0]])
-        tiles = _tiles(limits, np.concatenate((chunks, padding), axis=1))
-        decode, combine = _cut(decodes, _num_parts(limits, decodes, busy.decode), 0)
-        partial_rows = int((combine[:, 1] * combine[:, 3]).sum())
-        prefill, more = _cut(tiles, _num_parts(limits, tiles, busy.prefill), partial_rows)
+        tiles = _tiles(limits, np.concatenate((batch[:, ~decoding], padding), axis=1))
+        decode_wave, prefill_wave = busy.decode / busy.kv_heads, busy.prefill / busy.kv_heads
+        decode_parts = _num_parts(limits, decodes, decode_wave, busy.decode_parts, DECODE_COST)
+        prefill_parts = _num_parts(limits, tiles, prefill_wave, busy.prefill_parts, PREFILL_COST)
+        decode, combine = _cut(decodes, decode_parts, keep_whole=False)
+        prefill, more = _cut(tiles, prefill_parts)
+        more[:, 2] += limits.max_decode_items
         combine = np.concatenate((combine, more))
         decode, prefill = _longest_first(decode), _longest_first(prefill)
     for target, found in ((out.decode, decode), (out.prefill, prefill), (out.combine, combine)):
         target[: len(found)] = found
-    out.counts[:] = len(decode), len(prefill), len(combine)
+    out.counts[:3] = len(decode), len(prefill), len(combine)
+    if fused:
+        out.counts[3:], out.counts[:2] = out.counts[:2], 0
 
 
 def new_plan(limits: PlanLimits) -> AttentionPlan[np.ndarray]:
@@ -215,27 +266,70 @@ def _pages(items: np.ndarray) -> np.ndarray:
     return items[:, 5] - items[:, 4]
 
 
-def _num_parts(limits: PlanLimits, tiles: np.ndarray, busy: int) -> np.ndarray | None:
-    """How many parts each tile is cut into, so that all are about as long; at most ``busy`` more than tiles.
+def _num_parts(
+    limits: PlanLimits, tiles: np.ndarray, wave: float, most_parts: int, cost: ItemCost
+) -> np.ndarray | None:
+    """How many parts each tile is cut into, so that a device that has ``wave`` items at once, and begins the longest
+    first, is done as early as possible; None where none is cut. Those that are have at most ``most_parts`` together.
 
-    None where none is cut.
+    Either all tiles are cut at about one length, or only those that follow the last full wave of whole tiles, as in
+    Stream-K's hybrids (arXiv 2301.03598); into parts that fill one wave, or two, and so on. A tile costs its pages and
+    a constant for each part, whatever its number of rows: kernels multiply whole tiles.
     """
-    pages = _pages(tiles)
-    longest = max(limits.tiling.decode_pages(limits.page_size), pages.sum() / busy)
-    if pages.max(initial=0) <= 1.5 * longest:
+    tile_pages = _pages(tiles)
+    longest_first = np.argsort(-tile_pages)[: np.count_nonzero(tile_pages)]
+    pages, num_tiles = tile_pages[longest_first].astype(float), len(longest_first)
+    if num_tiles == 0:
         return None
-    return np.maximum(np.rint(pages / longest), 1).astype(int)
+    page_size = limits.page_size
+    item_pages, part_pages = cost.item / page_size, (cost.item + cost.part) / page_size
+    full_waves = int(num_tiles / wave)
+    kept = int(full_waves * wave)
+    work, kept_work, longest = float(pages.sum()), float(pages[:kept].sum()), float(pages[0])
+    shared = (work + item_pages * num_tiles) / wave
+    last_wave = (work - kept_work) / (num_tiles - kept) + item_pages if kept < num_tiles else 0.0
+    whole = max(shared, longest + item_pages, (kept_work + item_pages * kept) / wave + last_wave)
+    if shared >= GOOD_BALANCE * whole:
+        return None
+
+    # Each row is a way to cut: those tiles that follow the first ones, which are kept whole, into so many parts a page.
+    waves = range(max(full_waves, 1), max(full_waves, 1) + MOST_WAVES)
+    ways = [(first, int(w * wave) - first) for first in {kept, 0} - {num_tiles} for w in waves]
+    rest_work = {kept: work - kept_work, 0: work}
+    density = [places * pages[first] // rest_work[first] / pages[first] for first, places in ways]
+    num_parts = np.ceil(pages * np.array(density)[:, None] - UNCUT_EXCESS)
+    np.minimum(num_parts, pages // limits.tiling.decode_pages(page_size), out=num_parts)
+    np.maximum(num_parts, 1.0, out=num_parts)
+    for row, (first, _) in zip(num_parts, ways, strict=True):
+        row[:first] = 1.0
+    best, least = None, LEAST_GAIN * whole
+    longest_parts = (pages / num_parts).max(axis=1)
+    counts = np.array((num_parts.sum(axis=1), (num_parts == 1.0).sum(axis=1), longest_parts)).T.tolist()
+    for row, (first, _), (num_items, num_whole, longest) in zip(num_parts, ways, counts, strict=True):
+        rest = num_items - first
+        last_waves = math.ceil(rest / wave) * (rest_work[first] / rest + part_pages)
+        span = max(longest + part_pages, (work - rest_work[first] + item_pages * first) / wave + last_waves)
+        if span < least and num_items - num_whole <= most_parts:
+            best, least = row, span
+    if best is None:
+        return None
+    found = np.ones(len(tiles), int)
+    found[longest_first] = best
+    return found
 
 
-def _cut(
-    tiles: np.ndarray, num_parts: np.ndarray | None, first_partial: int, *, keep_whole: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
-    """Work items, and what to combine. ``keep_whole``: a tile in one part has no partial result."""
+def _cut(tiles: np.ndarray, num_parts: np.ndarray | None, *, keep_whole: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Work items, and what to combine; without ``num_parts`` all tiles are whole.
+
+    ``keep_whole``: a tile in one part has no partial result.
+    """
     if num_parts is None:
-        return tiles, np.empty((0, COMBINE_FIELDS), int)
+        if keep_whole:
+            return tiles, np.empty((0, COMBINE_FIELDS), int)
+        num_parts = np.ones(len(tiles), int)
     num_rows, split = tiles[:, 2], (num_parts > 1) | (not keep_whole)
     partial_rows = num_rows * num_parts * split
-    partial = first_partial + np.cumsum(partial_rows) - partial_rows
+    partial = np.cumsum(partial_rows) - partial_rows
     owner, part = _expand(num_parts)
     items, pages, parts = tiles[owner], _pages(tiles)[owner], num_parts[owner]
     begin = items[:, 4].copy()

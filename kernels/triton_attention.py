@@ -1,11 +1,14 @@
 """Paged attention on GPUs: the kernels of kernels/triton_kernels.py in jax programs.
 
-Three launches attend: prefill items, decode items, and what puts split tiles together. Everything that varies from step
-to step or layer to layer reaches them in device memory, so that no small XLA operation stands between them.
+Three launches attend: prefill items, decode items, and what puts partial results together. The first two do not depend
+on each other, so that they can run at once. Each has as many programs as the device runs at once, which loop over what
+there is. Everything that varies from step to step or layer to layer reaches them in device memory, so that no small XLA
+operation stands between them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +16,7 @@ import jax.numpy as jnp
 import triton
 from triton.backends.nvidia import driver as nvidia_driver
 
-from jaxserve.kernels import triton_kernels
+from jaxserve.kernels import triton_kernels, triton_pod
 from jaxserve.kernels.attention import AttentionInputs, KVCache, Rotation
 from jaxserve.kernels.plan import PlanLimits
 
@@ -21,10 +24,6 @@ if not hasattr(nvidia_driver, "TMA_TF32"):
     # jax-triton 0.4 imports this constant, which Triton before 3.7 lacks, for TMA descriptors, which are not used here.
     nvidia_driver.TMA_TF32 = 12
 from jax_triton import triton_call
-
-Partial = tuple[jax.Array, jax.Array, jax.Array]
-"""Output ``[T, heads, head_dim]``, and partial results: values ``float32[max_partial_rows, heads, head_dim]``, and
-stats ``float32[max_partial_rows, heads, 2]``, the maximum of the scores in base 2 and the sum of the weights."""
 
 DECODE, PREFILL = 0, 1
 """Kinds of work items: where ``AttentionPlan.counts`` has their number."""
@@ -39,10 +38,14 @@ WARPGROUP_ACCUMULATORS = 64 * 128
 DECODE_STAGES = 5
 """Finding a page before loading it takes two of them: five are needed to load one tile ahead."""
 PREFILL_STAGES = 3
-COMBINE_PARTS = 32
-"""Partial results that are loaded at a time."""
-COMBINE_PROGRAMS = 4
-"""Programs that share the rows of one split tile."""
+POD_PROGRAMS_PER_CORE, POD_WARPS = 2, 8
+COMBINE_PROGRAMS_PER_CORE = 4
+COMBINE_SHARES = 16
+"""Programs that share the results of one entry: enough to spread a single long decode, or a tile's many rows."""
+CORE_REGISTERS = 65536
+"""Of a multiprocessor."""
+REGISTERS = {DECODE: 144, PREFILL: 184}
+"""Of a thread: a program of prefill with eight warps and one of decode with four share a multiprocessor's."""
 ROTATE_ROWS = 16
 """Rows of one program: enough to fill four warps with 16-byte loads, few enough to spread a small batch."""
 COMPILER_OPTIONS = {"enable_fp_fusion": True, "ptx_version": 86}
@@ -89,93 +92,151 @@ def paged_attention(
 ) -> jax.Array:
     """See kernels.attention.paged_attention; for plans whose tiling has ``busy``, which write every row."""
     masking: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+    prefill: Sequence[jax.Array]
     if inputs.backend.name == "mosaic":
         from jaxserve.kernels import mosaic_attention  # it needs packages that only Hopper GPUs do
 
-        partial = mosaic_attention.paged_prefill(q, cache, inputs, layer, **masking)
+        out, *prefill = mosaic_attention.paged_prefill(q, cache, inputs, layer, **masking)
     else:
-        partial = _attend(PREFILL, q, cache, inputs, layer, None, **masking)
-    out, values, stats = _attend(DECODE, q, cache, inputs, layer, partial, **masking)
-    return _combine(out, values, stats, inputs)
+        out, *prefill = _attend(PREFILL, q, cache, inputs, layer, **masking)
+    decode = _attend(DECODE, q, cache, inputs, layer, **masking)
+    if inputs.backend.name == "pod":
+        out, prefill, decode = _attend_both(q, cache, inputs, layer, out, prefill, decode, **masking)
+    return _combine(out, decode, prefill, inputs)
 
 
-def partial_structs(q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs) -> tuple[Any, Any, Any]:
-    """Shapes and types of Partial."""
-    rows, heads, dim = q.shape
+def limits_of(q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs) -> PlanLimits:
+    """Those that the work list was made with, but for the window, which the sizes of GPUs' lists do not depend on."""
     sequences, pages = inputs.block_tables.shape
     page_size = cache.k.shape[1]
-    limits = PlanLimits(rows, sequences, pages * page_size, page_size, inputs.num_pages, inputs.backend.tiling)
-    partial = (limits.max_partial_rows, heads)
-    return _like(q), _struct((*partial, dim), jnp.float32), _struct((*partial, 2), jnp.float32)
+    return PlanLimits(len(q), sequences, pages * page_size, page_size, inputs.num_pages, inputs.backend.tiling)
 
 
 def _attend(
-    kind: int,
+    kind: int, q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array, **masking: Any
+) -> Sequence[jax.Array]:
+    """Work through the items of one kind: their partial results, and before these prefill's output."""
+    plan, limits, target = inputs.plan, limits_of(q, cache, inputs), inputs.backend.target
+    busy, decoding = inputs.backend.tiling.busy, kind == DECODE
+    assert busy is not None
+    num_partials = limits.max_decode_items if decoding else limits.max_prefill_partials
+    partial = tuple(_struct((num_partials, q.shape[1], size), jnp.float32) for size in (q.shape[2], 2))
+    programs = busy.decode if decoding else busy.prefill
+    constants = _constants(q, cache, inputs, **masking)
+    block_rows = _block_rows(kind, q, cache, inputs)
+    num_warps = _num_warps(block_rows, constants["BLOCK_DIM"])
+    limit = REGISTERS[kind] if constants["BLOCK_DIM"] <= 128 and num_warps == (4 if decoding else 8) else None
+    if not decoding and programs > target.num_cores:
+        limit = _share_of_registers(programs // target.num_cores, num_warps)
+    return triton_call(
+        q, cache.k, cache.v, inputs.block_tables, plan.decode if decoding else plan.prefill, plan.counts, layer,
+        cache.scales, *((None,) if decoding else ()),
+        kernel=triton_kernels.attend,
+        out_type=partial if decoding else (_like(q), *partial),
+        input_output_aliases={},
+        grid=(programs,),
+        name="decode" if decoding else "prefill",
+        num_warps=num_warps,
+        compute_capability=target.compute_capability,
+        backend_options=COMPILER_OPTIONS | {"maxnreg": limit},
+        KIND=kind,
+        PROGRAMS=programs,
+        # Starting a second loop empties the pipeline of loads, which only pays where masking is work.
+        UNMASKED=not decoding,
+        BLOCK_ROWS=block_rows,
+        STAGES=DECODE_STAGES if decoding else PREFILL_STAGES,
+        **constants,
+    )  # fmt: skip
+
+
+def _attend_both(
     q: jax.Array,
     cache: KVCache[jax.Array],
     inputs: AttentionInputs,
     layer: jax.Array,
-    partial: Partial | None,
+    out: jax.Array,
+    prefill: Sequence[jax.Array],
+    decode: Sequence[jax.Array],
+    **masking: Any,
+) -> tuple[jax.Array, Sequence[jax.Array], Sequence[jax.Array]]:
+    """Work through the items of hybrid batches, which ``_attend`` finds none of: add their results to its own."""
+    plan, target = inputs.plan, inputs.backend.target
+    operands = (
+        q, cache.k, cache.v, inputs.block_tables, plan.decode, plan.prefill, plan.counts, layer, cache.scales,
+    )  # fmt: skip
+    changed = jnp.zeros(2 + target.num_cores, jnp.int32), out, *prefill, *decode
+    _, out, *partial = triton_call(
+        *operands, *changed,
+        kernel=triton_pod.attend_both,
+        out_type=tuple(map(_like, changed)),
+        input_output_aliases={len(operands) + i: i for i in range(len(changed))},
+        grid=(POD_PROGRAMS_PER_CORE * target.num_cores,),
+        num_warps=POD_WARPS,
+        compute_capability=target.compute_capability,
+        backend_options=COMPILER_OPTIONS | {"maxnreg": _share_of_registers(POD_PROGRAMS_PER_CORE, POD_WARPS)},
+        CORES=target.num_cores,
+        DECODE_ROWS=_block_rows(DECODE, q, cache, inputs),
+        PREFILL_ROWS=_block_rows(PREFILL, q, cache, inputs),
+        DECODE_STAGES=DECODE_STAGES,
+        PREFILL_STAGES=PREFILL_STAGES,
+        **_constants(q, cache, inputs, **masking),
+    )  # fmt: skip
+    return out, partial[:2], partial[2:]
+
+
+def _constants(
+    q: jax.Array,
+    cache: KVCache[jax.Array],
+    inputs: AttentionInputs,
     *,
     scale: float,
     window: int | None,
     softcap: float | None,
-) -> Partial:
-    """Work through the items of one kind; what they do not write is as in ``partial``, if that is given."""
-    plan, (rows, heads, dim) = inputs.plan, q.shape
+) -> dict[str, Any]:
+    """What kernels that attend know of a model when they are compiled."""
     page_size, kv_heads = cache.k.shape[1:3]
-    group = heads // kv_heads
-    items = plan.decode if kind == DECODE else plan.prefill
-    block_rows = _block(group * (1 if kind == DECODE else inputs.backend.tiling.tile_rows(rows)))
-    operands = (q, cache.k, cache.v, inputs.block_tables, items, plan.counts, layer, cache.scales)
-    return triton_call(
-        *operands, *(partial or ()),
-        kernel=triton_kernels.attend,
-        out_type=partial_structs(q, cache, inputs),
-        input_output_aliases={len(operands) + i: i for i in range(len(partial or ()))},
-        grid=(kv_heads, len(items)),
-        name="decode" if kind == DECODE else "prefill",
-        num_warps=_num_warps(block_rows, _block(dim)),
-        num_stages=DECODE_STAGES if kind == DECODE else PREFILL_STAGES,
-        compute_capability=inputs.backend.target.compute_capability,
-        backend_options=COMPILER_OPTIONS,
-        KIND=kind,
-        SCALE=scale,
-        WINDOW=window,
-        SOFTCAP=softcap,
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        HEAD_DIM=dim,
-        PAGE_SIZE=page_size,
-        NUM_PAGES=inputs.num_pages,
-        TABLE_WIDTH=inputs.block_tables.shape[1],
-        QUANTISED=_quantised(cache),
-        # Starting a second loop empties the pipeline of loads, which only pays where masking is work.
-        UNMASKED=kind == PREFILL and window is None,
-        BLOCK_ROWS=block_rows,
-        BLOCK_DIM=_block(dim),
-        TILE=KV_TILE_TOKENS,
-    )  # fmt: skip
+    heads, dim = q.shape[1:]
+    return {
+        "SCALE": scale, "WINDOW": window, "SOFTCAP": softcap,
+        "KV_HEADS": kv_heads, "GROUP": heads // kv_heads, "HEAD_DIM": dim, "BLOCK_DIM": _block(dim),
+        "PAGE_SIZE": page_size, "NUM_PAGES": inputs.num_pages, "TABLE_WIDTH": inputs.block_tables.shape[1],
+        "QUANTISED": _quantised(cache), "TILE": KV_TILE_TOKENS,
+    }  # fmt: skip
 
 
-def _combine(out: jax.Array, values: jax.Array, stats: jax.Array, inputs: AttentionInputs) -> jax.Array:
+def _block_rows(kind: int, q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs) -> int:
+    """Rows of a tile: queries times the heads that share a KV head."""
+    queries = 1 if kind == DECODE else inputs.backend.tiling.tile_rows(len(q))
+    return _block(queries * (q.shape[1] // cache.k.shape[2]))
+
+
+def _combine(
+    out: jax.Array, decode: Sequence[jax.Array], prefill: Sequence[jax.Array], inputs: AttentionInputs
+) -> jax.Array:
     _, heads, dim = out.shape
-    entries = inputs.plan.combine
+    target = inputs.backend.target
+    programs = COMBINE_PROGRAMS_PER_CORE * target.num_cores
     return triton_call(
-        values, stats, entries, inputs.plan.counts, out,
+        *decode, *prefill, inputs.plan.combine, inputs.plan.counts, out,
         kernel=triton_kernels.combine,
         out_type=_like(out),
-        input_output_aliases={4: 0},
-        grid=(heads, COMBINE_PROGRAMS, len(entries)),
+        input_output_aliases={6: 0},
+        grid=(programs,),
         num_warps=4,
-        compute_capability=inputs.backend.target.compute_capability,
+        compute_capability=target.compute_capability,
         backend_options=COMPILER_OPTIONS,
+        PROGRAMS=programs,
+        SHARES=COMBINE_SHARES,
+        PREFILL_PARTIAL=len(decode[0]),
         HEADS=heads,
         HEAD_DIM=dim,
-        PROGRAMS=COMBINE_PROGRAMS,
-        PARTS=COMBINE_PARTS,
         BLOCK_DIM=_block(dim),
     )  # fmt: skip
+
+
+def _share_of_registers(programs: int, num_warps: int) -> int:
+    """Of a thread, where ``programs`` are to run on a multiprocessor at once."""
+    return CORE_REGISTERS // (programs * num_warps * 32)
 
 
 def _num_warps(block_rows: int, block_dim: int) -> int:

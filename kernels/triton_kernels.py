@@ -29,6 +29,7 @@ def attend(
     values_ptr: tl.tensor,
     stats_ptr: tl.tensor,
     KIND: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -43,27 +44,67 @@ def attend(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     TILE: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
-    """One work item (kernels/plan.py) of one KV head: its output, or its partial result.
+    """All work items (kernels/plan.py) of one kind and all KV heads, by PROGRAMS programs.
 
     q, out: ``[T, heads, head_dim]``. k, v: ``[layers * pages, page_size, kv_heads, head_dim]``. tables: ``[sequences,
     TABLE_WIDTH]``. items: ``[n, 8]``, of which the first ``counts[KIND]`` are real. layer: one number. scales:
     ``[layers, 2]``, read if QUANTISED. values ``[partial rows, heads, head_dim]`` and stats ``[partial rows, heads,
-    2]`` take unnormalised results, with the maximum of the scores and the sum of the weights.
+    2]`` take unnormalised results, with the maximum of the scores and the sum of the weights. Without ``out`` all items
+    have partial results.
     UNMASKED: tiles that all rows see are walked without masking, in a loop of their own.
     """
-    kv_head = tl.program_id(0)
-    item = tl.program_id(1)
-    if item >= tl.load(counts_ptr + KIND):
-        return
-    items_ptr += item * 8
-    sequence = tl.load(items_ptr)
-    first_row = tl.load(items_ptr + 1)
-    num_rows = tl.load(items_ptr + 2)
-    position = tl.load(items_ptr + 3)
-    start = tl.load(items_ptr + 4) * PAGE_SIZE
-    limit = tl.minimum(tl.load(items_ptr + 5) * PAGE_SIZE, tl.load(items_ptr + 6))
-    partial_row = tl.load(items_ptr + 7)
+    program = tl.program_id(0)
+    num_jobs = tl.load(counts_ptr + KIND) * KV_HEADS
+    for wave in tl.range(0, tl.cdiv(num_jobs, PROGRAMS), disable_licm=True):
+        # Longest first, back and forth: who had the longest of a wave gets the shortest of the next.
+        job = wave * PROGRAMS + tl.where(wave % 2 == 0, program, PROGRAMS - 1 - program)
+        if job < num_jobs:
+            attend_item(
+                q_ptr, k_ptr, v_ptr, tables_ptr, items_ptr + job // KV_HEADS * 8, job % KV_HEADS, layer_ptr, scales_ptr,
+                out_ptr, values_ptr, stats_ptr, SCALE, WINDOW, SOFTCAP, KV_HEADS, GROUP, HEAD_DIM,
+                PAGE_SIZE, NUM_PAGES, TABLE_WIDTH, QUANTISED, UNMASKED, BLOCK_ROWS, BLOCK_DIM, TILE, STAGES,
+            )  # fmt: skip
+
+
+@triton.jit
+def attend_item(
+    q_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    tables_ptr: tl.tensor,
+    item_ptr: tl.tensor,
+    kv_head: tl.tensor,
+    layer_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    stats_ptr: tl.tensor,
+    SCALE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    NUM_PAGES: tl.constexpr,
+    TABLE_WIDTH: tl.constexpr,
+    QUANTISED: tl.constexpr,
+    UNMASKED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    """One work item of one KV head: its output, or its partial result."""
+    sequence = tl.load(item_ptr)
+    first_row = tl.load(item_ptr + 1)
+    num_rows = tl.load(item_ptr + 2)
+    position = tl.load(item_ptr + 3)
+    start = tl.load(item_ptr + 4) * PAGE_SIZE
+    limit = tl.minimum(tl.load(item_ptr + 5) * PAGE_SIZE, tl.load(item_ptr + 6))
+    partial_row = tl.load(item_ptr + 7)
     layer = tl.load(layer_ptr).to(tl.int64)
 
     tile_row = tl.arange(0, BLOCK_ROWS)
@@ -96,30 +137,66 @@ def attend(
     top = tl.full([BLOCK_ROWS], EMPTY, tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     value = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
-    masked_start = start
+    # Tiles from unmasked_start to unmasked_stop are seen by all rows whole; others are at an edge.
+    unmasked_start = start
+    unmasked_stop = start
     if UNMASKED:
-        masked_start += tl.maximum(tl.minimum(position + 1, limit) - start, 0) // TILE * TILE
-        for token in range(start, masked_start, TILE):
+        if WINDOW is not None:
+            unmasked_start += tl.cdiv(tl.maximum(position + num_rows - WINDOW - start, 0), TILE) * TILE
+        seen = tl.maximum(tl.minimum(position + 1, limit) - unmasked_start, 0)
+        unmasked_stop = unmasked_start + seen // TILE * TILE
+        for token in tl.range(unmasked_start, unmasked_stop, TILE, num_stages=STAGES):
             top, total, value = _attend_tile(
                 q, top, total, value, token, limit, positions, k_ptr, v_ptr, tables_ptr, inner, factor,
                 False, WINDOW, SOFTCAP, KV_HEADS * HEAD_DIM, HEAD_DIM, PAGE_SIZE, BLOCK_DIM, TILE,
             )  # fmt: skip
-    for token in range(masked_start, limit, TILE):
+    skipped = unmasked_stop - unmasked_start
+    for token in tl.range(start, limit - skipped, TILE, num_stages=STAGES):
+        if WINDOW is not None and UNMASKED:
+            edge = tl.where(token < unmasked_start, token, token + skipped)
+        else:
+            edge = token + skipped
         top, total, value = _attend_tile(
-            q, top, total, value, token, limit, positions, k_ptr, v_ptr, tables_ptr, inner, factor,
+            q, top, total, value, edge, limit, positions, k_ptr, v_ptr, tables_ptr, inner, factor,
             True, WINDOW, SOFTCAP, KV_HEADS * HEAD_DIM, HEAD_DIM, PAGE_SIZE, BLOCK_DIM, TILE,
         )  # fmt: skip
 
     if QUANTISED:
         value = value * tl.load(scales_ptr + layer * 2 + 1)
-    if partial_row < 0:
+    if out_ptr is None:
+        _store_partial(
+            value, top, total, values_ptr, stats_ptr, partial_row + row, head, row < num_rows, mask,
+            KV_HEADS * GROUP, HEAD_DIM, BLOCK_DIM,
+        )  # fmt: skip
+    elif partial_row < 0:
         normalised = value / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(out_ptr + places, normalised.to(out_ptr.dtype.element_ty), mask=mask)
     else:
-        partial = (partial_row + row) * (KV_HEADS * GROUP) + head
-        tl.store(values_ptr + partial[:, None] * HEAD_DIM + dim[None, :], value, mask=mask)
-        tl.store(stats_ptr + partial * 2, top, mask=row < num_rows)
-        tl.store(stats_ptr + partial * 2 + 1, total, mask=row < num_rows)
+        _store_partial(
+            value, top, total, values_ptr, stats_ptr, partial_row + row, head, row < num_rows, mask,
+            KV_HEADS * GROUP, HEAD_DIM, BLOCK_DIM,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_partial(
+    value: tl.tensor,
+    top: tl.tensor,
+    total: tl.tensor,
+    values_ptr: tl.tensor,
+    stats_ptr: tl.tensor,
+    partial_row: tl.tensor,
+    head: tl.tensor,
+    real: tl.tensor,
+    mask: tl.tensor,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+) -> None:
+    partial = partial_row * HEADS + head
+    tl.store(values_ptr + partial[:, None] * HEAD_DIM + tl.arange(0, BLOCK_DIM)[None, :], value, mask=mask)
+    tl.store(stats_ptr + partial * 2, top, mask=real)
+    tl.store(stats_ptr + partial * 2 + 1, total, mask=real)
 
 
 @triton.jit
@@ -179,52 +256,92 @@ def _attend_tile(
 
 @triton.jit
 def combine(
-    values_ptr: tl.tensor,
-    stats_ptr: tl.tensor,
+    decode_values_ptr: tl.tensor,
+    decode_stats_ptr: tl.tensor,
+    prefill_values_ptr: tl.tensor,
+    prefill_stats_ptr: tl.tensor,
     combine_ptr: tl.tensor,
     counts_ptr: tl.tensor,
     out_ptr: tl.tensor,
+    PROGRAMS: tl.constexpr,
+    SHARES: tl.constexpr,
+    PREFILL_PARTIAL: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    PARTS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ) -> None:
-    """Put the partial results of one head and one entry of ``AttentionPlan.combine`` together, PARTS at a time.
+    """Put partial results together, as ``AttentionPlan.combine`` says, by PROGRAMS programs.
 
-    PROGRAMS programs share an entry's rows.
+    An entry's results are its rows' heads, which lie together in each of its parts. SHARES programs share them. The
+    plan's partial rows from PREFILL_PARTIAL on are prefill's, those before are decode's.
     """
-    head = tl.program_id(0)
-    entry = tl.program_id(2)
-    if entry >= tl.load(counts_ptr + 2):
-        return
-    combine_ptr += entry * 4
-    first_row = tl.load(combine_ptr)
-    num_rows = tl.load(combine_ptr + 1)
-    first_partial = tl.load(combine_ptr + 2)
-    num_parts = tl.load(combine_ptr + 3)
+    num_entries = tl.load(counts_ptr + 2)
+    for job in range(tl.program_id(0), num_entries * SHARES, PROGRAMS):
+        entry_ptr = combine_ptr + job % num_entries * 4
+        share = job // num_entries
+        first_result = tl.load(entry_ptr) * HEADS
+        num_results = tl.load(entry_ptr + 1) * HEADS
+        first_partial = tl.load(entry_ptr + 2)
+        num_parts = tl.load(entry_ptr + 3)
+        values_ptr = decode_values_ptr
+        stats_ptr = decode_stats_ptr
+        if first_partial >= PREFILL_PARTIAL:
+            values_ptr = prefill_values_ptr
+            stats_ptr = prefill_stats_ptr
+            first_partial -= PREFILL_PARTIAL
+        if num_parts <= 4:
+            _combine_results(
+                values_ptr, stats_ptr, out_ptr, first_result, num_results, first_partial * HEADS, num_parts, share,
+                SHARES, HEAD_DIM, BLOCK_DIM, 1, 32,
+            )  # fmt: skip
+        else:
+            _combine_results(
+                values_ptr, stats_ptr, out_ptr, first_result, num_results, first_partial * HEADS, num_parts, share,
+                SHARES, HEAD_DIM, BLOCK_DIM, 16, 2,
+            )  # fmt: skip
+
+
+@triton.jit
+def _combine_results(
+    values_ptr: tl.tensor,
+    stats_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    first_result: tl.tensor,
+    num_results: tl.tensor,
+    first_partial: tl.tensor,
+    num_parts: tl.tensor,
+    share: tl.tensor,
+    SHARES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    PARTS: tl.constexpr,
+    RESULTS: tl.constexpr,
+) -> None:
+    """One share of an entry's results, RESULTS at a time, of which PARTS parts are loaded at a time."""
     dim = tl.arange(0, BLOCK_DIM)
-    for row in range(tl.program_id(1), num_rows, PROGRAMS):
-        top = EMPTY
-        total = 0.0
-        value = tl.zeros([BLOCK_DIM], tl.float32)
+    for first in range(share * RESULTS, num_results, SHARES * RESULTS):
+        result = first + tl.arange(0, RESULTS)
+        top = tl.full([RESULTS], EMPTY, tl.float32)
+        total = tl.zeros([RESULTS], tl.float32)
+        value = tl.zeros([RESULTS, BLOCK_DIM], tl.float32)
         for first_part in range(0, num_parts, PARTS):
             part = first_part + tl.arange(0, PARTS)
-            real = part < num_parts
-            partial = (first_partial + part * num_rows + row) * HEADS + head
+            real = (part < num_parts)[:, None] & (result < num_results)[None, :]
+            partial = first_partial + (part * num_results)[:, None] + result[None, :]
             tops = tl.load(stats_ptr + partial * 2, mask=real, other=EMPTY)
             totals = tl.load(stats_ptr + partial * 2 + 1, mask=real, other=0.0)
-            mask = real[:, None] & (dim < HEAD_DIM)[None, :]
-            values = tl.load(values_ptr + partial[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
+            mask = real[:, :, None] & (dim < HEAD_DIM)[None, None, :]
+            values = tl.load(values_ptr + partial[:, :, None] * HEAD_DIM + dim[None, None, :], mask=mask, other=0.0)
             new_top = tl.maximum(top, tl.max(tops, 0))
             rescale = tl.exp2(top - new_top)
-            shares = tl.exp2(tops - new_top)
-            value = value * rescale + tl.sum(values * shares[:, None], 0)
-            total = total * rescale + tl.sum(totals * shares, 0)
+            weights = tl.exp2(tops - new_top[None, :])
+            value = value * rescale[:, None] + tl.sum(values * weights[:, :, None], 0)
+            total = total * rescale + tl.sum(totals * weights, 0)
             top = new_top
-        normalised = value / tl.where(total > 0, total, 1.0)
-        place = ((first_row + row) * HEADS + head) * HEAD_DIM + dim
-        tl.store(out_ptr + place, normalised.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
+        normalised = value / tl.where(total > 0, total, 1.0)[:, None]
+        mask = (result < num_results)[:, None] & (dim < HEAD_DIM)[None, :]
+        places = (first_result + result)[:, None] * HEAD_DIM + dim[None, :]
+        tl.store(out_ptr + places, normalised.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

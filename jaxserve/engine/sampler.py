@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxserve.request import MAX_LOGPROBS
 
@@ -20,7 +21,7 @@ ARGMAX_BLOCK = 128
 SEARCH_BLOCK, SEARCH_BLOCKS = 64, 128
 """Entries of a block, and blocks that are searched first: enough for any top-k below 128, and for what top-p keeps of
 a prediction that is not flat."""
-FARTHEST = jnp.uint32(2**32 - 1)
+FARTHEST = np.uint32(2**32 - 1)
 
 
 class SamplingInputs(NamedTuple):

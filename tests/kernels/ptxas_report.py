@@ -1,6 +1,6 @@
 """What the Triton kernels ask of a GPU, found by compiling them without one: ``python -m tests.kernels.ptxas_report``.
 
-Prints a table of registers, spills, shared memory and matrix instructions for each kernel of each variant, or JSON with
+Prints a table of registers, spills, shared memory and instructions for each kernel of each variant, or JSON with
 ``--json``. Not for a process with TRITON_INTERPRET.
 """
 
@@ -37,6 +37,12 @@ TRITON_TYPES = {
     "int32": "*i32",
 }
 
+COMPILED = {name: (variant, "triton") for name, variant in VARIANTS.items()} | {
+    "window, 2 prefill programs": (VARIANTS["window"], "triton, 2 prefill programs"),
+    "window, pod": (VARIANTS["window"], "pod"),
+}
+"""Variants, and which of gpu_variants computes them."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -47,7 +53,6 @@ class Launch:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     num_warps: int
-    num_stages: int
     backend_options: tuple[tuple[str, Any], ...]
 
 
@@ -66,9 +71,26 @@ class Resources:
     """Matrix instructions of warpgroups, in the program text."""
     mma: int
     """Matrix instructions of warps."""
+    loops: tuple[int, ...]
+    """Instructions of each loop that multiplies matrices: one step for each tile of keys."""
+    local_accesses: int
+    """Instructions that access a thread's own memory, which is where spilled registers are."""
+
+    @property
+    def core_registers(self) -> int:
+        """Of a multiprocessor, for one program: warps get them 256 at a time."""
+        return -(-32 * self.registers // 256) * 256 * self.num_warps
+
+    @property
+    def occupancy(self) -> int:
+        """Programs that a multiprocessor of Hopper runs at once; each takes 1 KiB of shared memory besides its own."""
+        return min(65536 // self.core_registers, 228 * 1024 // (self.shared_bytes + 1024))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"core_registers": self.core_registers, "occupancy": self.occupancy}
 
 
-def launches(variant: Variant) -> list[Launch]:
+def launches(variant: Variant, backend: str) -> list[Launch]:
     """What the step program of a model launches for one layer."""
     found: list[Launch] = []
 
@@ -80,7 +102,6 @@ def launches(variant: Variant) -> list[Launch]:
         input_output_aliases: dict[int, int],
         compute_capability: int,
         num_warps: int,
-        num_stages: int = 3,
         backend_options: dict[str, Any],
         name: str = "",
         **constants: Any,
@@ -94,19 +115,17 @@ def launches(variant: Variant) -> list[Launch]:
         signature = {parameter: types.get(parameter, "constexpr") for parameter in kernel.arg_names}
         options = tuple(backend_options.items())
         label = name or kernel.__name__
-        found.append(
-            Launch(kernel, label, (*signature.items(),), (*constants.items(),), num_warps, num_stages, options)
-        )
+        found.append(Launch(kernel, label, (*signature.items(),), (*constants.items(),), num_warps, options))
         return jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), out_type)
 
     with mock.patch.object(triton_attention, "triton_call", triton_call):
-        jax.eval_shape(*program(variant))
+        jax.eval_shape(*program(variant, backend))
     return found
 
 
-def program(variant: Variant) -> tuple[Any, ...]:
+def program(variant: Variant, backend: str) -> tuple[Any, ...]:
     """One layer's attention as a function of (qkv, rotation, cache, inputs, layer), and the shapes of these."""
-    cache, inputs = cache_and_inputs(variant, "triton")
+    cache, inputs = cache_and_inputs(variant, backend)
 
     def layer(
         qkv: jax.Array, rotation: Any, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array
@@ -128,7 +147,7 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
     source = ASTSource(
         launch.kernel, signature, dict(launch.constants), {(i,): [["tt.divisibility", 16]] for i in pointers}
     )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **dict(launch.backend_options)}
+    options = {"num_warps": launch.num_warps, **dict(launch.backend_options)}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
@@ -137,21 +156,39 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
         architecture = sm_arch_from_capability(capability)
         command = [get_ptxas(capability).path, "-v", f"--gpu-name={architecture}", str(path), "-o", f"{path}.cubin"]
         log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        disassemble = [str(Path(command[0]).with_name("cuobjdump")), "-sass", f"{path}.cubin"]
+        sass = subprocess.run(disassemble, check=True, capture_output=True, text=True).stdout
     (registers,) = re.findall(r"Used (\d+) registers", log)
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
     return Resources(
         launch.name, launch.num_warps, int(registers), spilled, compiled.metadata.shared,
-        ptx.count("wgmma.mma_async"), ptx.count("mma.sync"),
+        ptx.count("wgmma.mma_async"), ptx.count("mma.sync"), matrix_loops(sass),
+        len(re.findall(r"\b(?:LDL|STL)\b", sass)),
     )  # fmt: skip
 
 
-def report(variants: dict[str, Variant]) -> dict[str, list[Resources]]:
+def matrix_loops(sass: str) -> tuple[int, ...]:
+    """Instructions of each innermost loop, that is from the target of a branch backwards, that multiplies matrices."""
+    code = [(int(place, 16), text) for place, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    places = [place for place, _ in code]
+    loops = []
+    for end, (place, text) in enumerate(code):
+        target = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < place:
+            loops.append(range(places.index(int(target[1], 16)), end + 1))
+    innermost = [
+        loop for loop in loops if not any(other != loop and other[0] in loop and other[-1] in loop for other in loops)
+    ]
+    return tuple(len(loop) for loop in innermost if any(re.search(r"\bHG?MMA\b", code[i][1]) for i in loop))
+
+
+def report(variants: dict[str, tuple[Variant, str]]) -> dict[str, list[Resources]]:
     """The resources of each variant's kernels; those that are equal are compiled once."""
     known: dict[tuple[Launch, int], Resources] = {}
     found: dict[str, list[Resources]] = {}
-    for name, variant in variants.items():
+    for name, (variant, backend) in variants.items():
         found[name] = []
-        for launch in launches(variant):
+        for launch in launches(variant, backend):
             key = launch, variant.capability
             if key not in known:
                 known[key] = compile_launch(*key)
@@ -162,13 +199,15 @@ def report(variants: dict[str, Variant]) -> dict[str, list[Resources]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
-    found = report(VARIANTS)
-    if parser.parse_args().json:
-        print(json.dumps({name: [asdict(kernel) for kernel in kernels] for name, kernels in found.items()}))
+    parser.add_argument("--variants", nargs="+", default=COMPILED)
+    arguments = parser.parse_args()
+    found = report({name: COMPILED[name] for name in arguments.variants})
+    if arguments.json:
+        print(json.dumps({name: [kernel.to_json() for kernel in kernels] for name, kernels in found.items()}))
         return
     print(f"Triton {triton.__version__}, for sm_90a.\n")
-    print("| variant | kernel | warps | registers | bytes spilled | shared bytes | wgmma | mma |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| variant | kernel | warps | registers | bytes spilled | shared bytes | wgmma | mma | loops | local |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for name, kernels in found.items():
         for kernel in kernels:
             print(f"| {name} | {' | '.join(map(str, astuple(kernel)))} |")

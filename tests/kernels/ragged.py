@@ -73,16 +73,20 @@ def run_batch(
     scales: tuple[float, float] = (1.0, 1.0),
     backend: Backend = XLA,
     masking: Masking = Masking(),
+    planned_pages: int | None = None,
 ) -> float:
     """Largest error over a batch of (context, query length) sequences whose earlier tokens are already cached.
 
-    ``scales``: of keys and values in a cache of another type than ``dtype``.
+    ``scales``: of keys and values in a cache of another type than ``dtype``. ``planned_pages``: what the work list is
+    sized for, as if sequences shared pages.
     """
     cache_dtype = cache_dtype or dtype
     heads, slots = kv_heads * group, len(sequences) + 2
     pages_per_seq = -(-MAX_LEN // page_size)
     num_pages = 1 + sum(-(-(c + n) // page_size) for c, n in sequences) + 3
-    limits = PlanLimits(num_rows, slots, MAX_LEN, page_size, num_pages, backend.tiling, masking.plan_window)
+    limits = PlanLimits(
+        num_rows, slots, MAX_LEN, page_size, planned_pages or num_pages, backend.tiling, masking.plan_window
+    )
     free = list(rng.permutation(np.arange(1, num_pages)))
     slot_of = rng.permutation(slots)[: len(sequences)]
     tables = np.zeros((slots, pages_per_seq), np.int32)

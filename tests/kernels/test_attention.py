@@ -104,6 +104,17 @@ def test_more_decode_items_than_one_group(backend: Backend) -> None:
     assert error < 2e-5
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_decode_items_than_a_cache_of_shared_pages_has(backend: Backend) -> None:
+    """Sequences may see more pages together than there are."""
+    sequences = [(600, 1), (580, 1), (610, 1), (0, 5), (500, 1)]
+    error = run_batch(
+        np.random.default_rng(0), sequences, kv_heads=1, group=2, dim=8, page_size=8, num_rows=16, backend=backend,
+        planned_pages=32,
+    )  # fmt: skip
+    assert error < 2e-5
+
+
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (0.03, 2.5)], ids=str)
 def test_float8_caches_are_read_with_their_scales(scales: tuple[float, float]) -> None:
     """Against the reference on what the cache holds: only the products' rounding is left."""

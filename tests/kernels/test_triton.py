@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.kernels import triton_attention
+from jaxserve.kernels import triton_attention, triton_pod
 from jaxserve.kernels.attention import AttentionInputs, KVCache, paged_attention, rotate_and_write
 from jaxserve.kernels.backend import Backend, Target
 from jaxserve.kernels.plan import AttentionPlan, BusyItems, PlanLimits, Tiling, make_plan, new_plan
@@ -132,6 +133,48 @@ def test_float8_caches(scales: tuple[float, float], dtype: jnp.dtype, bound: flo
         masking=Masking(softcap=softcap),
     )  # fmt: skip
     assert error < bound * scales[1]
+
+
+def pod(busy: BusyItems = FEW_SPLITS) -> Backend:
+    return Backend("pod", Tiling(16, 8, busy, fused=BusyItems(6, 3)), Target("gpu", 90, 4))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_one_launch_for_both_kinds_takes_every_item_once_in_any_order(seed: int) -> None:
+    """Programs run at once, on any multiprocessors. What nobody took would leave numbers that are none."""
+    taken: list[tuple[bool, int, int]] = []
+    attend_item = triton_pod.attend_item
+
+    def spy(*operands: Any) -> None:
+        item_ptr, kv_head, out_ptr = operands[4], operands[5], operands[8]
+        taken.append((out_ptr is None, int(item_ptr.handle.data[0]), int(kv_head.handle.data[0])))
+        attend_item(*operands)
+
+    sequences = [(200, 1), (0, 1), (70, 50), (130, 1), (0, 33)] if seed % 2 else [(300, 1), (250, 20)]
+    with pytest.MonkeyPatch.context() as patch, triton_interpreter.interleaved(seed):
+        patch.setattr(triton_pod, "attend_item", spy)
+        error = run_batch(
+            np.random.default_rng(seed), sequences, kv_heads=2, group=2, dim=16, page_size=16, num_rows=96,
+            backend=pod(), masking=Masking(100 if seed % 3 else None),
+        )  # fmt: skip
+    assert error < 2e-5
+    assert len(taken) == len(set(taken)) == 2 * num_items(pod(), sequences, 96)
+    assert {decode for decode, *_ in taken} == {True, False}
+
+
+def num_items(backend: Backend, sequences: list[tuple[int, int]], num_rows: int) -> int:
+    """Of both kinds, in a fused launch."""
+    return int(inputs_of(backend, sequences, num_rows, 16).plan.counts[3:].sum())
+
+
+@pytest.mark.parametrize("sequences", [[(200, 1), (0, 1), (130, 1)], [(70, 50), (0, 33)]], ids=["decodes", "chunks"])
+def test_pure_batches_have_launches_of_their_own(sequences: list[tuple[int, int]]) -> None:
+    with triton_interpreter.interleaved(0):
+        error = run_batch(
+            np.random.default_rng(0), sequences, kv_heads=2, group=2, dim=16, page_size=16, num_rows=96, backend=pod()
+        )
+    assert error < 2e-5
+    assert num_items(pod(), sequences, 96) == 0
 
 
 def inputs_of(backend: Backend, sequences: list[tuple[int, int]], num_rows: int, page_size: int) -> AttentionInputs:

@@ -6,7 +6,13 @@ kernel does not write stays not a number.
 
 from __future__ import annotations
 
+import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import jax
 import ml_dtypes
@@ -103,3 +109,78 @@ def _dot(self: object, a: Any, b: Any, accumulator: Any, *precision: object) -> 
 
 interpreter._convert_float = _convert_float
 interpreter.InterpreterBuilder.create_dot = _dot
+
+
+@contextmanager
+def interleaved(seed: int) -> Iterator[None]:
+    """All programs of a launch run at once, anywhere: one goes on until its next atomic operation, then any does."""
+    random, launch = np.random.default_rng(seed), interpreter.GridExecutor
+
+    def launch_together(kernel: Any, names: list[str], grid: tuple[int, ...], hooks: list[Any]) -> Any:
+        return launch(_Together(kernel, grid, random), names, (1,), hooks)
+
+    with mock.patch.object(interpreter, "GridExecutor", launch_together):
+        yield
+
+
+class _Together:
+    """A kernel of one program that is all programs of another; it looks like that one to the interpreter."""
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], random: np.random.Generator) -> None:
+        self.__name__, self.__globals__ = kernel.__name__, kernel.__globals__
+        self.__signature__, self.__annotations__ = inspect.signature(kernel), kernel.__annotations__
+        self._kernel, self._random = kernel, random
+        self._grid = grid + (1,) * (3 - len(grid))
+        self._programs = list(np.ndindex(self._grid))
+        self._unfinished = list(range(len(self._programs)))
+        self._cores = random.integers(0, len(self._programs), len(self._programs), np.int32)
+        self._turns = [threading.Semaphore(0) for _ in self._unfinished]
+        self._back = threading.Semaphore(0)
+        self._running = 0
+        self._failures: list[Exception] = []
+
+    def __call__(self, **arguments: Any) -> None:
+        add = interpreter.InterpreterBuilder.create_atomic_rmw
+
+        def switching_add(*operands: Any) -> Any:
+            result = add(*operands)
+            self._switch()
+            return result
+
+        def smid(*_: Any) -> Any:
+            found = interpreter.TensorHandle(self._cores[self._running : self._running + 1], tl.int32)
+            return SimpleNamespace(get_result=lambda _: found)
+
+        threads = [threading.Thread(target=self._program, args=(i, arguments)) for i in self._unfinished]
+        interpreter.interpreter_builder.set_grid_dim(*self._grid)
+        builder = interpreter.InterpreterBuilder
+        with (
+            mock.patch.object(builder, "create_atomic_rmw", switching_add),
+            mock.patch.object(builder, "create_inline_asm", smid),
+        ):
+            for thread in threads:
+                thread.start()
+            while self._unfinished:
+                self._running = int(self._random.choice(self._unfinished))
+                interpreter.interpreter_builder.set_grid_idx(*self._programs[self._running])
+                self._turns[self._running].release()
+                self._back.acquire()
+            for thread in threads:
+                thread.join()
+        if self._failures:
+            raise self._failures[0]
+
+    def _program(self, number: int, arguments: dict[str, Any]) -> None:
+        self._turns[number].acquire()
+        try:
+            with np.errstate(over="ignore"):
+                self._kernel(**arguments)
+        except Exception as failure:
+            self._failures.append(failure)
+        self._unfinished.remove(number)
+        self._back.release()
+
+    def _switch(self) -> None:
+        turn = self._turns[self._running]
+        self._back.release()
+        turn.acquire()

@@ -10,7 +10,7 @@ from jax.sharding import Sharding
 
 from jaxserve.evaluation.attention_variants import Variant
 from jaxserve.kernels.attention import AttentionInputs, KVCache
-from jaxserve.kernels.backend import Target, choose_backend
+from jaxserve.kernels.backend import Target, gpu_variants
 from jaxserve.kernels.plan import AttentionPlan, PlanLimits, plan_shapes
 
 LAYERS, ROWS, SEQUENCES, MAX_LEN, NUM_PAGES = 32, 2048, 64, 32768, 4096
@@ -19,8 +19,8 @@ LAYERS, ROWS, SEQUENCES, MAX_LEN, NUM_PAGES = 32, 2048, 64, 32768, 4096
 def cache_and_inputs(
     variant: Variant, backend: str, sharding: Sharding | None = None
 ) -> tuple[KVCache[jax.ShapeDtypeStruct], AttentionInputs]:
-    """Shapes and types of a step's, as ``backend`` wants its work list."""
-    chosen = choose_backend(backend, Target("gpu", variant.capability, 132), variant.shape)
+    """Shapes and types of a step's, as ``backend``, one of gpu_variants, wants its work list."""
+    chosen = gpu_variants(Target("gpu", variant.capability, 132), variant.shape)[backend]
     limits = PlanLimits(ROWS, SEQUENCES, MAX_LEN, variant.page_size, NUM_PAGES, chosen.tiling, variant.window)
 
     def array(*size: int, dtype: Any = jnp.int32) -> Any:
