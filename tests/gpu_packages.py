@@ -20,7 +20,8 @@ OF_THE_TESTS = ("JAX_PLATFORMS", "TRITON_INTERPRET", "XLA_FLAGS")
 def environment(*, triton_36: bool = False) -> dict[str, str]:
     """For a process that compiles for an absent GPU, with the tests' Triton or version 3.6."""
     variables = {name: value for name, value in os.environ.items() if name not in OF_THE_TESTS}
-    folders = [str(folder) for folder in ([TRITON_36] if triton_36 else []) + [PLUGIN] if folder.is_dir()]
+    folders = list(map(str, [TRITON_36, PLUGIN] if triton_36 else [PLUGIN]))
+    assert all(map(os.path.isdir, folders)), f"make setup installs packages into {' and '.join(folders)}"
     if inherited := os.environ.get("PYTHONPATH"):
         folders.append(inherited)
     return variables | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "PYTHONPATH": os.pathsep.join(folders)}

@@ -39,10 +39,9 @@ from jaxserve.evaluation.device_bench import (
     time_launches,
     write_results,
 )
-from jaxserve.kernels.backend import AttentionShape, Backend, Target, choose_backend
-from jaxserve.kernels.plan import BusyItems
+from jaxserve.kernels.backend import GPU_BACKENDS, AttentionShape, Backend, Target, choose_backend
 
-BACKENDS = ("triton", "mosaic", "xla")
+BACKENDS = (*GPU_BACKENDS, "xla")
 BFLOAT16, FLOAT8 = jnp.dtype("bfloat16"), jnp.dtype(jnp.float8_e4m3fn)
 SHAPE = AttentionShape(num_heads=32, num_kv_heads=8, head_dim=128, page_size=64, dtype=BFLOAT16, cache_dtype=BFLOAT16)
 """Of Mistral-7B and Llama-3-8B."""
@@ -155,11 +154,19 @@ class Row:
         return self.variant.plain
 
 
+def has_own_kernels(backend: str, case: Case) -> bool:
+    """Whether the case runs other kernels under ``backend`` than under triton; under that itself, all do."""
+    decodes = [rows == 1 for _, rows in case.sequences]
+    if backend == "pod":
+        return any(decodes) and not all(decodes)
+    return backend != "mosaic" or not (case.rotates or all(decodes))
+
+
 def variants(case: Case, backend: Backend, shape: AttentionShape, window: int = WINDOW) -> Iterator[Variant]:
-    """All that are measured, the plain ones first. Tilings are varied where the backend splits work by how busy the
-    device is."""
-    if backend.name == "mosaic" and (case.rotates or all(rows == 1 for _, rows in case.sequences)):
-        return  # they are triton's
+    """All that are measured, the plain ones first. Tilings are varied where the backend splits work by how many
+    programs the device runs at once; two prefill programs on a multiprocessor share its registers."""
+    if not has_own_kernels(backend.name, case):
+        return
     yield Variant("", shape, plain=True)
     if not case.rotates:
         yield Variant(f"window {window}", shape, window, plain=True)
@@ -174,13 +181,13 @@ def variants(case: Case, backend: Backend, shape: AttentionShape, window: int = 
     if not one_row:
         tile_rows = backend.tiling.prefill_rows // 2
         yield Variant(f"tiles of {tile_rows} rows", shape, change=_with(prefill_rows=tile_rows))
-        for items in (busy.prefill // 2, 2 * busy.prefill):
-            yield Variant(f"busy {items}", shape, change=_with(busy=BusyItems(busy.decode, items)))
+        for programs in (busy.prefill // 2, 2 * busy.prefill):
+            yield Variant(f"{programs} programs", shape, change=_with(busy=busy._replace(prefill=programs)))
     else:
         for tokens in (backend.tiling.decode_tokens // 2, 2 * backend.tiling.decode_tokens):
             yield Variant(f"split {tokens}", shape, change=_with(decode_tokens=tokens))
-        for items in (busy.decode // 2, busy.decode * 3 // 4, 2 * busy.decode):
-            yield Variant(f"busy {items}", shape, change=_with(busy=BusyItems(items, busy.prefill)))
+        for programs in (busy.decode // 3, busy.decode * 2 // 3, 2 * busy.decode):
+            yield Variant(f"{programs} programs", shape, change=_with(busy=busy._replace(decode=programs)))
 
 
 def _with(**changes: Any) -> Callable[[Backend], Backend]:

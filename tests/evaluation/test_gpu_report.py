@@ -76,7 +76,7 @@ def test_measurements_stand_beside_predictions() -> None:
             attention(),
             attention(window=4096, variant="window 4096", seconds={"median": 500e-6}),
             attention(case="hybrid", seconds=None, error=None, failure="RuntimeError: out of registers"),
-            attention(variant="busy 49", plain=False, seconds={"median": 390e-6}),
+            attention(variant="264 programs", plain=False, seconds={"median": 390e-6}),
             record("step", "steps", step="decode 1 x 1024", seconds={"median": 6e-3}, floor_seconds=4.8e-3),
             record("step", "steps", step="decode 128 x 1024", left_out="needs more"),
             record(
@@ -104,7 +104,7 @@ def test_measurements_stand_beside_predictions() -> None:
         "| decode-64x4k | triton | - | 358 → 397 | 250 → 281 | 400.0 | 75% | 2,687 | 11 | 2.0e-03 |",
         "| decode-64x4k | triton | 4096 | 358 → 397 | 250 → 281 | 500.0 | 60% | 2,150 | 9 | 2.0e-03 |",
         "RuntimeError: out of registers | - | - | - | - |",
-        "| decode-64x4k | triton | busy 49 | 390.0 | 400.0 | - |",
+        "| decode-64x4k | triton | 264 programs | 390.0 | 400.0 | - |",
         "| decode 1 x 1024 | 4.8 → 6.2 | 3.3 → 4.6 | 6.00 | 80% | - | - |",
         "events of graphs: 12 of update",
         "| sarathi | TBT p50 | 6.2 | 4.7 | 7.0 |",

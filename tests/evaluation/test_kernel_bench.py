@@ -121,18 +121,18 @@ def test_wrong_kernels_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_variants_change_one_thing() -> None:
-    backend = Backend("triton", Tiling(256, 32, BusyItems(66, 17)))
+    backend = Backend("triton", Tiling(256, 32, BusyItems(396, 132, 8)))
     found = {v.name: v for v in kernel_bench.variants(CASES["decode-64x4k"], backend, SHAPE)}
     assert list(found) == [
-        "", "window 4096", "page 16", "page 32", "page 128", "fp8 KV", "split 128", "split 512", "busy 33", "busy 49",
-        "busy 132",
+        "", "window 4096", "page 16", "page 32", "page 128", "fp8 KV", "split 128", "split 512",
+        "132 programs", "264 programs", "792 programs",
     ]  # fmt: skip
     assert [name for name, variant in found.items() if variant.plain] == ["", "window 4096"]
-    assert found["busy 33"].change(backend).tiling == Tiling(256, 32, BusyItems(33, 17))
-    assert found["split 512"].change(backend).tiling == Tiling(512, 32, BusyItems(66, 17))
+    assert found["132 programs"].change(backend).tiling == Tiling(256, 32, BusyItems(132, 132, 8))
+    assert found["split 512"].change(backend).tiling == Tiling(512, 32, BusyItems(396, 132, 8))
     assert found["page 16"].change(backend) == backend
     chunks = [v.name for v in kernel_bench.variants(CASES["prefill-2048-at-16k"], backend, SHAPE)]
-    assert chunks == ["", "window 4096", "tiles of 16 rows", "busy 8", "busy 34"]
+    assert chunks == ["", "window 4096", "tiles of 16 rows", "66 programs", "264 programs"]
     assert [v.name for v in kernel_bench.variants(CASES["hybrid"], backend, SHAPE)] == ["", "window 4096"]
     assert [v.name for v in kernel_bench.variants(CASES["rotate-64"], backend, SHAPE)] == [""]
 

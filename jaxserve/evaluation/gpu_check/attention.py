@@ -8,7 +8,8 @@ import jax
 
 from jaxserve.config import ConfigError
 from jaxserve.evaluation.gpu_check.stage import Context, StageFailed
-from jaxserve.evaluation.kernel_bench import KernelBench, Row, to_json
+from jaxserve.evaluation.kernel_bench import SHAPE, KernelBench, Row, to_json
+from jaxserve.kernels.backend import GPU_BACKENDS, Target, gpu_variants
 
 PLAIN = ("decode-64x4k", "prefill-512-at-8k", "prefill-2048-at-16k", "hybrid", "decode-8x4k", "decode-1x32k",
          "rotate-64", "rotate-512", "rotate-2048")  # fmt: skip
@@ -37,7 +38,7 @@ def _backends() -> list[str]:
     """Those that serve the device."""
     if jax.default_backend() != "gpu":
         raise ConfigError(f"gpu_check needs a GPU, or --tiny to try it on any machine, got {jax.default_backend()}")
-    return ["triton", "mosaic"] if float(jax.devices()[0].compute_capability) == 9.0 else ["triton"]
+    return [name for name in gpu_variants(Target.of(jax.devices()[0]), SHAPE) if name in GPU_BACKENDS]
 
 
 def _rows(bench: KernelBench, *, tiny: bool) -> Iterator[Row]:

@@ -16,9 +16,8 @@ from jaxserve.evaluation.attention_batch import attention_errors, random_batch, 
 from jaxserve.evaluation.attention_variants import VARIANTS
 from jaxserve.evaluation.gpu_check.stage import Context, StageFailed
 from jaxserve.evaluation.kernel_bench import MOST_ERROR
-from jaxserve.kernels.backend import Backend, Target, choose_backend
+from jaxserve.kernels.backend import GPU_BACKENDS, Backend, Target, choose_backend
 
-BACKENDS = ("triton", "mosaic")
 RUNS = 3
 MOST_FLOAT8_ERROR = 5e-2
 """Of what is written to a float8 cache: its numbers have three bits behind the first."""
@@ -46,7 +45,7 @@ def _cases(tiny: bool) -> list[str]:
     """backend/variant, of those that the device's kernels serve."""
     if tiny:
         return [f"xla/{name}" for name in TINY_VARIANTS]
-    return [f"{backend}/{name}" for name in VARIANTS for backend in BACKENDS if _backend(backend, name) is not None]
+    return [f"{backend}/{name}" for backend in GPU_BACKENDS for name in VARIANTS if _backend(backend, name) is not None]
 
 
 def _backend(backend: str, name: str) -> Backend | None:

@@ -12,14 +12,14 @@ from jaxserve.evaluation.attention_variants import VARIANTS
 from jaxserve.evaluation.device_bench import markdown_table
 from jaxserve.evaluation.gpu_check import predictions
 from jaxserve.evaluation.gpu_check.attention import PLAIN
-from jaxserve.evaluation.gpu_check.correctness import BACKENDS
 from jaxserve.evaluation.gpu_check.predictions import CEILINGS
 from jaxserve.evaluation.gpu_check.records import Record
 from jaxserve.evaluation.gpu_check.server import POLICIES
 from jaxserve.evaluation.gpu_check.stages import STAGES
 from jaxserve.evaluation.gpu_check.wheels import SITE, carry_commands
-from jaxserve.evaluation.kernel_bench import CASES, MOST_ERROR, SHAPE, WINDOW
+from jaxserve.evaluation.kernel_bench import CASES, MOST_ERROR, SHAPE, WINDOW, has_own_kernels
 from jaxserve.evaluation.step_bench import step_cases
+from jaxserve.kernels.backend import GPU_BACKENDS
 
 BUDGET_SECONDS = 470
 RUN = (
@@ -127,7 +127,7 @@ def _correctness(records: Sequence[Record]) -> list[str]:
         return worst if record["right"] else f"**wrong**: {worst}"
 
     rows = [
-        {"variant": name, **{backend: cell(found.get((name, backend))) for backend in BACKENDS}} for name in VARIANTS
+        {"variant": name} | {backend: cell(found.get((name, backend))) for backend in GPU_BACKENDS} for name in VARIANTS
     ]
     checks = [
         f"- {record['check']}: {'equal' if record['equal'] else '**not equal**'}" for record in _of(records, "graphs")
@@ -153,8 +153,9 @@ def _attention(records: Sequence[Record]) -> list[str]:
     }
     rows = []
     for case in PLAIN:
-        chunks = any(rows > 1 for _, rows in CASES[case].sequences) and not CASES[case].rotates
-        for backend in BACKENDS if chunks else BACKENDS[:1]:
+        for backend in GPU_BACKENDS:
+            if not has_own_kernels(backend, CASES[case]):
+                continue
             for window in (None,) if CASES[case].rotates else (None, WINDOW):
                 rows.append(_attention_row(case, backend, window, found.get((case, backend, window), {})))
     return [
