@@ -96,7 +96,8 @@ def most_temp_bytes(rows: int, settings: dict[str, Any]) -> int:
     share = settings["tensor_parallel"]
     heads, kv_heads, inner = (n // share for n in (model.num_heads, model.num_kv_heads, model.intermediate_size))
     # Residual, and normed rows or the result; what the MLP is wide, before and after activation; cosines and sines.
-    rows_bytes = rows * 2 * (2 * model.hidden_size + (3 if model.gated_mlp else 2) * inner)
+    residual_bytes = rows * 2 * 2 * model.hidden_size
+    rows_bytes = residual_bytes + rows * 2 * (3 if model.gated_mlp else 2) * inner
     rows_bytes += rows * model.head_dim * 4
     # Values and stats of split tiles, float32. They may outlive the attention by an unlucky placement.
     shape = AttentionShape(heads, kv_heads, model.head_dim, settings["block_size"], BFLOAT16, BFLOAT16)
@@ -105,7 +106,7 @@ def most_temp_bytes(rows: int, settings: dict[str, Any]) -> int:
     partial_bytes = PlanLimits(rows, *sizes, tiling).max_partial_rows * heads * (model.head_dim + 2) * 4
     # Sampling: logits as they come and by rows, relative to the largest and scaled, and what is left of them.
     logits_bytes = settings["max_num_seqs"] * model.vocab_size // share * 4
-    return max(rows_bytes + partial_bytes + logits_bytes, 5 * logits_bytes) + 2**20
+    return max(rows_bytes + partial_bytes + logits_bytes, residual_bytes + 5 * logits_bytes) + 2**20
 
 
 def test_the_cache_is_changed_in_place(report: dict[str, Any]) -> None:
