@@ -29,6 +29,7 @@ import grpc
 
 from jaxserve.config import SCHEDULERS, ConfigError, EngineConfig, as_flags, parse_config
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.memory import claim_gpu_memory
 from jaxserve.evaluation import host_bench, kernel_bench, step_bench
 from jaxserve.evaluation.capacity import SearchConfig, Trial
 from jaxserve.evaluation.device_bench import QUICK, THOROUGH, measure_ceilings
@@ -209,6 +210,7 @@ def step(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     if config.pipeline_parallel > 1:
         parser.error(f"--pipeline-parallel must be 1, steps are timed one at a time, got {config.pipeline_parallel}")
     folder, effort = output_dir(args), QUICK if args.quick else THOROUGH
+    claim_gpu_memory(config.gpu_memory_utilization)
     ceilings = measure_ceilings(effort)  # before the engine takes the memory
     bench = step_bench.StepBench(config, effort, buckets=args.buckets)
     engine = bench.engine

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from jaxserve.kernels.attention import AttentionInputs, KVCache
 from jaxserve.kernels.backend import Backend
 from jaxserve.kernels.mosaic_attention import MASKED, PAGE_SIZE, paged_prefill
 from jaxserve.kernels.plan import AttentionPlan, BusyItems, PlanLimits, Tiling, make_plan, new_plan
+from tests import gpu_packages
 from tests.kernels.mosaic_interpreter import interpreted
 from tests.kernels.ragged import LAYER, LAYERS, POISON, Masking, dense_attention
 
@@ -198,9 +198,8 @@ def test_tiles_of_more_rows_than_the_warpgroups_have() -> None:
 def compiled() -> dict[str, dict[str, Any]]:
     """What each variant asks of a GPU, compiled in another process: this one's jax has only the CPU."""
     root = Path(__file__).parents[2]
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-    environment["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     command = [sys.executable, "-m", "tests.kernels.mosaic_report", "--json"]
+    environment = gpu_packages.environment()
     return json.loads(subprocess.run(command, cwd=root, env=environment, check=True, stdout=subprocess.PIPE).stdout)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+from jaxserve.engine.memory import claim_gpu_memory
 from jaxserve.evaluation.device_bench import QUICK, Effort, measure_ceilings
 from jaxserve.evaluation.gpu_check.models import STEPS, write_tiny
 from jaxserve.evaluation.gpu_check.runner import LOG
@@ -28,8 +29,6 @@ GRAPH_EVENTS = {
 def run(context: Context) -> None:
     """``context.arguments``: the gemm_backend and the buckets."""
     effort = TINY_EFFORT if context.tiny else QUICK
-    ceilings = measure_ceilings(effort)  # before the engine takes the memory
-    context.records.add("ceilings", **ceilings._asdict())
     if context.tiny:
         config = replace(
             STEPS, model=write_tiny(context.out / "tiny"), token_budget=64, max_num_seqs=32, max_model_len=1024,
@@ -39,6 +38,9 @@ def run(context: Context) -> None:
     else:
         gemm_backend, *numbers = context.arguments
         config, buckets = replace(STEPS, gemm_backend=gemm_backend), list(map(int, numbers))
+    claim_gpu_memory(config.gpu_memory_utilization)
+    ceilings = measure_ceilings(effort)  # before the engine takes the memory
+    context.records.add("ceilings", **ceilings._asdict())
     bench = StepBench(config, effort, buckets=buckets)
     context.records.add("startup", seconds=bench.engine.startup._asdict(), num_blocks=bench.runner.num_blocks)
     for case in step_cases():
