@@ -292,23 +292,22 @@ def _num_parts(
     if shared >= GOOD_BALANCE * whole:
         return None
 
-    # Each row is a way to cut: those tiles that follow the first ones, which are kept whole, into so many parts a page.
+    # Each row is a way to cut the tiles that follow the first ones, which are kept whole.
     waves = range(max(full_waves, 1), max(full_waves, 1) + MOST_WAVES)
-    ways = [(first, int(w * wave) - first) for first in {kept, 0} - {num_tiles} for w in waves]
-    rest_work = {kept: work - kept_work, 0: work}
-    density = [places * pages[first] // rest_work[first] / pages[first] for first, places in ways]
+    first = 0 if kept == num_tiles or longest + item_pages > shared else kept
+    rest_work = work - kept_work if first else work
+    density = [(int(w * wave) - first) * pages[first] // rest_work / pages[first] for w in waves]
     num_parts = np.ceil(pages * np.array(density)[:, None] - UNCUT_EXCESS)
     np.minimum(num_parts, pages // limits.tiling.decode_pages(page_size), out=num_parts)
     np.maximum(num_parts, 1.0, out=num_parts)
-    for row, (first, _) in zip(num_parts, ways, strict=True):
-        row[:first] = 1.0
+    num_parts[:, :first] = 1.0
     best, least = None, LEAST_GAIN * whole
     longest_parts = (pages / num_parts).max(axis=1)
     counts = np.array((num_parts.sum(axis=1), (num_parts == 1.0).sum(axis=1), longest_parts)).T.tolist()
-    for row, (first, _), (num_items, num_whole, longest) in zip(num_parts, ways, counts, strict=True):
+    for row, (num_items, num_whole, longest) in zip(num_parts, counts, strict=True):
         rest = num_items - first
-        last_waves = math.ceil(rest / wave) * (rest_work[first] / rest + part_pages)
-        span = max(longest + part_pages, (work - rest_work[first] + item_pages * first) / wave + last_waves)
+        last_waves = math.ceil(rest / wave) * (rest_work / rest + part_pages)
+        span = max(longest + part_pages, (work - rest_work + item_pages * first) / wave + last_waves)
         if span < least and num_items - num_whole <= most_parts:
             best, least = row, span
     if best is None:
@@ -326,7 +325,9 @@ def _cut(tiles: np.ndarray, num_parts: np.ndarray | None, *, keep_whole: bool = 
     if num_parts is None:
         if keep_whole:
             return tiles, np.empty((0, COMBINE_FIELDS), int)
-        num_parts = np.ones(len(tiles), int)
+        num_rows = tiles[:, 2]
+        tiles[:, 7] = partial = np.cumsum(num_rows) - num_rows
+        return tiles, np.array((tiles[:, 1], num_rows, partial, np.ones(len(tiles), int))).T
     num_rows, split = tiles[:, 2], (num_parts > 1) | (not keep_whole)
     partial_rows = num_rows * num_parts * split
     partial = np.cumsum(partial_rows) - partial_rows

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxserve.kernels import native
-from jaxserve.kernels.backend import AttentionShape, Target, choose_backend
+from jaxserve.kernels.backend import AttentionShape, Target, choose_backend, gpu_variants
 
 CPU, H100, A100, V100 = Target("cpu"), Target("gpu", 90, 132), Target("gpu", 80, 108), Target("gpu", 70, 80)
 BFLOAT16 = jnp.dtype("bfloat16")
@@ -54,6 +54,8 @@ def test_gpus_without_their_packages_are_served_slowly_and_told(
         ("triton", CPU, MISTRAL, "triton needs a GPU, got cpu"),
         ("triton", V100, MISTRAL, "triton needs a GPU of compute capability 8.0 or newer, got 7.0"),
         ("triton", H100, MISTRAL._replace(page_size=8), "triton needs a block_size of at least 16, got 8"),
+        ("pod", A100, MISTRAL, "pod needs a GPU of compute capability 9.0 or newer, got 8.0"),
+        ("pod", H100, MISTRAL._replace(head_dim=256), "pod needs a head_dim of at most 128, got 256"),
         ("mosaic", A100, MISTRAL, "mosaic needs a Hopper GPU \\(compute capability 9.0\\), got 8.0"),
         ("mosaic", H100, MISTRAL._replace(num_heads=256), "at most 16 query heads for each KV head, got 32"),
         ("mosaic", H100, MISTRAL._replace(page_size=32), "block_size 64 and head_dim 64 or 128, got 32 and 128"),
@@ -78,3 +80,20 @@ def test_tiles_fill_the_matrix_units(without: set[str]) -> None:
             shape = shape._replace(num_kv_heads=2)
         group = shape.num_heads // shape.num_kv_heads
         assert choose_backend("triton", H100, shape).tiling.prefill_rows * group == rows
+
+
+def test_what_is_timed_on_a_gpu(without: set[str]) -> None:
+    """Each differs from the others; the default is first."""
+    found = gpu_variants(H100, MISTRAL)
+    assert [*found] == ["triton", "pod", "mosaic", "triton, 2 prefill programs"]
+    assert len(set(found.values())) == len(found)
+    assert found["triton"] == choose_backend("auto", H100, MISTRAL)
+    assert [*gpu_variants(A100, MISTRAL)] == ["triton", "triton, 2 prefill programs"]
+    assert gpu_variants(CPU, MISTRAL) == {}
+
+
+def test_programs_of_a_launch_all_run_at_once(without: set[str]) -> None:
+    """Multiprocessors times programs on each, whatever the number of KV heads."""
+    for kv_heads in (1, 8, 32):
+        busy = choose_backend("triton", H100, MISTRAL._replace(num_kv_heads=kv_heads)).tiling.busy
+        assert busy == (396, 132, kv_heads)
