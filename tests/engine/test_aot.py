@@ -91,13 +91,12 @@ def report(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def most_temp_bytes(rows: int, settings: dict[str, Any]) -> int:
-    """Temporary memory that a step may take of a device: its largest moment, the MLP or the sampling."""
+    """Temporary memory that a step may take of a device: for the last layer and the sampling."""
     model = open_checkpoint(settings["model"], "dummy").config
     share = settings["tensor_parallel"]
     heads, kv_heads, inner = (n // share for n in (model.num_heads, model.num_kv_heads, model.intermediate_size))
     # Residual, and normed rows or the result; what the MLP is wide, before and after activation; cosines and sines.
-    residual_bytes = rows * 2 * 2 * model.hidden_size
-    rows_bytes = residual_bytes + rows * 2 * (3 if model.gated_mlp else 2) * inner
+    rows_bytes = rows * 2 * (2 * model.hidden_size + (3 if model.gated_mlp else 2) * inner)
     rows_bytes += rows * model.head_dim * 4
     # Values and stats of split tiles, float32. They may outlive the attention by an unlucky placement.
     shape = AttentionShape(heads, kv_heads, model.head_dim, settings["block_size"], BFLOAT16, BFLOAT16)
@@ -106,7 +105,8 @@ def most_temp_bytes(rows: int, settings: dict[str, Any]) -> int:
     partial_bytes = PlanLimits(rows, *sizes, tiling).max_partial_rows * heads * (model.head_dim + 2) * 4
     # Sampling: logits as they come and by rows, relative to the largest and scaled, and what is left of them.
     logits_bytes = settings["max_num_seqs"] * model.vocab_size // share * 4
-    return max(rows_bytes + partial_bytes + logits_bytes, residual_bytes + 5 * logits_bytes) + 2**20
+    # Kernels of a graph that share no data may run at once, so what one has left is not always room for the next.
+    return rows_bytes + partial_bytes + 5 * logits_bytes + 2**20
 
 
 def test_the_cache_is_changed_in_place(report: dict[str, Any]) -> None:
@@ -145,11 +145,12 @@ def test_kernels_of_a_layer(mistral: dict[str, Any], shallow: dict[str, Any]) ->
 
 
 def test_what_a_step_of_decodes_moves(mistral: dict[str, Any]) -> None:
-    """Little but the weights; a fifth more where the parts of split products are written and read again."""
+    """Little but the weights; a fifth more where the parts of split products are written and read again, and arrays of
+    attention's partial results, of which a step uses what it splits but which count whole."""
     for program in mistral["programs"]:
         if program["rows"] <= 128:
             weight_bytes = program["argument_bytes"] - program["donated_bytes"]
-            assert program["moved_bytes"] <= 1.4 * weight_bytes, program["rows"]
+            assert program["moved_bytes"] <= 1.45 * weight_bytes, program["rows"]
 
 
 def test_the_triton_of_gpu_images(shallow: dict[str, Any]) -> None:
