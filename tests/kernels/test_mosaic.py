@@ -44,7 +44,7 @@ class Case:
 
     @property
     def tiling(self) -> Tiling:
-        return Tiling(decode_tokens=64, prefill_rows=128 // self.group, busy=BusyItems(decode=2, prefill=5))
+        return Tiling(decode_tokens=64, prefill_rows=128 // self.group, busy=BusyItems(decode=2, prefill=9))
 
 
 CASES = [
@@ -90,7 +90,8 @@ class Batch:
         assert np.isnan(self.stats[~part_rows]).all()
         got = self.out.copy()
         for row, num_rows, first, parts in self.plan.combine[: self.plan.counts[2]]:
-            if not part_rows[first]:  # a decode's
+            first -= len(self.plan.decode)  # before which are decodes'
+            if first < 0:
                 continue
             span = slice(first, first + num_rows * parts)
             values, stats = (a[span].reshape(parts, num_rows, *a.shape[1:]) for a in (self.values, self.stats))

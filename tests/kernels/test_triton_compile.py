@@ -24,6 +24,7 @@ SPILLED_BYTES = {
     **dict.fromkeys(TWO_ON_A_CORE, 128),
     ("float8 KV", "prefill"): 8,
     ("16/8 x 256, float8 KV, pages of 16", "prefill"): 44,
+    ("16/8 x 256, float8 KV, pages of 16", "decode"): 8,
 }
 """The most that a thread stores and loads, beside loops of hundreds of instructions."""
 Kernels = dict[str, dict[str, dict[str, Any]]]
