@@ -25,7 +25,7 @@ from jaxserve.request import SamplingParams
 from jaxserve.scheduler import Chunk
 from jaxserve.server.grpc_server import freeze_start_up
 
-TILING = Tiling(decode_tokens=256, prefill_rows=32, busy=BusyItems(decode=50, prefill=17))
+TILING = Tiling(decode_tokens=128, prefill_rows=32, busy=BusyItems(decode=396, prefill=132, kv_heads=8))
 """Of Mistral-7B on an H100 (kernels/backend.py)."""
 LENGTHS = (400, 1000)
 """Least and most tokens of a prompt, and of its output: contexts are of about 1,000."""
