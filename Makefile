@@ -31,8 +31,9 @@ demo: .venv/.installed
 serve: .venv/.installed
 	$(BIN)/python scripts/serve.py $(ARGS)
 
+# A file's tests stay in one process, which share engines. Each process needs up to 8 GB of memory.
 test: .venv/.tested
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/.tested
 	$(BIN)/ruff check .
