@@ -102,7 +102,7 @@ def test_a_rope_option_of_another_type_is_refused_by_name(kind: str) -> None:
                 assert found == plain, f"{key} = {wrong!r} was taken for something"
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from(sorted(FAMILIES)),
     st.dictionaries(st.sampled_from([*KEYS, *sorted({k for raw in RAW.values() for k in raw})]), VALUES, max_size=4),
