@@ -62,7 +62,7 @@ class TokenLength:
 
     def _knows_bytes(self, vocabulary: Mapping[str, int]) -> bool:
         """Whether all bytes have a token, but for those that can be counted in the text."""
-        for byte, character in _byte_alphabet().items():
+        for byte, character in byte_alphabet().items():
             if character not in vocabulary:
                 if byte not in INERT_BYTES:
                     return False
@@ -70,7 +70,7 @@ class TokenLength:
         return True
 
 
-def _byte_alphabet() -> dict[int, str]:
+def byte_alphabet() -> dict[int, str]:
     """GPT-2's character for each byte: its own where that is visible, or else the next above 255."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0x100)} - {0xAD}
     hidden = [byte for byte in range(256) if byte not in visible]

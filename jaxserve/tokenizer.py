@@ -21,15 +21,12 @@ from tokenizers.decoders import DecodeStream
 from jaxserve.models.fields import Fields
 from jaxserve.models.loading import gguf_tokenizer, hf_tokenizer
 from jaxserve.request import RequestError
-from jaxserve.token_length import TokenLength
+from jaxserve.token_length import TokenLength, byte_alphabet
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 """How sentencepiece's vocabularies write a byte."""
-_KEPT_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_BYTE_LEVEL = {chr(byte): byte for byte in _KEPT_BYTES} | {
-    chr(0x100 + i): byte for i, byte in enumerate(byte for byte in range(0x100) if byte not in _KEPT_BYTES)
-}
-"""How GPT-2's vocabulary writes bytes: as themselves where they are printable, in order above U+0100 elsewhere."""
+_BYTE_LEVEL = {character: byte for byte, character in byte_alphabet().items()}
+"""GPT-2's characters for bytes."""
 
 
 class Tokenizer:

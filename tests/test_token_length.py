@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from jaxserve.models.loading.checkpoint import open_checkpoint
-from jaxserve.token_length import MAX_COMPOSED_CHARACTERS, TokenLength, _byte_alphabet
+from jaxserve.token_length import MAX_COMPOSED_CHARACTERS, TokenLength, byte_alphabet
 
 GREEDY = AddedToken("<e>", rstrip=True, normalized=False)
 BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
@@ -20,7 +20,7 @@ BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 
 def byte_level(**changes) -> tokenizers.Tokenizer:
     """With a few merges, no token for the byte 1, and what ``changes`` set."""
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     vocabulary = {character: byte for byte, character in alphabet.items() if byte != 1} | {"ab": 300, "abab": 301}
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, [("a", "b"), ("ab", "ab")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -99,6 +99,6 @@ def test_the_bound_is_the_longest_token():
 
 def test_no_normal_form_composes_more():
     assert max(len(unicodedata.normalize("NFD", chr(code))) for code in range(0x110000)) == MAX_COMPOSED_CHARACTERS
-    assert set(_byte_alphabet().values()) == set(pre_tokenizers.ByteLevel.alphabet())
+    assert set(byte_alphabet().values()) == set(pre_tokenizers.ByteLevel.alphabet())
     ids = [pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(chr(byte)) for byte in range(128)]
-    assert [pieces[0][0] for pieces in ids] == [_byte_alphabet()[byte] for byte in range(128)]
+    assert [pieces[0][0] for pieces in ids] == [byte_alphabet()[byte] for byte in range(128)]
