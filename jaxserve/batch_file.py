@@ -19,10 +19,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
-from tqdm import tqdm
-
 from jaxserve.engine.call_thread import CallThread
 from jaxserve.engine.engine import Engine, clear
+from jaxserve.progress import progress_bar
 from jaxserve.request import Logprob, RequestDelta, RequestError, SamplingParams
 from jaxserve.result_file import BatchFileError, ResultFile, result_key
 from jaxserve.tokenizer import Tokenizer
@@ -237,15 +236,16 @@ class BatchRun:
         self._model_names = served_model_names or (engine.config.model,)
         self._in_flight: dict[str, _Answer] = {}
         self._summary = BatchSummary()
-        total = sum(bool(raw.strip()) for raw in source)
+        self._num_lines = sum(bool(raw.strip()) for raw in source)
         source.seek(0)
-        self._progress = tqdm(total=total, initial=len(results.done), unit="request", disable=not show_progress)
+        self._show_progress = show_progress
 
     def run(self) -> BatchSummary:
         """Whatever stops it, the results of what has finished are on the disk and the engine is left empty."""
         start_seconds = time.monotonic()
-        with self._progress:
-            CallThread().run(self._serve(), self._progress.update)
+        num_done, hidden = len(self._results.done), not self._show_progress
+        with progress_bar("serving", self._num_lines, "request", initial=num_done, disable=hidden) as bar:
+            CallThread().run(self._serve(), bar.update)
         self._summary.elapsed_seconds = time.monotonic() - start_seconds
         return self._summary
 

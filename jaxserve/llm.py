@@ -6,11 +6,10 @@ import itertools
 from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
-from tqdm import tqdm
-
 from jaxserve.config import EngineConfig
 from jaxserve.engine.call_thread import CallThread
 from jaxserve.engine.engine import Engine, clear
+from jaxserve.progress import progress_bar
 from jaxserve.prompts import Message, ParsedPrompt, Prompt, parse_conversations, parse_prompts
 from jaxserve.request import (
     CompletionOutput,
@@ -60,8 +59,8 @@ class LLM:
                 collectors.append(self._collector(prompt, params))
             except RequestError as error:
                 raise RequestError(f"prompts[{index}]: {error}") from error
-        with tqdm(total=len(collectors), desc="generating", unit="prompt", disable=not use_tqdm) as progress:
-            self._calls.run(self._serve(collectors), progress.update)
+        with progress_bar("generating", len(collectors), "prompt", disable=not use_tqdm) as bar:
+            self._calls.run(self._serve(collectors), bar.update)
         return [collector.output() for collector in collectors]
 
     def chat(

@@ -175,6 +175,20 @@ def test_an_interrupted_batch_goes_on_where_it_was(tiny: LLM, tmp_path: Path) ->
     assert [found[i] for i in range(24)] == texts
 
 
+def test_an_interrupt_in_the_progress_bar_blocks_no_thread(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tqdm.tqdm.display", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.generate([PROMPT], GREEDY)
+    others = threading.Thread(target=tiny.generate, args=([PROMPT], GREEDY), daemon=True)
+    others.start()
+    others.join(timeout=60)
+    assert not others.is_alive()
+
+
 def test_several_threads(tiny: LLM) -> None:
     """Each gets its own answers, whether they are served at once or in turn."""
     prompts = [[PROMPT[i:], PROMPT[: i + 2]] for i in range(6)]

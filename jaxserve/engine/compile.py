@@ -10,9 +10,9 @@ from pathlib import Path
 
 import jax
 import jax.monitoring
-from tqdm import tqdm
 
 from jaxserve.config import ConfigError
+from jaxserve.progress import progress_bar
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -69,12 +69,12 @@ def compile_all[Key: Hashable](
     """Lower and compile every program, in parallel threads, with a progress bar."""
     with (
         ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
-        tqdm(total=len(lower), desc="compiling", unit="program", disable=not (show_progress and lower)) as progress,
+        progress_bar("compiling", len(lower), "program", disable=not (show_progress and lower)) as bar,
     ):
 
         def build(key: Key) -> jax.stages.Compiled:
             compiled = lower[key]().compile()
-            progress.update()
+            bar.update()
             return compiled
 
         return dict(zip(lower, pool.map(build, lower), strict=True))
