@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 
 from jaxserve.config import ConfigError, EngineConfig, ServerConfig, parse_config
-from jaxserve.server.front_end import FrontEnd
+from jaxserve.hosts.front_end import FrontEnd
+from jaxserve.hosts.group import Group, HostsConfig
+from jaxserve.hosts.ranks import exit_code_of, run_follower, set_up_logging
 from jaxserve.server.grpc_server import build_engines, serve
-from jaxserve.server.ranks import exit_code_of, run_follower, set_up_logging
 from jaxserve.server.signals import end_process
-from jaxserve.sharding.hosts import Group, HostsConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from jaxserve.config import EngineConfig, ServerConfig, parse_config
+from jaxserve.hosts.group import Group, HostsConfig
 from jaxserve.server.listener import SERVICE_NAME
-from jaxserve.sharding.hosts import Group, HostsConfig
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "docs" / "deploy"

@@ -15,10 +15,10 @@ import jax
 import numpy as np
 
 from jaxserve.config import ResolvedConfig
-from jaxserve.engine.blocks import BlockManager
 from jaxserve.kernels.plan import AttentionPlan, PlanLimits, Tiling, empty_plan, make_plan, plan_shapes
 from jaxserve.request import Request
 from jaxserve.scheduler import Chunk
+from jaxserve.scheduler.blocks import BlockManager
 from jaxserve.scheduler.buckets import token_buckets
 
 FLOAT_FIELDS = ("temperature", "top_p", "min_p")

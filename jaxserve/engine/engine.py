@@ -18,16 +18,16 @@ from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.batch import Packer, empty_step, prefills_of, prompt_targets, wants_prompt_logprobs
-from jaxserve.engine.blocks import BlockManager
 from jaxserve.engine.compile import CompileCounter
 from jaxserve.engine.executor import Executor, prepare
+from jaxserve.engine.metrics import EngineMetrics, StepRecord
 from jaxserve.engine.output import OutputStream, collect_prompt_logprobs, host_logprobs, logprob_entry
 from jaxserve.engine.profiling import Profiler, largest_budget, read_profile
 from jaxserve.engine.programs import StepOutputs
 from jaxserve.engine.runner import ModelRunner
 from jaxserve.engine.sampler import TokenLogprobs
 from jaxserve.engine.startup import StartupTimes
-from jaxserve.metrics import EngineMetrics, StepRecord
+from jaxserve.engine.tracing import StepTracer
 from jaxserve.models.loading import generation
 from jaxserve.models.loading.hub import resolve
 from jaxserve.request import (
@@ -41,11 +41,11 @@ from jaxserve.request import (
     SamplingParams,
 )
 from jaxserve.scheduler import Batch, Chunk, Pace, make_scheduler
+from jaxserve.scheduler.blocks import BlockManager
 from jaxserve.scheduler.buckets import bubble_share
 from jaxserve.scheduler.step_time import Profile
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.tokenizer import Tokenizer
-from jaxserve.tracing import StepTracer
 
 logger = logging.getLogger(__name__)
 

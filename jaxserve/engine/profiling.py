@@ -12,10 +12,10 @@ import numpy as np
 
 from jaxserve.config import ConfigError, ResolvedConfig
 from jaxserve.engine.batch import PackedStep, Packer, StepLayout
-from jaxserve.engine.blocks import BlockManager
 from jaxserve.engine.runner import ModelRunner
 from jaxserve.request import Request, RequestMetrics, SamplingParams
 from jaxserve.scheduler import Chunk
+from jaxserve.scheduler.blocks import BlockManager
 from jaxserve.scheduler.step_time import BatchShape, Profile, Sample, StepTimeModel, held_out_error
 
 NUM_REPEATS = 3

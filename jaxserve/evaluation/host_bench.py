@@ -17,9 +17,9 @@ from jaxserve.config import EngineConfig, ResolvedConfig
 from jaxserve.engine.batch import step_layouts
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.executor import Executor
+from jaxserve.engine.metrics import StepRecord
 from jaxserve.engine.programs import StepOutputs
 from jaxserve.kernels.plan import BusyItems, Tiling, make_plan, new_plan
-from jaxserve.metrics import StepRecord
 from jaxserve.models.loading.checkpoint import Checkpoint
 from jaxserve.request import SamplingParams
 from jaxserve.scheduler import Chunk

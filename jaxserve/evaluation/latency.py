@@ -14,7 +14,7 @@ from jaxserve.config import ConfigError
 from jaxserve.request import RequestMetrics
 
 if TYPE_CHECKING:
-    from jaxserve.metrics import StepRecord
+    from jaxserve.engine.metrics import StepRecord
 
 PERCENTS = (*range(100), 99.5, 99.9, 100)
 """Those that a ``Percentiles`` keeps: enough to draw a distribution."""

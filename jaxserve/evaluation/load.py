@@ -14,9 +14,9 @@ import grpc
 import numpy as np
 
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.metrics import StepRecord
 from jaxserve.evaluation.latency import RunResult
 from jaxserve.evaluation.workload import WorkloadRequest
-from jaxserve.metrics import StepRecord
 from jaxserve.request import RequestError, RequestMetrics, SamplingParams
 from jaxserve.scheduler import Chunk
 from jaxserve.server.client import AsyncClient

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from jaxserve.config import ConfigError, EngineConfig, option
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.metrics import StepRecord
 from jaxserve.evaluation.capacity import CapacityResult, SearchConfig, Trial, find_capacity
 from jaxserve.evaluation.latency import Objective, RunResult
 from jaxserve.evaluation.load import make_prompts, measure_engine, measure_server
 from jaxserve.evaluation.report import Series
 from jaxserve.evaluation.workload import WorkloadConfig, WorkloadRequest, make_workload
-from jaxserve.metrics import StepRecord
 from jaxserve.request import SamplingParams
 from jaxserve.scheduler import Chunk
 from jaxserve.server.client import Client

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxserve.engine.engine import Engine
-from jaxserve.metrics import StepRecord
+from jaxserve.engine.metrics import StepRecord
 from jaxserve.request import SamplingParams
 from jaxserve.scheduler import Chunk
 

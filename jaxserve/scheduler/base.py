@@ -10,8 +10,8 @@ from functools import partial
 from itertools import repeat
 from typing import NamedTuple, NotRequired, TypedDict, Unpack
 
-from jaxserve.engine.blocks import BlockManager
 from jaxserve.request import FinishReason, Request, RequestStatus
+from jaxserve.scheduler.blocks import BlockManager
 
 
 class Chunk(NamedTuple):

@@ -26,7 +26,7 @@ from jaxserve.server.signals import stop_signal
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine
-    from jaxserve.engine.group import Followers
+    from jaxserve.hosts.steps import Followers
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +90,8 @@ def build_engines(config: EngineConfig, num_engines: int = 1, followers: Followe
     # Imported late: jax takes seconds to load, and a port in use should be told before.
     started_seconds = time.monotonic()
     from jaxserve.engine.engine import Engine
-    from jaxserve.engine.group import Leader
     from jaxserve.engine.memory import claim_gpu_memory
+    from jaxserve.hosts.steps import Leader
     from jaxserve.sharding.mesh import make_meshes
 
     make = partial(Engine, config, imports_seconds=time.monotonic() - started_seconds)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from jaxserve.config import ConfigError
-from jaxserve.engine.blocks import BlockManager
 from jaxserve.evaluation.workload import WorkloadRequest
 from jaxserve.models.config import ModelConfig
 from jaxserve.scheduler import POLICIES, Pace, make_scheduler
+from jaxserve.scheduler.blocks import BlockManager
 from jaxserve.simulator.cost import OVERLAPPED, CostModel, HostTime, RooflineCost
 from jaxserve.simulator.devices import GIB, Device
 from jaxserve.simulator.simulator import SimulatedRun, Simulator

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.blocks import BlockManager
 from jaxserve.evaluation.capacity import SearchConfig, find_capacity
 from jaxserve.evaluation.latency import Objective, Percentiles
 from jaxserve.evaluation.workload import WorkloadConfig, make_workload
 from jaxserve.scheduler import Pace, make_scheduler
+from jaxserve.scheduler.blocks import BlockManager
 from jaxserve.scheduler.step_time import Profile
 from jaxserve.simulator.cost import FittedCost
 from jaxserve.simulator.simulator import SimulatedRun, Simulator

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.engine.batch import Packer, StepLayout, empty_step, prompt_targets, wants_prompt_logprobs
-from jaxserve.engine.blocks import BlockManager
 from jaxserve.kernels.backend import CPU_TILING
 from jaxserve.kernels.plan import PlanLimits
 from jaxserve.request import Request, RequestMetrics, SamplingParams
 from jaxserve.scheduler import Chunk
+from jaxserve.scheduler.blocks import BlockManager
 
 MAX_NUM_SEQS, MAX_MODEL_LEN, BLOCK_SIZE = 6, 60, 8
 NUM_BLOCKS = 1 + MAX_NUM_SEQS * -(-MAX_MODEL_LEN // BLOCK_SIZE)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from jaxserve import LLM, SamplingParams
-from jaxserve.metrics import StepRecord
+from jaxserve.engine.metrics import StepRecord
+from jaxserve.engine.tracing import StepTracer
 from jaxserve.request import Request, RequestMetrics
 from jaxserve.scheduler import Chunk
-from jaxserve.tracing import StepTracer
 
 
 def test_metrics_count_what_ran(llm: LLM) -> None:

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from jaxserve.config import ConfigError
+from jaxserve.engine.metrics import StepRecord
 from jaxserve.evaluation.capacity import CapacityResult, find_capacity
 from jaxserve.evaluation.figures import timeline
 from jaxserve.evaluation.latency import Objective, RunResult
 from jaxserve.evaluation.report import Series, capacity_rows, check_can_report, summary_row, text_table, write_report
-from jaxserve.metrics import StepRecord
 from jaxserve.request import RequestMetrics
 
 OBJECTIVE = Objective(p99_tbt_seconds=0.2, ttft_seconds=3.0)

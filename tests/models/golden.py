@@ -12,7 +12,6 @@ import numpy as np
 from flax import nnx
 
 from jaxserve.engine.batch import Packer, StepLayout, plan_of
-from jaxserve.engine.blocks import BlockManager
 from jaxserve.kernels.attention import AttentionInputs, KVCache
 from jaxserve.kernels.backend import CPU_TILING
 from jaxserve.kernels.plan import PlanLimits
@@ -21,6 +20,7 @@ from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.registry import family_of
 from jaxserve.request import Request, RequestMetrics, SamplingParams
 from jaxserve.scheduler import Chunk
+from jaxserve.scheduler.blocks import BlockManager
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import abstract_model, abstract_parameters
 

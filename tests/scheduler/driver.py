@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from jaxserve.engine.blocks import BlockManager
 from jaxserve.request import FinishReason, Request, RequestMetrics, RequestStatus, SamplingParams
 from jaxserve.scheduler import Batch, Limits, Scheduler
+from jaxserve.scheduler.blocks import BlockManager
 
 MAX_LEN, BLOCK_SIZE = 96, 8
 WINDOWS = st.one_of(st.none(), st.integers(1, 2 * BLOCK_SIZE), st.integers(1, MAX_LEN))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.engine.blocks import BlockManager
+from jaxserve.scheduler.blocks import BlockManager
 from tests.scheduler.driver import BLOCK_SIZE
 
 

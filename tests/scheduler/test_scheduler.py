@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.config import SCHEDULERS, WHOLE_PROMPT_SCHEDULERS
-from jaxserve.engine.blocks import BlockManager
 from jaxserve.scheduler import POLICIES, Batch, Pace, Scheduler, make_scheduler
 from jaxserve.scheduler.adaptive import AdaptiveScheduler
+from jaxserve.scheduler.blocks import BlockManager
 from jaxserve.scheduler.buckets import token_buckets
 from jaxserve.scheduler.step_time import BatchShape, StepTimeModel
 from jaxserve.scheduler.whole_prompts import WholePromptScheduler

@@ -11,6 +11,7 @@ import jax
 import pytest
 from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter, Histogram
+from tests.server.test_several_hosts import free_ports
 
 from jaxserve.config import ConfigError, EngineConfig, ServerConfig
 from jaxserve.server.client import Client
@@ -19,7 +20,6 @@ from jaxserve.server.process import running_server
 from jaxserve.server.replicas import ReplicaMetrics
 from tests.models.golden import Golden
 from tests.server.test_serve_process import SERVE
-from tests.server.test_several_hosts import free_ports
 
 
 def test_requests_go_to_the_least_loaded(make_server, eventually):

@@ -11,9 +11,9 @@ import pytest
 
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.metrics import StepRecord
 from jaxserve.engine.ticks import TickPrograms
 from jaxserve.evaluation.compiled import collectives
-from jaxserve.metrics import StepRecord
 from jaxserve.models.config import Experts, ModelConfig, ModelError
 from jaxserve.request import RequestDelta, SamplingParams
 from jaxserve.sharding.mesh import make_mesh

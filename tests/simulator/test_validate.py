@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.engine.blocks import BlockManager
 from jaxserve.evaluation.capacity import find_capacity
 from jaxserve.evaluation.latency import Objective, RunResult
 from jaxserve.evaluation.workload import WorkloadConfig, make_workload
 from jaxserve.scheduler import make_scheduler
+from jaxserve.scheduler.blocks import BlockManager
 from jaxserve.scheduler.step_time import Profile, RelativeError, StepTimeModel
 from jaxserve.simulator.cost import FittedCost
 from jaxserve.simulator.simulator import Simulator

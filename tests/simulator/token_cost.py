@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from jaxserve.engine.blocks import BlockManager
 from jaxserve.evaluation.workload import WorkloadRequest
 from jaxserve.scheduler import Scheduler, make_scheduler
+from jaxserve.scheduler.blocks import BlockManager
 from jaxserve.simulator.cost import Span
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from jaxserve.config import ConfigError, EngineConfig, ResolvedConfig
 from jaxserve.engine.batch import StepLayout, empty_step
-from jaxserve.engine.group import SCORE, STEP, Follower, Followers
+from jaxserve.hosts.steps import SCORE, STEP, Follower, Followers
 from jaxserve.kernels.backend import CPU_TILING
 from jaxserve.kernels.plan import PlanLimits
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from jaxserve.config import ConfigError, EngineConfig, ServerConfig
+from jaxserve.hosts.group import Group
 from jaxserve.models.config import ModelError
 from jaxserve.server.grpc_server import build_engines, serve
 from jaxserve.server.signals import drain_on_signal, end_process
-from jaxserve.sharding.hosts import Group
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine
@@ -49,7 +49,7 @@ def run_leader(engine_config: EngineConfig, server_config: ServerConfig, group: 
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def build() -> list[Engine]:
-        from jaxserve.engine.group import Followers
+        from jaxserve.hosts.steps import Followers
 
         drain = partial(os.kill, os.getpid(), signal.SIGTERM)
         followers = Followers(group.size - 1, group.step_address, _lost, drain)
@@ -66,7 +66,7 @@ def run_follower(engine_config: EngineConfig, group: Group) -> int:
     """
     group.join()
     from jaxserve.engine.executor import Executor, prepare
-    from jaxserve.engine.group import Follower
+    from jaxserve.hosts.steps import Follower
     from jaxserve.sharding.mesh import make_mesh
 
     checkpoint, config = prepare(engine_config)

@@ -17,13 +17,13 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.hosts.group import Group
+from jaxserve.hosts.ranks import LOST, run_leader
 from jaxserve.server import grpc_server
 from jaxserve.server.client import NO_PROXY
 from jaxserve.server.door import Context, StatusError
 from jaxserve.server.listener import SERVICE_NAME, SERVING, Listener, message_limits
-from jaxserve.server.ranks import LOST, run_leader
 from jaxserve.server.signals import stop_signal
-from jaxserve.sharding.hosts import Group
 
 
 class Proxy(grpc.GenericRpcHandler):

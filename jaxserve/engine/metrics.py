@@ -12,10 +12,10 @@ from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from jaxserve.engine.blocks import BlockManager
 from jaxserve.engine.startup import StartupTimes
 from jaxserve.request import Request
 from jaxserve.scheduler import Chunk, Scheduler
+from jaxserve.scheduler.blocks import BlockManager
 
 _LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 3, 5, 10, 20, 40, 80)
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxserve.config import ConfigError
-from jaxserve.metrics import StepRecord
+from jaxserve.engine.metrics import StepRecord
 from jaxserve.scheduler import Chunk
 
 _HOST, _DEVICE, _SLOTS = 1, 2, 10

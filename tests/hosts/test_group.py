@@ -7,7 +7,7 @@ import re
 import pytest
 
 from jaxserve.config import ConfigError
-from jaxserve.sharding.hosts import Group, HostsConfig
+from jaxserve.hosts.group import Group, HostsConfig
 
 LWS = {"LWS_LEADER_ADDRESS": "serve-0.serve.default", "LWS_GROUP_SIZE": "2", "LWS_WORKER_INDEX": "1"}
 
