@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(config: EngineConfig, args: argparse.Namespace, folder: Path) -> int:
-    from jaxserve.engine.ticks import programs_of
-    from jaxserve.evaluation.aot import DEVICES, absent_mesh, compile_step
+    from jaxserve.engine.programs import StepPrograms
+    from jaxserve.evaluation.aot import DEVICES, absent_mesh, compile_forward, compile_sample
     from jaxserve.evaluation.compiled import kernel_resources, triton_assembler
     from jaxserve.evaluation.report import text_table
     from jaxserve.models.loading.checkpoint import open_checkpoint
@@ -69,7 +69,7 @@ def report(config: EngineConfig, args: argparse.Namespace, folder: Path) -> int:
     resolved = config.resolve(model_max_len=longest_sequence(model), on_gpu=True)
     mesh = absent_mesh(device, config.tensor_parallel, config.pipeline_parallel, args.hosts)
     gpu_memory_bytes = int(device.memory_bytes * config.gpu_memory_utilization)
-    programs = programs_of(mesh)(resolved, model, mesh, target=device.target, gpu_memory_bytes=gpu_memory_bytes)
+    programs = StepPrograms(resolved, model, mesh, target=device.target, gpu_memory_bytes=gpu_memory_bytes)
     unknown = set(args.rows or ()) - set(programs.buckets)
     if unknown:
         known = ", ".join(map(str, programs.buckets))
@@ -78,14 +78,17 @@ def report(config: EngineConfig, args: argparse.Namespace, folder: Path) -> int:
           f"{programs.num_blocks} KV blocks of {resolved.block_size}, {resolved.max_num_seqs} sequences of "
           f"{resolved.max_model_len} tokens")  # fmt: skip
     reports = []
-    for rows in args.rows or programs.buckets:
-        reports.append(compile_step(programs, rows))
-        print(f"  {rows} rows compiled in {reports[-1].compile_seconds:.1f} s", flush=True)
+    buckets = args.rows or programs.buckets
+    compilations = [(compile_forward, rows) for rows in buckets]
+    compilations += [(compile_sample, draws) for draws in sorted({programs.layouts[b].num_draws for b in buckets})]
+    for compile_program, rows in compilations:
+        reports.append(compile_program(programs, rows))
+        print(f"  {reports[-1].kind} {rows} compiled in {reports[-1].compile_seconds:.1f} s", flush=True)
     architecture = f"sm_{device.target.compute_capability}a"
     resources = [] if assembler is None else sorted(set(kernel_resources(folder, assembler, architecture)))
     print(text_table([
         {
-            "rows": str(r.rows),
+            "program": f"{r.kind} {r.rows}",
             "lower s": f"{r.lower_seconds:.1f}",
             "compile s": f"{r.compile_seconds:.1f}",
             "arguments MiB": f"{r.argument_bytes / MIB:.0f}",

@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxserve.config import ConfigError, EngineConfig, parse_config
-from jaxserve.engine.executor import Executor, prepare
 from jaxserve.engine.profiling import Profiler, largest_budget
-from jaxserve.engine.runner import ModelRunner
+from jaxserve.engine.runner import ModelRunner, prepare
 from jaxserve.models.config import ModelError
 from jaxserve.scheduler.step_time import Profile, Sample
 from jaxserve.sharding.mesh import make_mesh
@@ -40,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--pipeline-parallel must be 1, steps are timed one at a time, got {config.pipeline_parallel}")
     try:
         checkpoint, resolved = prepare(config)
-        executor = Executor(resolved, checkpoint, make_mesh(config.tensor_parallel), show_progress=True)
-        profiler = Profiler(ModelRunner(executor))
+        runner = ModelRunner(resolved, checkpoint, make_mesh(config.tensor_parallel), show_progress=True)
+        runner.warm_up()
+        profiler = Profiler(runner)
         profile, samples = profiler.profile(stop_seconds=slo_tbt_seconds)
         print_samples(profile, samples)
         print(f"{profile.model}, {profile.dtype} on {profile.device}, {profile.date}; held-out error "

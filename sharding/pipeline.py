@@ -94,7 +94,8 @@ class StagedModel:
         self._tree = jax.tree.structure(outside)
         self.abstract_parameters = abstract_parameters(outside, mesh)
         """By path, layers.N for slot N; in the order in which ``split`` expects them."""
-        self._num_outside = len(self.abstract_parameters)
+        self.num_outside = len(self.abstract_parameters)
+        """How many of them, the first ones, are outside the layers."""
         self._slots = [self._stack(slot, layers, mesh) for slot in range(self.stages.num_slots)]
 
     def stack(self, weights: Mapping[str, Weight]) -> dict[str, Weight]:
@@ -116,9 +117,9 @@ class StagedModel:
     def split(self, parameters: Sequence[Parameter]) -> tuple[list[jax.Array], list[jax.Array]]:
         """Those outside the layers, and the slots'."""
         arrays = cast(list[jax.Array], parameters)  # they are packed on a single device only
-        return arrays[: self._num_outside], arrays[self._num_outside :]
+        return arrays[: self.num_outside], arrays[self.num_outside :]
 
-    def outside(self, parameters: list[jax.Array]) -> Decoder:
+    def outside(self, parameters: Sequence[Parameter]) -> Decoder:
         """The model without its layers."""
         return nnx.merge(self._graph, jax.tree.unflatten(self._tree, parameters))
 

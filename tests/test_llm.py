@@ -224,13 +224,13 @@ def test_closing(tiny_tokenizer: Path) -> None:
 
 def test_an_engine_whose_state_is_lost_can_be_closed(tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = start(tiny_tokenizer)
-    executor = llm.engine.runner._executor
+    runner = llm.engine.runner
 
     def fail(*_: object) -> None:
-        executor._state.last_tokens.delete()
+        runner._sequences.history.delete()
         raise RuntimeError("a device error")
 
-    monkeypatch.setattr(executor, "step", fail)
+    monkeypatch.setattr(runner, "run", fail)
     with pytest.raises(RuntimeError, match="a device error"):
         llm.generate([PROMPT], GREEDY, use_tqdm=False)
     llm.close()

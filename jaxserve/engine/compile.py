@@ -80,7 +80,7 @@ def compile_all[Key: Hashable](
         return dict(zip(lower, pool.map(build, lower), strict=True))
 
 
-class Programs[Key: Hashable]:
+class CompiledPrograms[Key: Hashable]:
     """Programs by key, compiled ahead, in the background, or else when first asked for."""
 
     def __init__(self, lower: Mapping[Key, Callable[[], jax.stages.Lowered]]) -> None:

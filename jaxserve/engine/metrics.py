@@ -26,13 +26,13 @@ _SHARE_BUCKETS = tuple(i / 10 for i in range(1, 11))
 class StepRecord:
     """One step on the engine's clock, in seconds, and what it computed."""
 
-    start_seconds: float
-    scheduled_seconds: float
-    launched_seconds: float
-    num_tokens: int
-    num_decode_tokens: int
+    start_seconds: float = 0.0
+    scheduled_seconds: float = 0.0
+    launched_seconds: float = 0.0
+    num_tokens: int = 0
+    num_decode_tokens: int = 0
     """Tokens that follow an output token: decodes, and outputs recomputed after a preemption count as one chunk."""
-    num_rows: int
+    num_rows: int = 0
     """Rows of the program that ran: num_tokens and padding. Of a pipeline, when the step left it."""
     device_start_seconds: float = 0.0
     """When the device could begin: at the launch, or at the end of the step before. Set, as what follows, later."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 
 from jaxserve.engine.sampler import TokenLogprobs
+from jaxserve.engine.step import Step
 from jaxserve.request import FinishReason, Logprob, Request, RequestDelta, RequestStatus
-from jaxserve.scheduler import Chunk
 from jaxserve.tokenizer import Tokenizer
 
 
@@ -48,18 +48,33 @@ class OutputStream:
             return (self._held, FinishReason.LENGTH) if stopped is None else (stopped, FinishReason.STOP)
         return self._release(), None
 
-    def abort(self) -> str:
-        """The rest of the text when the request ends from outside."""
-        return self._held + self._decoder.flush()
+    def append(self, token_id: int, logprobs: dict[int, Logprob] | None, now_seconds: float) -> RequestDelta:
+        """Add a sampled token, with its log-probabilities where they are asked for: what that adds to the output.
 
-    def delta(
+        The delta's finish_reason says whether the request ends with it; nothing else has ended it by then.
+        """
+        request = self.request
+        prompt_logprobs = None
+        if request.params.prompt_logprobs is not None and not request.output_token_ids:
+            prompt_logprobs = self.prompt_logprobs
+        if request.max_tokens == 0:  # nothing but those was asked for
+            return self._delta((), "", None, prompt_logprobs, FinishReason.LENGTH)
+        request.metrics.token_seconds.append(now_seconds)
+        text, reason = self.push(token_id)
+        return self._delta((token_id,), text, None if logprobs is None else [logprobs], prompt_logprobs, reason)
+
+    def abort(self) -> RequestDelta:
+        """The rest of the text when the request ends from outside."""
+        return self._delta((), self._held + self._decoder.flush(), None, None, FinishReason.ABORT)
+
+    def _delta(
         self,
         token_ids: Sequence[int],
         text: str,
         logprobs: list[dict[int, Logprob]] | None,
         prompt_logprobs: list[dict[int, Logprob] | None] | None,
+        finish_reason: FinishReason | None,
     ) -> RequestDelta:
-        """What a step has added, as the request stands now."""
         request = self.request
         return RequestDelta(
             request_id=request.request_id,
@@ -67,7 +82,7 @@ class OutputStream:
             text=text,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
-            finish_reason=request.finish_reason,
+            finish_reason=finish_reason,
             stop_reason=self.stop_reason,
             metrics=request.metrics,
             num_prompt_tokens=request.num_prompt_tokens,
@@ -113,12 +128,29 @@ def logprob_entry(logprobs: TokenLogprobs[np.ndarray], row: int, token_id: int, 
     return entry
 
 
-def collect_prompt_logprobs(
-    chunks: Iterable[Chunk], logprobs: TokenLogprobs[np.ndarray], streams: Mapping[str, OutputStream]
-) -> None:
-    """Give the streams of a step's ``chunks`` what they want of ``logprobs``, which are those of its rows."""
-    row = 0
-    for chunk in chunks:
+def drawn_tokens(step: Step, token_ids: Sequence[int]) -> Iterator[tuple[Request, int, dict[int, Logprob] | None]]:
+    """Of each request of the step that is still there and draws: its token of ``token_ids`` ``[R]``, and the token's
+    log-probabilities where it asked for them."""
+    draws = [
+        (draw, chunk.request)
+        for draw, chunk in enumerate(chunk for chunk in step.chunks if chunk.samples)
+        if chunk.request.status is not RequestStatus.FINISHED
+    ]
+    wanted = any(request.params.logprobs is not None for _, request in draws)
+    logprobs = host_logprobs(step.outputs.logprobs) if wanted and step.outputs is not None else None
+    for draw, request in draws:
+        entry, num_top = None, request.params.logprobs
+        if logprobs is not None and num_top is not None:
+            entry = logprob_entry(logprobs, draw, token_ids[draw], num_top)
+        yield request, token_ids[draw], entry
+
+
+def collect_prompt_logprobs(step: Step, streams: Mapping[str, OutputStream]) -> None:
+    """Give the streams of a step's requests what they want of the log-probabilities of its rows."""
+    if step.prompt_logprobs is None:
+        return
+    logprobs, row = host_logprobs(step.prompt_logprobs), 0
+    for chunk in step.chunks:
         request = chunk.request
         num_top = request.params.prompt_logprobs
         if num_top is not None and request.status is not RequestStatus.FINISHED:

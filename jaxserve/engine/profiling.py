@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 
 from jaxserve.config import ConfigError, ResolvedConfig
-from jaxserve.engine.batch import PackedStep, Packer, StepLayout
 from jaxserve.engine.runner import ModelRunner
+from jaxserve.engine.step import Packer, Step
 from jaxserve.request import Request, RequestMetrics, SamplingParams
 from jaxserve.scheduler import Chunk
 from jaxserve.scheduler.blocks import BlockManager
@@ -98,23 +99,28 @@ class Profiler:
 
     def _seconds(self, batch: list[Chunk]) -> float:
         """Median time from a launch to its tokens, after a run that is not counted."""
-        layout, step = pack_alone(self._runner, batch)
+        step = pack_alone(self._runner, batch)
         times = []
         for _ in range(1 + NUM_REPEATS):
             start = time.perf_counter()
-            np.asarray(self._runner.launch(layout, step).tokens)
+            launched = self._runner.launch(step)
+            assert launched is not None
+            launched.tokens()
             times.append(time.perf_counter() - start)
         return statistics.median(times[1:])
 
 
-def pack_alone(runner: ModelRunner, batch: Sequence[Chunk]) -> tuple[StepLayout, PackedStep]:
-    """For ``runner.launch``: a batch whose sequences have the whole KV cache to themselves."""
+def pack_alone(runner: ModelRunner, batch: list[Chunk]) -> Step:
+    """A batch that samples and whose sequences have the whole KV cache to themselves, to be launched any number of
+    times."""
     config = runner.config
     blocks = BlockManager(runner.num_blocks, config.block_size, config.max_num_seqs, config.max_model_len)
     for chunk in batch:
         blocks.grow(chunk.slot, chunk.start + chunk.num_tokens)
     layout = runner.layout(sum(chunk.num_tokens for chunk in batch))
-    return layout, Packer(blocks).pack(layout, batch)
+    step = Packer(blocks, absolute=True).pack(layout, batch)
+    runner.launch(step)
+    return dataclasses.replace(step, admissions=())
 
 
 def _identity(config: ResolvedConfig) -> dict[str, str]:

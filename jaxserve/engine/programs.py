@@ -1,70 +1,49 @@
-"""The programs of an engine: what each computes and over which shapes. Nothing here touches a device."""
+"""The programs of an engine: what each computes and over which shapes. Nothing here runs one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from jaxserve.config import ConfigError, ResolvedConfig
-from jaxserve.engine.batch import StepLayout, plan_of, step_layouts
 from jaxserve.engine.compile import gpu_options
+from jaxserve.engine.forward import (
+    EVERYWHERE,
+    STAGES,
+    Drawn,
+    Forward,
+    ModelState,
+    SequenceState,
+    StagedForward,
+    WholeForward,
+)
 from jaxserve.engine.memory import choose_num_blocks
 from jaxserve.engine.sampler import SamplingInputs, TokenLogprobs, optional_logprobs, sample, token_logprobs
-from jaxserve.kernels.attention import CACHE, AttentionInputs, KVCache
+from jaxserve.engine.step import StepLayout, StepOutputs, step_layouts
+from jaxserve.kernels.attention import KVCache
 from jaxserve.kernels.backend import AttentionShape, Target, choose_backend, has_native_kernels
+from jaxserve.kernels.cpu_gemm import PackedMatrix
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.decoder import Decoder
-from jaxserve.models.packing import Parameter, abstract_packed, limited, matrices, packed
+from jaxserve.models.packing import Parameter, abstract_packed, matrices, packed
 from jaxserve.models.registry import family_of
 from jaxserve.models.weights import Weight
 from jaxserve.sharding.rows import over_rows
-from jaxserve.sharding.rules import abstract_model, abstract_parameters, divided
+from jaxserve.sharding.rules import abstract_model, divided
 
-STAGES = PartitionSpec("pipe")
-"""Of what each stage of a pipeline has its own of, along its first axis."""
-
-
-class DeviceState[Array](NamedTuple):
-    """What stays on the devices from one step to the next: every step takes it and gives it back."""
-
-    cache: KVCache[Array]
-    last_tokens: Array
-    """``int32[S]``: what each slot sampled last."""
-    activations: Array | None
-    """``[stages, T of the largest bucket, hidden]``: what each stage of a pipeline has got from the one before."""
-
-
-class StepOutputs(NamedTuple):
-    """Results of a launched step, still on the device."""
-
-    tokens: jax.Array
-    """``int32[S]``: the sampled token of each slot that samples."""
-    logprobs: TokenLogprobs[jax.Array]
-    """Of the samples, S rows."""
-    hidden: jax.Array
-    """For ``Executor.score``: the normed hidden states of the batch's rows, ``[T, hidden_size]``; of a pipeline what
-    every stage has made, ``[stages, T, hidden_size]``, not normed."""
-
-    @property
-    def num_rows(self) -> int:
-        """T, of the program that ran."""
-        return self.hidden.shape[-2]
+AbstractParameter = jax.ShapeDtypeStruct | PackedMatrix
 
 
 class StepPrograms:
-    """A step and a score program for each token bucket, of one model on one mesh.
+    """The programs of one model on one mesh: a step is a forward pass of its token bucket, then, where the batch draws,
+    sampling of as many draws. ``admit`` begins the history of a sequence, ``score`` is for prompt logprobs.
 
     ``target`` and ``gpu_memory_bytes`` are of the mesh's kind of device; asked of its first one by default. Raises
     ConfigError and ModelError.
     """
-
-    cache_specs: KVCache[PartitionSpec] = CACHE
 
     def __init__(
         self,
@@ -78,16 +57,9 @@ class StepPrograms:
         self.config = config
         self.model_config = model_config = divided(model_config, mesh)
         self.mesh = mesh
-        self.replicated = NamedSharding(mesh, PartitionSpec())
-        self.staged = NamedSharding(mesh, STAGES)
+        self.replicated, self.staged = NamedSharding(mesh, EVERYWHERE), NamedSharding(mesh, STAGES)
         dtype = jnp.dtype(config.dtype)
-        model_class = family_of(model_config.architecture).model
         target = target or Target.of(mesh.devices.flat[0])
-        graph, state = abstract_model(model_class, model_config, max_len=config.max_model_len, dtype=dtype)
-        self.abstract_parameters = self._take_apart(graph, state)
-        """By path, as they are loaded, in the order in which the programs take them."""
-        # Only on one device: a division of a packed matrix would have to follow its panels.
-        self._packed = matrices(state) if mesh.size == 1 and has_native_kernels(target, dtype) else {}
         cache_dtype = jnp.dtype(jnp.float8_e4m3fn) if config.kv_cache_dtype == "fp8_e4m3" else dtype
         num_kv_heads = model_config.num_held_kv_heads // mesh.shape["tensor"]
         shape = AttentionShape(
@@ -98,14 +70,23 @@ class StepPrograms:
             self.backend = choose_backend(config.attention_backend, target, shape)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        model_class = family_of(model_config.architecture).model
+        graph, state = abstract_model(model_class, model_config, max_len=config.max_model_len, dtype=dtype)
+        make_forward = WholeForward if self.num_stages == 1 else StagedForward
+        self.forward: Forward = make_forward(graph, state, mesh, model_config, self.backend)
+        self.abstract_parameters = self.forward.abstract_parameters
+        # Only on one device: a division of a packed matrix would have to follow its panels.
+        self._packed = matrices(state) if mesh.size == 1 and has_native_kernels(target, dtype) else {}
         self.num_blocks = config.num_blocks or choose_num_blocks(
-            config, model_config, mesh, self.num_cache_layers, cache_dtype, self.abstract_parameters.values(),
+            config, model_config, mesh, self.forward.num_cache_layers, cache_dtype, self.abstract_parameters.values(),
             gpu_memory_bytes,
         )  # fmt: skip
-        self._dtype, self._cache_dtype = dtype, cache_dtype
-        self._compiler_options = gpu_options(config.gemm_backend) if self.uses_graphs else None
+        self._cache_dtype = cache_dtype
+        self._options = gpu_options(config.gemm_backend) if self.uses_graphs else None
         self.layouts = step_layouts(config, self.num_blocks, self.backend.tiling, model_config.window)
         self.buckets = tuple(self.layouts)
+        self.draw_layouts = {layout.num_draws: layout for layout in self.layouts.values()}
+        """By number of draws, a layout that has as many."""
 
     @property
     def num_stages(self) -> int:
@@ -117,127 +98,106 @@ class StepPrograms:
         """Whether programs run as CUDA graphs."""
         return self.backend.target.platform == "gpu"
 
-    @property
-    def num_cache_layers(self) -> int:
-        return self.model_config.num_layers
-
     def weights(self) -> Mapping[str, Weight]:
         """How the parameters are assembled from a checkpoint."""
-        return family_of(self.model_config.architecture).weights(self.model_config)
+        return self.forward.assembled(family_of(self.model_config.architecture).weights(self.model_config))
 
     def take(self, parameters: Mapping[str, jax.Array]) -> list[Parameter]:
         """What the programs take, from the loaded ``parameters``; those of another layout are deleted."""
         return packed({name: parameters[name] for name in self.abstract_parameters}, self._packed)
 
     def abstract_cache(self) -> KVCache[jax.ShapeDtypeStruct]:
-        model, config = self.model_config, self.config
-        shape = (self.num_cache_layers * self.num_blocks, config.block_size, model.num_held_kv_heads, model.head_dim)
-        k, v, scales = (NamedSharding(self.mesh, spec) for spec in self.cache_specs)
+        model, config, layers = self.model_config, self.config, self.forward.num_cache_layers
+        shape = (layers * self.num_blocks, config.block_size, model.num_held_kv_heads, model.head_dim)
+        k, v, scales = (NamedSharding(self.mesh, spec) for spec in self.forward.cache_specs)
         return KVCache(
             jax.ShapeDtypeStruct(shape, self._cache_dtype, sharding=k),
             jax.ShapeDtypeStruct(shape, self._cache_dtype, sharding=v),
-            jax.ShapeDtypeStruct((self.num_cache_layers, 2), jnp.float32, sharding=scales),
+            jax.ShapeDtypeStruct((layers, 2), jnp.float32, sharding=scales),
         )
 
-    def abstract_state(self) -> DeviceState[jax.ShapeDtypeStruct]:
-        last_tokens = jax.ShapeDtypeStruct((self.config.max_num_seqs,), jnp.int32, sharding=self.replicated)
-        return DeviceState(self.abstract_cache(), last_tokens, self._abstract_activations())
+    def abstract_state(self) -> ModelState[jax.ShapeDtypeStruct]:
+        return ModelState(self.abstract_cache(), self.forward.abstract_activations(self.buckets[-1]))
 
-    def lower_step(self, rows: int) -> jax.stages.Lowered:
-        """Of parameters, the state (donated), and packed steps, for each stage its own; see StepLayout.
+    def abstract_sequences(self) -> SequenceState[jax.ShapeDtypeStruct]:
+        slots, longest = self.config.max_num_seqs, self.config.max_model_len
+        return SequenceState(self._ints(slots, longest), self._ints(slots))
 
-        The float32 array is that of the step in the last stage, which samples.
-        """
+    def lower_forward(self, rows: int) -> jax.stages.Lowered:
+        """Of parameters, the model's state (donated), the sequences' and packed steps, for each stage its own."""
         layout, state = self.layouts[rows], self.abstract_state()
         # What the next step takes as it is must come out where that expects it.
-        outputs = StepOutputs(self.replicated, self.replicated, self._abstract_hidden(rows).sharding)  # type: ignore[arg-type]
-        placed = (jax.tree.map(lambda array: array.sharding, state), outputs)
-        step = jax.jit(
-            partial(self._step, layout),
-            donate_argnums=(1,),
-            out_shardings=placed,
-            compiler_options=self._compiler_options,
+        drawn = Drawn(self.replicated, self.replicated, self.forward.abstract_hidden(rows).sharding)  # type: ignore[arg-type]
+        placed = (jax.tree.map(lambda array: array.sharding, state), drawn)
+        ints = jax.ShapeDtypeStruct((self.num_stages, layout.num_ints), jnp.int32, sharding=self.staged)
+        forward = jax.jit(
+            partial(self.forward, layout), donate_argnums=(1,), out_shardings=placed, compiler_options=self._options
         )
-        return step.lower(
-            abstract_packed(self.abstract_parameters, self._packed),
-            state,
-            jax.ShapeDtypeStruct((self.num_stages, layout.num_ints), jnp.int32, sharding=self.staged),
-            jax.ShapeDtypeStruct(layout.float_shape, jnp.float32, sharding=self.replicated),
+        return forward.lower(self._abstract_packed(), state, self.abstract_sequences(), ints)
+
+    def lower_sample(self, num_draws: int) -> jax.stages.Lowered:
+        """Of the parameters outside the layers, the sequences' state (donated), and ``Drawn.rows`` and ``draws``."""
+        layout = self.draw_layouts[num_draws]
+        hidden = self.forward.abstract_hidden(num_draws)
+        rows = jax.ShapeDtypeStruct(hidden.shape[-2:], hidden.dtype, sharding=self.replicated)
+        program = jax.jit(
+            partial(self._sample, layout), donate_argnums=(1,), out_shardings=self.replicated,
+            compiler_options=self._options,
+        )  # fmt: skip
+        return program.lower(
+            self._abstract_outside(), self.abstract_sequences(), rows, self._ints(layout.num_draw_ints)
+        )
+
+    def lower_admit(self) -> jax.stages.Lowered:
+        """Of the sequences' state (donated) and ``int32[2 + max_model_len]``: slot, number of tokens, tokens."""
+        return jax.jit(_admit, donate_argnums=(0,), out_shardings=self.replicated).lower(
+            self.abstract_sequences(), self._ints(2 + self.config.max_model_len)
         )
 
     def lower_score(self, rows: int) -> jax.stages.Lowered:
-        """Of parameters, a step's hidden states and target tokens ``int32[rows]``."""
-        targets = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=self.replicated)
-        parameters = abstract_packed(self.abstract_parameters, self._packed)
-        score = jax.jit(self._score, compiler_options=self._compiler_options)
-        return score.lower(parameters, self._abstract_hidden(rows), targets)
+        """Of the parameters outside the layers, a step's hidden states and target tokens ``int32[rows]``."""
+        score = jax.jit(self._score, compiler_options=self._options)
+        return score.lower(self._abstract_outside(), self.forward.abstract_hidden(rows), self._ints(rows))
 
-    def _take_apart(self, graph: nnx.GraphDef, state: nnx.State) -> dict[str, jax.ShapeDtypeStruct]:
-        """The model's parameters as the programs take them."""
-        self._graph, self._state_tree = graph, jax.tree.structure(state)
-        return abstract_parameters(state, self.mesh)
+    def _ints(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.replicated)
 
-    def _abstract_activations(self) -> jax.ShapeDtypeStruct | None:
-        return None
+    def _abstract_packed(self) -> list[AbstractParameter]:
+        return abstract_packed(self.abstract_parameters, self._packed)
 
-    def _abstract_hidden(self, rows: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, self.model_config.hidden_size), self._dtype, sharding=self.replicated)
+    def _abstract_outside(self) -> list[AbstractParameter]:
+        return self.forward.outside(self._abstract_packed())
 
-    def _model(self, parameters: list[Parameter]) -> Decoder:
-        return nnx.merge(self._graph, jax.tree.unflatten(self._state_tree, parameters))
-
-    def _step(
+    def _sample(
         self,
         layout: StepLayout,
-        parameters: list[Parameter],
-        state: DeviceState[jax.Array],
-        ints: jax.Array,
-        floats: jax.Array,
-    ) -> tuple[DeviceState[jax.Array], StepOutputs]:
-        """The program of one step; see StepLayout for the fields."""
-        fields = layout.split(ints[0])
-        model = self._model(self._limited(parameters, fields))
-        token_ids = fed_back(fields, state.last_tokens)
-        inputs = self._attention_inputs(fields, self.mesh)
-        hidden, cache = model(token_ids, fields["positions"], state.cache, inputs)
-        logits = model.logits(hidden, fields["sample_rows"])
-        tokens, logprobs, last_tokens = sample_step(logits, fields, floats, state.last_tokens, self.mesh)
-        return DeviceState(cache, last_tokens, None), StepOutputs(tokens, logprobs, hidden)
+        outside: list[Parameter],
+        sequences: SequenceState[jax.Array],
+        rows: jax.Array,
+        draws: jax.Array,
+    ) -> tuple[SequenceState[jax.Array], StepOutputs]:
+        fields = layout.split_draws(draws)
+        is_draw = fields["draw_rows"] >= 0
+        drawn = jnp.where(is_draw, jnp.arange(layout.num_draws, dtype=jnp.int32), -1)
+        logits = self.forward.head(outside).logits(rows, drawn)
+        positions, wanted = fields["draw_positions"], fields["want_logprobs"][0] > 0
 
-    def _limited(self, parameters: list[Parameter], fields: dict[str, jax.Array]) -> list[Parameter]:
-        """Where native kernels do all work on padding rows, they leave it: nothing that counts reads those rows."""
-        if self.backend.name != "native":
-            return parameters
-        slots = fields["kv_slots"]
-        is_token = slots >= self.config.block_size  # others write to the dummy page
-        return limited(parameters, jnp.where(is_token, jnp.arange(len(slots), dtype=jnp.int32), -1))
+        def sample_rows(logits: jax.Array, inputs: SamplingInputs) -> StepOutputs:
+            tokens = sample(logits, inputs)
+            return StepOutputs(tokens, optional_logprobs(wanted, logits, tokens))
 
-    def _attention_inputs(self, fields: dict[str, jax.Array], mesh: Mesh | AbstractMesh) -> AttentionInputs:
-        return AttentionInputs(
-            fields["kv_slots"], fields["block_tables"], plan_of(fields), self.num_blocks, self.backend, mesh
-        )
+        inputs = SamplingInputs(*(fields[name] for name in SamplingInputs._fields))
+        outputs = over_rows(sample_rows, self.mesh, logits, inputs)
+        # Slots that do not exist are dropped.
+        slots = jnp.where(fields["draw_seqs"] >= 0, fields["draw_seqs"], self.config.max_num_seqs)
+        history = sequences.history.at[slots, positions].set(outputs.tokens, mode="drop")
+        return SequenceState(history, sequences.lengths.at[slots].set(positions + 1, mode="drop")), outputs
 
-    def _score(self, parameters: list[Parameter], hidden: jax.Array, targets: jax.Array) -> TokenLogprobs[jax.Array]:
-        return over_rows(token_logprobs, self.mesh, self._model(parameters).logits(hidden), targets)
+    def _score(self, outside: list[Parameter], hidden: jax.Array, targets: jax.Array) -> TokenLogprobs[jax.Array]:
+        model = self.forward.head(outside)
+        return over_rows(token_logprobs, self.mesh, model.logits(self.forward.normed(model, hidden)), targets)
 
 
-def fed_back(fields: dict[str, jax.Array], last_tokens: jax.Array) -> jax.Array:
-    """The rows' token ids ``int32[T]``, those that the host has not seen yet from the device's own samples."""
-    feedback = fields["feedback"]
-    return jnp.where(feedback >= 0, last_tokens[feedback], fields["token_ids"])
-
-
-def sample_step(
-    logits: jax.Array, fields: dict[str, jax.Array], floats: jax.Array, last_tokens: jax.Array, mesh: Mesh
-) -> tuple[jax.Array, TokenLogprobs[jax.Array], jax.Array]:
-    """Of ``float32[S, vocab]``: tokens ``int32[S]``, their logprobs where they are asked for, the new last tokens."""
-    temperature, top_p, min_p = floats
-    sampling = SamplingInputs(temperature, top_p, min_p, fields["top_k"], fields["seeds"], fields["sample_positions"])
-    wanted = fields["want_logprobs"][0] > 0
-
-    def sample_rows(logits: jax.Array, inputs: SamplingInputs) -> tuple[jax.Array, TokenLogprobs[jax.Array]]:
-        tokens = sample(logits, inputs)
-        return tokens, optional_logprobs(wanted, logits, tokens)
-
-    tokens, logprobs = over_rows(sample_rows, mesh, logits, sampling)
-    return tokens, logprobs, jnp.where(fields["sample_rows"] >= 0, tokens, last_tokens)
+def _admit(sequences: SequenceState[jax.Array], new: jax.Array) -> SequenceState[jax.Array]:
+    slot, length = new[0], new[1]
+    return SequenceState(sequences.history.at[slot].set(new[2:]), sequences.lengths.at[slot].set(length))

@@ -1,80 +1,229 @@
-"""From packed steps to launches: which program runs, and the steps that a pipeline has in its stages."""
+"""What runs an engine's programs: parameters and state on the devices, and the steps in a pipeline's stages."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from enum import IntEnum
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-from jaxserve.engine.batch import PackedStep, StepLayout, empty_step
-from jaxserve.engine.executor import Executor
-from jaxserve.engine.programs import StepOutputs
+from jaxserve.config import EngineConfig, ResolvedConfig, cache_dir
+from jaxserve.engine.compile import CompiledPrograms, use_persistent_cache
+from jaxserve.engine.forward import Drawn, ModelState, SequenceState
+from jaxserve.engine.memory import claim_gpu_memory
+from jaxserve.engine.programs import StepPrograms
 from jaxserve.engine.sampler import TokenLogprobs
 from jaxserve.engine.startup import timed
-from jaxserve.scheduler.buckets import bucket_of
+from jaxserve.engine.step import Step, StepLayout, StepOutputs, prompt_targets
+from jaxserve.models.config import ModelError
+from jaxserve.models.loading.checkpoint import Checkpoint, OrbaxCheckpoint, open_checkpoint
+from jaxserve.models.packing import Parameter
+from jaxserve.models.rope import longest_sequence
+from jaxserve.scheduler.buckets import bubble_share, bucket_of
 
 RUNS_OF_A_GRAPH = 3
 """XLA runs a program op by op at first, captures its CUDA graph the second time, and replays that from the third on."""
 
 
-class ModelRunner:
-    """Runs packed steps. On a mesh with several stages every launch moves the steps on by one stage."""
+class Kind(IntEnum):
+    """What a program does; see StepPrograms."""
 
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
-        self.config, self.model_config = executor.config, executor.model_config
-        self.num_stages, self.num_blocks = executor.num_stages, executor.num_blocks
-        self._layouts = executor.layouts
-        self.buckets = list(self._layouts)
-        self.warm_up_seconds = timed(self._warm_up)[1] if self.config.warmup else 0.0
+    FORWARD = 0
+    SAMPLE = 1
+    ADMIT = 2
+    SCORE = 3
+
+
+def prepare(config: EngineConfig) -> tuple[Checkpoint, ResolvedConfig]:
+    """What a runner is made of, from files alone. Raises ConfigError and ModelError."""
+    claim_gpu_memory(config.gpu_memory_utilization)
+    use_persistent_cache(Path(config.compilation_cache or cache_dir() / "compiled"))
+    checkpoint = open_checkpoint(config.model, config.load_format)
+    max_len, on_gpu = longest_sequence(checkpoint.config), jax.default_backend() == "gpu"
+    return checkpoint, config.resolve(model_max_len=max_len, on_gpu=on_gpu)
+
+
+class ModelRunner:
+    """Runs steps, one after the other. On a mesh with several stages every launch moves the steps on by one stage.
+
+    Where the mesh spans several processes, each has a runner, and all must ``run`` the same programs on the same
+    arrays. ``config`` is resolved; ``num_blocks`` is the KV cache's size in blocks.
+    """
+
+    def __init__(self, config: ResolvedConfig, checkpoint: Checkpoint, mesh: Mesh, *, show_progress: bool) -> None:
+        self.num_stages = mesh.shape["pipe"]
+        if self.num_stages > 1 and isinstance(checkpoint, OrbaxCheckpoint):
+            raise ModelError(
+                f"{checkpoint.path}: Orbax checkpoints cannot be divided into the stages of a pipeline; "
+                f"pipeline_parallel must be 1, got {self.num_stages}"
+            )
+        self._programs = programs = StepPrograms(config, checkpoint.config, mesh)
+        self.model_config = programs.model_config
+        weights = programs.weights()
+        checkpoint.check(programs.abstract_parameters, weights)
+        self._layouts, self.buckets = programs.layouts, list(programs.layouts)
+        self.num_blocks = programs.num_blocks
+        self.config = dataclasses.replace(config, num_blocks=self.num_blocks)
+        rare = {(Kind.SCORE, rows): partial(programs.lower_score, rows) for rows in self.buckets}
+        common = {(Kind.ADMIT, 0): programs.lower_admit}
+        common |= {(Kind.FORWARD, rows): partial(programs.lower_forward, rows) for rows in self.buckets}
+        common |= {(Kind.SAMPLE, draws): partial(programs.lower_sample, draws) for draws in programs.draw_layouts}
+        self._rare, self._compiled = rare, CompiledPrograms(common | rare)
+        ahead = [*common, *(rare if programs.uses_graphs else ())] if config.warmup else []
+
+        def load() -> list[Parameter]:
+            loaded = checkpoint.load(programs.abstract_parameters, weights)
+            return jax.block_until_ready(programs.take(loaded))
+
+        def load_and_compile() -> None:
+            with ThreadPoolExecutor(max_workers=1) as pool:
+                loading = pool.submit(timed, load)
+                if programs.uses_graphs:
+                    # XLA times kernels on the GPU to choose among them: not while weights come in.
+                    loading.result()
+                compile_ahead = partial(self._compiled.compile, ahead, show_progress=show_progress)
+                _, self.compile_seconds = timed(compile_ahead)
+                self._parameters, self.weights_seconds = loading.result()
+
+        _, self.loading_seconds = timed(load_and_compile)
+        self._outside = programs.forward.outside(self._parameters)
+        self._state: ModelState[jax.Array] = _zeros(programs.abstract_state())
+        cache = self._state.cache
+        self._state = self._state._replace(cache=cache._replace(scales=jnp.ones_like(cache.scales)))
+        self._sequences: SequenceState[jax.Array] = _zeros(programs.abstract_sequences())
+        self._drawn: Drawn
+        """By the last forward pass."""
         smallest = self._layouts[self.buckets[0]]
-        self._in_stages = deque([(smallest, empty_step(smallest))] * self.num_stages, maxlen=self.num_stages)
+        self._in_stages = deque([Step.empty(smallest)] * self.num_stages, maxlen=self.num_stages)
         """The steps of the last launch, by stage."""
 
     def layout(self, num_tokens: int) -> StepLayout:
         """The layout of the smallest program that holds ``num_tokens`` rows."""
         return self._layouts[bucket_of(num_tokens, self.buckets)]
 
-    def launch(self, layout: StepLayout, step: PackedStep) -> StepOutputs:
-        """Start a step and return at once, with the outputs of the one that leaves the last stage; its tokens are being
-        copied to the host. Without a pipeline that is the step itself.
+    @property
+    def has_steps(self) -> bool:
+        """Whether there are steps that have not reached the last stage."""
+        return any(step.chunks for step in list(self._in_stages)[:-1])
+
+    def launch(self, step: Step | None) -> Step | None:
+        """Start a step, or none, and return at once; returns the step that has entered the last stage with it, if any:
+        without a pipeline the step itself. Its tokens are being copied to the host.
         """
-        self._in_stages.appendleft((layout, step))
-        return self._run(self._in_stages)
+        step = step or Step.empty(self._layouts[self.buckets[0]])
+        for slot, token_ids in step.admissions:
+            for earlier in list(self._in_stages)[:-1]:
+                earlier.disown(slot)
+            self.run(Kind.ADMIT, 0, self._admission(slot, token_ids))
+        self._in_stages.appendleft(step)
+        layout, last = max((one.layout for one in self._in_stages), key=attrgetter("num_rows")), self._in_stages[-1]
+        ints = np.stack([one.packed_for(layout) for one in self._in_stages])
+        last.hidden = self.run(Kind.FORWARD, layout.num_rows, ints)
+        if any(chunk.samples for chunk in last.chunks):
+            last.outputs = self.run(Kind.SAMPLE, layout.num_draws)
+        last.record.num_rows = layout.num_rows
+        if self.num_stages > 1:
+            tokens = [one.record.num_tokens for one in self._in_stages]
+            last.record.bubble_share = bubble_share(tokens, layout.num_rows)
+        return last if last.chunks else None
+
+    def score(self, step: Step) -> TokenLogprobs[jax.Array]:
+        """Log-probabilities of the prompt tokens that follow the rows of ``step``, which the last launch returned."""
+        rows = step.record.num_rows
+        return self.run(Kind.SCORE, rows, prompt_targets(rows, step.chunks))
 
     def prepare_scores(self) -> None:
-        """Compile in the background what ``score`` runs."""
-        self._executor.prepare_scores()
+        """Compile the programs of ``score`` in the background: rare, so nobody's start waits for them.
+
+        Not on GPUs, where they have been compiled ahead: a new CUDA graph throws away those of all other programs.
+        """
+        if self.config.warmup and not self._programs.uses_graphs:
+            self._compiled.compile_in_background(self._rare)
 
     def can_score(self, timeout_seconds: float = 0.0) -> bool:
-        """Whether ``score`` would start at once, after waiting for that for at most ``timeout_seconds``."""
-        return self._executor.can_score(timeout_seconds)
+        """Whether they are there, after waiting for at most ``timeout_seconds``; ``score`` would wait for them."""
+        return self._compiled.wait(timeout_seconds)
 
-    def score(self, targets: np.ndarray) -> TokenLogprobs[jax.Array]:
-        """Log-probabilities of ``targets`` ``int32[T]`` after the rows of the last launch's outputs."""
-        return self._executor.score(targets)
+    def run(self, kind: Kind, size: int, array: np.ndarray | None = None) -> Any:
+        """Start the program of this kind and size, on the int32 ``array`` of the host's that it takes, if any."""
+        starts: dict[Kind, Callable[..., Any]] = {
+            Kind.FORWARD: self._forward,
+            Kind.SAMPLE: self._sample,
+            Kind.ADMIT: self._admit,
+            Kind.SCORE: self._score,
+        }
+        return starts[kind](size, array)
 
-    def close(self) -> None:
-        """Wait for the device and give its memory back."""
-        self._executor.close()
-
-    def _run(self, steps: Sequence[tuple[StepLayout, PackedStep]]) -> StepOutputs:
-        """``steps``: one for each stage; the program of the largest bucket among them runs."""
-        layout = max((layout for layout, _ in steps), key=lambda layout: layout.limits.num_rows)
-        ints = np.stack([step.moved(own, layout).ints for own, step in steps])
-        _, leaving = steps[-1]
-        return self._executor.step(layout.limits.num_rows, ints, leaving.floats)
-
-    def _warm_up(self) -> None:
+    def warm_up(self) -> None:
         """Run every program on padding, so that what its first runs cost is paid before the first request.
 
-        All have been compiled before, and none is afterwards: see ``Executor.prepare_scores``.
+        All have been compiled before, and none is afterwards: see ``prepare_scores``.
         """
-        graphs = self._executor.uses_graphs
+        graphs = self._programs.uses_graphs
+        for _ in range(RUNS_OF_A_GRAPH if graphs else 1):
+            self.run(Kind.ADMIT, 0, np.zeros(2 + self.config.max_model_len, np.int32))
         for rows, layout in self._layouts.items():
+            ints = np.stack([Step.empty(layout).ints] * self.num_stages)
             for _ in range(RUNS_OF_A_GRAPH if graphs else 1):
-                jax.block_until_ready(self._run([(layout, empty_step(layout))] * self.num_stages))
+                self.run(Kind.FORWARD, rows, ints)
+                jax.block_until_ready(self.run(Kind.SAMPLE, layout.num_draws))
                 if graphs:
-                    jax.block_until_ready(self.score(np.zeros(rows, np.int32)))
+                    jax.block_until_ready(self.run(Kind.SCORE, rows, np.zeros(rows, np.int32)))
+
+    def close(self) -> None:
+        """Wait for the devices and give their memory back. A step that failed may have taken the state with it."""
+        for array in jax.tree.leaves((self._parameters, self._state, self._sequences)):
+            if not array.is_deleted():
+                array.block_until_ready().delete()
+        self._compiled.close()
+
+    def _forward(self, rows: int, ints: np.ndarray) -> jax.Array:
+        """ints: ``int32[stages, layout.num_ints]``. The hidden states of its rows, for whom has to wait for them."""
+        packed = _put(ints, self._programs.staged)
+        program = self._compiled[Kind.FORWARD, rows]
+        self._state, self._drawn = program(self._parameters, self._state, self._sequences, packed)
+        return self._drawn.hidden
+
+    def _sample(self, num_draws: int, _: None) -> StepOutputs:
+        """What the last forward pass has drawn."""
+        program = self._compiled[Kind.SAMPLE, num_draws]
+        self._sequences, outputs = program(self._outside, self._sequences, self._drawn.rows, self._drawn.draws)
+        outputs.tokens.copy_to_host_async()
+        return outputs
+
+    def _admit(self, size: int, admission: np.ndarray) -> None:
+        self._sequences = self._compiled[Kind.ADMIT, size](self._sequences, self._put(admission))
+
+    def _score(self, rows: int, targets: np.ndarray) -> TokenLogprobs[jax.Array]:
+        return self._compiled[Kind.SCORE, rows](self._outside, self._drawn.hidden, self._put(targets))
+
+    def _admission(self, slot: int, token_ids: Sequence[int]) -> np.ndarray:
+        packed = np.zeros(2 + self.config.max_model_len, np.int32)
+        packed[:2] = slot, len(token_ids)
+        packed[2 : 2 + len(token_ids)] = token_ids
+        return packed
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        return _put(array, self._programs.replicated)
+
+
+def _put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    # device_put would ask all processes whether they put the same.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _zeros(abstract: Any) -> Any:
+    """Made on the device: the host may not have as much memory."""
+    return jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), abstract)

@@ -25,17 +25,17 @@ FARTHEST = np.uint32(2**32 - 1)
 
 
 class SamplingInputs(NamedTuple):
-    """Sampling parameters of the step's sequences, one entry a sequence slot."""
+    """Sampling parameters of a step's draws, under the names of its fields."""
 
     temperature: jax.Array
     top_p: jax.Array
     min_p: jax.Array
-    """``float32[S]`` each."""
+    """``float32[R]`` each."""
     top_k: jax.Array
     """0 or less keeps the whole vocabulary."""
     seeds: jax.Array
-    positions: jax.Array
-    """``int32[S]`` each; positions are those of the tokens to sample."""
+    draw_positions: jax.Array
+    """``int32[R]`` each; positions are those of the tokens to sample."""
 
 
 class TokenLogprobs[Array](NamedTuple):
@@ -51,7 +51,7 @@ class TokenLogprobs[Array](NamedTuple):
 
 
 def sample(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
-    """``float32[S, vocab]`` -> ``int32[S]``."""
+    """``float32[R, vocab]`` -> ``int32[R]``."""
     greedy = _argmax(logits)
     best = jnp.take_along_axis(logits, greedy[:, None], axis=-1)
     # There is nothing to draw from where a logit is infinite or not a number.
@@ -72,7 +72,7 @@ def _draw(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
         jnp.any((inputs.top_k > 0) | (inputs.top_p < 1)), lambda x: _keep_top(x, inputs), lambda x: x, scaled
     )
     keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(
-        inputs.seeds, inputs.positions
+        inputs.seeds, inputs.draw_positions
     )
     # Gumbel-max: the argmax of perturbed logits is a draw from their softmax.
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -101,16 +102,19 @@ def absent_mesh(device: AbsentDevice, tensor: int = 1, pipe: int = 1, hosts: int
 
 @dataclass(frozen=True)
 class ProgramReport:
-    """One compiled step; bytes are those of one device. Temporary memory is what a step needs besides its arguments and
-    results.
+    """A compiled program of a step; bytes are those of one device. Temporary memory is what it needs besides its
+    arguments and results.
     """
 
+    kind: str
+    """``forward`` or ``sample``"""
     rows: int
+    """Of the batch; draws, where it samples."""
     lower_seconds: float
     compile_seconds: float
     argument_bytes: int
     donated_bytes: int
-    """The device's state, mostly the KV cache: what a step should change in place."""
+    """The device's state, mostly the KV cache: what it should change in place."""
     alias_bytes: int
     """What it does change in place."""
     temp_bytes: int
@@ -136,7 +140,7 @@ class ProgramReport:
 
     @property
     def weight_bytes(self) -> int:
-        """And what else comes with a step, which is little."""
+        """And what else comes with it, which is little."""
         return self.argument_bytes - self.donated_bytes
 
     @property
@@ -144,30 +148,43 @@ class ProgramReport:
         return {kind: count / self.num_layers for kind, count in self.layer_collectives.items()}
 
 
-def compile_step(programs: StepPrograms, rows: int) -> ProgramReport:
+def compile_forward(programs: StepPrograms, rows: int) -> ProgramReport:
+    """The forward pass of a token bucket."""
+    return _compile(programs, "forward", rows, partial(programs.lower_forward, rows), programs.abstract_state())
+
+
+def compile_sample(programs: StepPrograms, num_draws: int) -> ProgramReport:
+    lower = partial(programs.lower_sample, num_draws)
+    return _compile(programs, "sample", num_draws, lower, programs.abstract_sequences())
+
+
+def _compile(
+    programs: StepPrograms, kind: str, rows: int, lower: Callable[[], jax.stages.Lowered], donated: object
+) -> ProgramReport:
     start = time.perf_counter()
-    lowered = programs.lower_step(rows)
+    lowered = lower()
     lowered_seconds = time.perf_counter()
     compiled, launches = compile_and_explain(lowered)
     compiled_seconds = time.perf_counter()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
     assert text is not None
-    state = programs.abstract_state()
+    pages = _shard(programs.abstract_cache().k)
     return ProgramReport(
+        kind=kind,
         rows=rows,
         lower_seconds=lowered_seconds - start,
         compile_seconds=compiled_seconds - lowered_seconds,
         argument_bytes=memory.argument_size_in_bytes,
-        donated_bytes=sum(math.prod(_shard(array)) * array.dtype.itemsize for array in jax.tree.leaves(state)),
+        donated_bytes=sum(math.prod(_shard(array)) * array.dtype.itemsize for array in jax.tree.leaves(donated)),
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
-        num_cache_copies=num_copies(text, _shard(state.cache.k)),
+        num_cache_copies=num_copies(text, pages),
         num_rematerialized=num_rematerialized(text),
-        moved_bytes=moved_bytes(computations(text)["ENTRY"], without=_shard(state.cache.k)[0]),
+        moved_bytes=moved_bytes(computations(text)["ENTRY"], without=pages[0]),
         num_layer_kernels=num_launched(text, "run_layer"),
         launches=launches,
-        num_layers=programs.num_cache_layers // programs.num_stages,
+        num_layers=programs.forward.num_cache_layers // programs.num_stages,
         collectives=dict(collectives(text)),
         layer_collectives=dict(collectives(text, "run_layer")),
         custom_calls=dict(custom_calls(text)),

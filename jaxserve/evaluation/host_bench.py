@@ -1,4 +1,4 @@
-"""What the host does in a step, on an executor without a device: scheduling, packing, processing of the tokens.
+"""What the host does in a step, on a runner without a device: scheduling, packing, processing of the tokens.
 
 Times are the stepping thread's own CPU time, so other load on the machine counts as little as possible.
 """
@@ -14,15 +14,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig, ResolvedConfig
-from jaxserve.engine.batch import step_layouts
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.executor import Executor
 from jaxserve.engine.metrics import StepRecord
-from jaxserve.engine.programs import StepOutputs
+from jaxserve.engine.step import Step, StepLayout, StepOutputs, step_layouts
 from jaxserve.kernels.plan import BusyItems, Tiling, make_plan, new_plan
 from jaxserve.models.loading.checkpoint import Checkpoint
 from jaxserve.request import SamplingParams
 from jaxserve.scheduler import Chunk
+from jaxserve.scheduler.buckets import bucket_of
 from jaxserve.server.grpc_server import freeze_start_up
 
 TILING = Tiling(decode_tokens=128, prefill_rows=32, busy=BusyItems(decode=396, prefill=132, kv_heads=8))
@@ -34,23 +33,31 @@ WARM_STEPS = 200
 clock = time.thread_time
 
 
-class StubExecutor(Executor):
-    """Every step is there at once, with tokens drawn before."""
+class StubRunner:
+    """What an engine asks of a ModelRunner. Every step is there at once, with tokens drawn before."""
+
+    weights_seconds = compile_seconds = loading_seconds = 0.0
+    has_steps = False
 
     def __init__(self, config: ResolvedConfig, checkpoint: Checkpoint, mesh: Mesh, *, show_progress: bool) -> None:
-        self.config, self.model_config, self.num_stages = config, checkpoint.config, 1
-        self.weights_seconds = self.compile_seconds = self.loading_seconds = 0.0
-        self.uses_graphs = False
         self.num_blocks = config.num_blocks or 1 + config.max_num_seqs * config.blocks_per_seq
-        self.layouts = step_layouts(config, self.num_blocks, TILING, self.model_config.window)
-        rng = np.random.default_rng(0)
-        self._tokens = rng.integers(1000, self.model_config.vocab_size, (64, config.max_num_seqs), np.int32)
+        self._layouts = step_layouts(config, self.num_blocks, TILING, checkpoint.config.window)
+        shape = 64, config.max_num_seqs
+        self._tokens = np.random.default_rng(0).integers(1000, checkpoint.config.vocab_size, shape, np.int32)
         self._num_steps = 0
 
-    def step(self, rows: int, ints: np.ndarray, floats: np.ndarray) -> StepOutputs:
+    def layout(self, num_tokens: int) -> StepLayout:
+        return self._layouts[bucket_of(num_tokens, list(self._layouts))]
+
+    def launch(self, step: Step) -> Step:
         self._num_steps += 1
         tokens = self._tokens[self._num_steps % len(self._tokens)]
-        return StepOutputs(tokens, None, np.empty((rows, 0)))  # type: ignore[arg-type]
+        step.outputs = StepOutputs(tokens, None)  # type: ignore[arg-type]
+        step.record.num_rows = step.layout.num_rows
+        return step
+
+    def warm_up(self) -> None:
+        """There is nothing to run."""
 
     def prepare_scores(self) -> None:
         """Nobody asks for prompt logprobs here."""
@@ -89,7 +96,7 @@ class HostBench:
     """An engine that has as many requests running as it may, and ``num_waiting`` in its queue before every step."""
 
     def __init__(self, config: EngineConfig, num_waiting: int) -> None:
-        self._engine = Engine(config, make_executor=StubExecutor, show_progress=False, clock=clock)
+        self._engine = Engine(config, make_runner=StubRunner, show_progress=False, clock=clock)  # type: ignore[arg-type]
         self._engine.on_step.append(self._observe)
         freeze_start_up()
         self._num_waiting, self._num_added = num_waiting, 0

@@ -15,10 +15,9 @@ import numpy as np
 
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.executor import prepare
 from jaxserve.engine.profiling import pack_alone
 from jaxserve.engine.programs import StepPrograms
-from jaxserve.engine.runner import ModelRunner
+from jaxserve.engine.runner import ModelRunner, prepare
 from jaxserve.evaluation.compiled import Launches, compile_into_cache
 from jaxserve.evaluation.device_bench import THOROUGH, Ceilings, Effort, Timing, Work, time_launches, write_results
 from jaxserve.evaluation.throughput import ThroughputResult
@@ -125,7 +124,7 @@ class StepRow:
     seconds: Timing
     work: Work
     launches: Launches | None
-    """None where the program was in the cache: XLA says it only when it compiles."""
+    """Of its forward pass. None where the program was in the cache: XLA says it only when it compiles."""
 
 
 class StepBench:
@@ -143,7 +142,7 @@ class StepBench:
         self._programs = StepPrograms(resolved, checkpoint.config, make_mesh(config.tensor_parallel))
         compiled = _chosen(buckets, self._programs.buckets)
         with ThreadPoolExecutor() as pool:
-            launches = pool.map(lambda rows: compile_into_cache(self._programs.lower_step(rows)), compiled)
+            launches = pool.map(lambda rows: compile_into_cache(self._programs.lower_forward(rows)), compiled)
             self._launches = dict(zip(compiled, launches, strict=True))
         # Of the same size, whatever the memory holds by then; and warm-up would compile the other programs.
         same = dataclasses.replace(config, num_blocks=self._programs.num_blocks)
@@ -161,8 +160,15 @@ class StepBench:
     def _launcher(self, case: StepCase) -> Callable[[], jax.Array]:
         runner = self.runner
         chunks = [_chunk(runner.model_config, slot, *span) for slot, span in enumerate(case.spans)]
-        layout, step = pack_alone(runner, chunks)
-        return lambda: runner.launch(layout, step).tokens
+        step = pack_alone(runner, chunks)
+
+        def launch() -> jax.Array:
+            launched = runner.launch(step)
+            assert launched is not None
+            assert launched.outputs is not None
+            return launched.outputs.tokens
+
+        return launch
 
 
 def _chosen(buckets: Sequence[int] | None, known: Sequence[int]) -> list[int]:

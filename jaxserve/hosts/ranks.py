@@ -65,14 +65,14 @@ def run_follower(engine_config: EngineConfig, group: Group) -> int:
     SIGTERM drains the group, as clusters send it to all hosts at once; so does SIGINT, which then ends the process.
     """
     group.join()
-    from jaxserve.engine.executor import Executor, prepare
+    from jaxserve.engine.runner import ModelRunner, prepare
     from jaxserve.hosts.steps import Follower
     from jaxserve.sharding.mesh import make_mesh
 
     checkpoint, config = prepare(engine_config)
     mesh = make_mesh(config.tensor_parallel, config.pipeline_parallel)
-    executor = Executor(config, checkpoint, mesh, show_progress=True)
-    follower = Follower(executor, group.rank, group.step_address, _lost)
+    runner = ModelRunner(config, checkpoint, mesh, show_progress=True)
+    follower = Follower(runner, group.rank, group.step_address, _lost)
     drain_on_signal(follower.drain)
     logger.info("host %d of %d follows %s", group.rank, group.size, group.leader)
     follower.run()

@@ -1,14 +1,14 @@
 """Steps for processes on several hosts: the leader, rank 0, plans, and every process runs the same programs on the same
 arrays, which the leader streams to the others over gRPC.
 
-A message is two int32, the kind and the rows, then the arrays as they lie in memory. gRPC's pings tell within seconds
-of a process or a host that died or froze. Nothing is encrypted or signed: hosts must share a network of their own.
+A message is two int32, the kind and the size of a program, then its array as it lies in memory. gRPC's pings tell
+within seconds of a process or a host that died or froze. Nothing is encrypted or signed: hosts must share a network of
+their own.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import queue
 import struct
 import threading
@@ -22,14 +22,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.config import ConfigError, ResolvedConfig
-from jaxserve.engine.executor import Executor
-from jaxserve.engine.programs import StepOutputs
-from jaxserve.engine.sampler import TokenLogprobs
+from jaxserve.engine.runner import Kind, ModelRunner
 from jaxserve.models.loading.checkpoint import Checkpoint
 
 SERVICE = "jaxserve.internal.Group"
 HEADER = struct.Struct("<ii")
-STEP, SCORE, STOP = range(3)
+STOP = -1
+"""A message's kind where it is not that of a program."""
 PING_OPTIONS = [
     ("grpc.keepalive_time_ms", 4_000),
     ("grpc.keepalive_timeout_ms", 4_000),
@@ -77,24 +76,24 @@ class Followers:
             raise ConfigError(f"coordinator_port: cannot listen on {address}, the port above it") from None
         self._server.start()
 
-    def wait(self, executor: Executor) -> None:
-        """Until all have joined. Raises ConfigError for one with other settings than the executor's."""
+    def wait(self, runner: ModelRunner) -> None:
+        """Until all have joined. Raises ConfigError for one with other settings than the runner's."""
         with self._changed:
-            self._settings = settings_of(executor)
+            self._settings = settings_of(runner)
             self._changed.notify_all()
             self._changed.wait_for(lambda: len(self._queues) == self._num_followers or self._refused)
         if self._refused:
             raise ConfigError(self._refused)
 
-    def send(self, kind: int, rows: int, *arrays: np.ndarray) -> None:
-        message = HEADER.pack(kind, rows) + b"".join(array.tobytes() for array in arrays)
+    def send(self, kind: int, size: int = 0, array: np.ndarray | None = None) -> None:
+        message = HEADER.pack(kind, size) + (b"" if array is None else array.tobytes())
         for messages in list(self._queues.values()):
             messages.put(message)
 
     def stop(self) -> None:
         """Let the followers end, once they have done what was sent."""
         self._stopping = True
-        self.send(STOP, 0)
+        self.send(STOP)
         with self._changed:
             self._changed.wait_for(lambda: not self._queues, STOP_TIMEOUT_SECONDS)
         self._server.stop(grace=None)
@@ -131,8 +130,8 @@ class Followers:
         return b""
 
 
-class Leader(Executor):
-    """Rank 0's executor: what it runs, the followers run too."""
+class Leader(ModelRunner):
+    """Rank 0's runner: what it runs, the followers run too."""
 
     def __init__(
         self,
@@ -147,13 +146,9 @@ class Leader(Executor):
         self._followers = followers
         followers.wait(self)
 
-    def step(self, rows: int, ints: np.ndarray, floats: np.ndarray) -> StepOutputs:
-        self._followers.send(STEP, rows, ints, floats)
-        return super().step(rows, ints, floats)
-
-    def score(self, targets: np.ndarray) -> TokenLogprobs[jax.Array]:
-        self._followers.send(SCORE, len(targets), targets)
-        return super().score(targets)
+    def run(self, kind: Kind, size: int, array: np.ndarray | None = None) -> Any:
+        self._followers.send(kind, size, array)
+        return super().run(kind, size, array)
 
     def close(self) -> None:
         self._followers.stop()
@@ -166,10 +161,10 @@ class Follower:
     ``on_lost`` is called with a message, from any thread, when the leader goes away without a word.
     """
 
-    def __init__(self, executor: Executor, rank: int, address: str, on_lost: Callable[[str], None]) -> None:
-        self._executor, self._on_lost = executor, on_lost
+    def __init__(self, runner: ModelRunner, rank: int, address: str, on_lost: Callable[[str], None]) -> None:
+        self._runner, self._on_lost = runner, on_lost
         self._channel = grpc.insecure_channel(address, options=PING_OPTIONS)
-        joining = json.dumps({"rank": rank, "settings": settings_of(executor)}).encode()
+        joining = json.dumps({"rank": rank, "settings": settings_of(runner)}).encode()
         follow: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(f"/{SERVICE}/Follow")
         self._call = follow(joining, wait_for_ready=True)
         self._messages: queue.SimpleQueue[bytes | ConfigError] = queue.SimpleQueue()
@@ -177,30 +172,22 @@ class Follower:
 
     def run(self) -> None:
         """Run what the leader runs, until it stops. Raises ConfigError where this one has other settings."""
-        self._executor.prepare_scores()
+        self._runner.prepare_scores()
         while True:
             message = self._messages.get()
             if isinstance(message, ConfigError):
                 raise message
-            kind, rows = HEADER.unpack_from(message)
+            kind, size = HEADER.unpack_from(message)
             if kind == STOP:
                 return
-            if kind == SCORE:
-                self._executor.score(np.frombuffer(message, np.int32, offset=HEADER.size))
-            else:
-                self._executor.step(rows, *self._unpack(rows, message))
+            array = np.frombuffer(message, np.int32, offset=HEADER.size)
+            staged = kind == Kind.FORWARD
+            self._runner.run(Kind(kind), size, array.reshape(self._runner.num_stages, -1) if staged else array)
 
     def drain(self) -> None:
         """Ask the leader to finish what runs and to stop the group."""
         drain: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(f"/{SERVICE}/Drain")
         self._draining = drain.future(b"")  # a call that nobody holds is cancelled
-
-    def _unpack(self, rows: int, message: bytes) -> tuple[np.ndarray, np.ndarray]:
-        layout = self._executor.layouts[rows]
-        shape = self._executor.num_stages, layout.num_ints
-        ints = np.frombuffer(message, np.int32, offset=HEADER.size, count=math.prod(shape))
-        floats = np.frombuffer(message, np.float32, offset=HEADER.size + ints.nbytes)
-        return ints.reshape(shape), floats.reshape(layout.float_shape)
 
     def _read(self) -> None:
         # A thread of its own, because the other one hangs in a collective once a process is gone.
@@ -214,10 +201,10 @@ class Follower:
                 self._on_lost(f"the leader of the group is gone: {error.details()}")
 
 
-def settings_of(executor: Executor) -> dict[str, Any]:
+def settings_of(runner: ModelRunner) -> dict[str, Any]:
     """What must be the same in all processes of a group."""
-    settings = {name: value for name, value in vars(executor.config).items() if name not in OWN_SETTINGS}
-    return settings | {"num_blocks": executor.num_blocks, "jax": jax.__version__}
+    settings = {name: value for name, value in vars(runner.config).items() if name not in OWN_SETTINGS}
+    return settings | {"num_blocks": runner.num_blocks, "jax": jax.__version__}
 
 
 def _difference(rank: int, theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:

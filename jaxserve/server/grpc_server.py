@@ -96,7 +96,7 @@ def build_engines(config: EngineConfig, num_engines: int = 1, followers: Followe
 
     make = partial(Engine, config, imports_seconds=time.monotonic() - started_seconds)
     if followers is not None:
-        return [make(make_executor=partial(Leader, followers))]
+        return [make(make_runner=partial(Leader, followers))]
     if num_engines == 1:
         return [make()]
     claim_gpu_memory(config.gpu_memory_utilization)

@@ -38,7 +38,7 @@ def main(folder: Path, start: str, *more: str) -> None:
     programs = StepPrograms(
         resolved, shallow, mesh, target=device.target, gpu_memory_bytes=int(0.92 * device.memory_bytes)
     )
-    (out / "step.mlir").write_text(programs.lower_step(16).as_text())
+    (out / "step.mlir").write_text(programs.lower_forward(16).as_text() + programs.lower_sample(16).as_text())
 
     def product(x: jax.Array, y: jax.Array) -> jax.Array:
         return x @ y

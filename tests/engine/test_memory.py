@@ -97,7 +97,7 @@ def test_a_larger_share_is_claimed() -> None:
 
 def test_every_door_claims_before_jax_takes_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several engines' devices are asked for before the first engine is made."""
-    from jaxserve.engine import executor
+    from jaxserve.engine import runner
     from jaxserve.server.grpc_server import build_engines
 
     claimed: list[float] = []
@@ -107,11 +107,11 @@ def test_every_door_claims_before_jax_takes_anything(monkeypatch: pytest.MonkeyP
         raise InterruptedError
 
     monkeypatch.setattr(memory, "claim_gpu_memory", claim)
-    monkeypatch.setattr(executor, "claim_gpu_memory", claim)
+    monkeypatch.setattr(runner, "claim_gpu_memory", claim)
     monkeypatch.setattr(jax, "devices", None)
     monkeypatch.setattr(jax, "default_backend", None)
     config = EngineConfig(gpu_memory_utilization=0.8)
-    for door in (lambda: build_engines(config, 1), lambda: build_engines(config, 2), lambda: executor.prepare(config)):
+    for door in (lambda: build_engines(config, 1), lambda: build_engines(config, 2), lambda: runner.prepare(config)):
         with pytest.raises(InterruptedError):
             door()
     assert claimed == [0.8] * 3

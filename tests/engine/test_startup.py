@@ -11,8 +11,8 @@ import pytest
 
 from jaxserve import EngineConfig, SamplingParams
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.executor import Executor
 from jaxserve.engine.programs import StepPrograms
+from jaxserve.engine.runner import Kind, ModelRunner
 from jaxserve.engine.startup import StartupTimes
 from jaxserve.request import RequestDelta
 from tests.models.golden import Golden
@@ -123,26 +123,26 @@ class NotesTaken:
     """What an engine's start does, in order, as it would on GPUs where ``graphs`` is set."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, graphs: bool) -> None:
-        self.events: list[tuple[str, int]] = []
+        self.events: list[tuple[Any, ...]] = []
         monkeypatch.setattr(StepPrograms, "uses_graphs", graphs)
-        for kind in ("step", "score"):
-            self._watch(monkeypatch, StepPrograms, f"lower_{kind}", f"compile {kind}", lambda args: args[0])
-        self._watch(monkeypatch, StepPrograms, "take", "weights", lambda args: 0)
-        self._watch(monkeypatch, Executor, "step", "run step", lambda args: args[0])
-        self._watch(monkeypatch, Executor, "score", "run score", lambda args: len(args[0]))
+        for kind in Kind:
+            name = kind.name.lower()
+            self._watch(monkeypatch, StepPrograms, f"lower_{name}", lambda *size, name=name: (f"compile {name}", *size))
+        self._watch(monkeypatch, StepPrograms, "take", lambda parameters: ("weights",))
+        self._watch(monkeypatch, ModelRunner, "run", lambda kind, size, *array: (f"run {kind.name.lower()}", size))
 
     def _watch(
-        self, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, event: str, rows: Callable[[Any], int]
+        self, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, event: Callable[..., tuple[str | int, ...]]
     ) -> None:
         method = getattr(owner, name)
 
         def watched(mine: Any, *args: Any) -> Any:
-            self.events.append((event, rows(args)))
+            self.events.append(event(*args))
             return method(mine, *args)
 
         monkeypatch.setattr(owner, name, watched)
 
-    def runs(self) -> list[tuple[str, int]]:
+    def runs(self) -> list[tuple[Any, ...]]:
         return [event for event in self.events if event[0].startswith("run")]
 
 
@@ -154,15 +154,21 @@ def test_programs_of_cuda_graphs_are_run_until_they_replay(
     engine = make(tiny_tokenizer)
     buckets, runs = engine.runner.buckets, notes.runs()
     start, events = len(notes.events), notes.events
-    assert events[0] == ("weights", 0)
-    compiled = {(f"compile {kind}", rows) for kind in ("step", "score") for rows in buckets}
-    assert set(events[1 : 1 + 2 * len(buckets)]) == compiled
-    assert events[1 + 2 * len(buckets) :] == runs
-    assert runs == [run for rows in buckets for run in [("run step", rows), ("run score", rows)] * 3]
+    assert events[0] == ("weights",)
+    num_draws = {rows: min(rows, engine.config.max_num_seqs) for rows in buckets}
+    compiled = {(f"compile {kind}", rows) for kind in ("forward", "score") for rows in buckets}
+    compiled |= {("compile sample", draws) for draws in num_draws.values()} | {("compile admit",)}
+    assert set(events[1 : 1 + len(compiled)]) == compiled
+    assert events[1 + len(compiled) :] == runs
+    assert runs == [("run admit", 0)] * 3 + [
+        run
+        for rows in buckets
+        for run in [("run forward", rows), ("run sample", num_draws[rows]), ("run score", rows)] * 3
+    ]
     assert engine.runner.can_score()
     served = serve(engine, scored=SCORED, plain=PLAIN)
     assert tokens(served["scored"]) == tokens(served["plain"])
-    assert {event.split()[0] for event, _ in events[start:]} == {"run"}
+    assert {event.split()[0] for event, *_ in events[start:]} == {"run"}
     assert engine.compiles.count == 0
     engine.close()
 
@@ -173,7 +179,10 @@ def test_other_programs_are_run_once(
     """On CPUs nobody's start waits for more; scores are compiled in the background."""
     notes = NotesTaken(monkeypatch, graphs=False)
     engine = make(tiny_tokenizer)
-    assert notes.runs() == [("run step", rows) for rows in engine.runner.buckets]
+    num_draws = engine.config.max_num_seqs
+    assert notes.runs() == [("run admit", 0)] + [
+        run for rows in engine.runner.buckets for run in [("run forward", rows), ("run sample", min(rows, num_draws))]
+    ]
     assert not engine.runner.can_score()
     scores_go_on.set()
     assert engine.runner.can_score(60.0)
@@ -189,9 +198,9 @@ def test_without_a_warm_up(tiny_tokenizer: Path, caplog: pytest.LogCaptureFixtur
     for request_id in ("a", "b"):
         assert tokens(served[request_id]) == tokens(expected[request_id])
     assert served["a"][0].prompt_logprobs == expected["a"][0].prompt_logprobs
-    assert (warm.compiles.count, cold.compiles.count) == (0, 2), "a step's program and a score's"
-    assert metric(cold, "compiles_after_warmup") == 2
+    assert (warm.compiles.count, cold.compiles.count) == (0, 3), "all engines admit with one"
+    assert metric(cold, "compiles_after_warmup") == 3
     serve(cold, c=PLAIN)
-    assert cold.compiles.count == 2
+    assert cold.compiles.count == 3
     warm.close()
     cold.close()

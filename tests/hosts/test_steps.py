@@ -1,4 +1,4 @@
-"""The stream of steps from a group's leader to its followers, with executors that only take notes."""
+"""The stream of steps from a group's leader to its followers, with runners that only take notes."""
 
 from __future__ import annotations
 
@@ -13,31 +13,25 @@ import numpy as np
 import pytest
 
 from jaxserve.config import ConfigError, EngineConfig, ResolvedConfig
-from jaxserve.engine.batch import StepLayout, empty_step
-from jaxserve.hosts.steps import SCORE, STEP, Follower, Followers
-from jaxserve.kernels.backend import CPU_TILING
-from jaxserve.kernels.plan import PlanLimits
+from jaxserve.engine.runner import Kind
+from jaxserve.hosts.steps import Follower, Followers
 
 CONFIG = EngineConfig(max_num_seqs=4, token_budget=16).resolve(model_max_len=64, on_gpu=False)
 NUM_STAGES = 2
 TIMEOUT_SECONDS = 20
 
 
-class FakeExecutor:
+class FakeRunner:
     def __init__(self, config: ResolvedConfig = CONFIG) -> None:
         self.config = config
         self.num_blocks, self.num_stages = 10, NUM_STAGES
-        self.layouts = {16: StepLayout(PlanLimits(16, 4, 64, 16, 10, CPU_TILING, None))}
         self.calls: list[tuple[Any, ...]] = []
 
     def prepare_scores(self) -> None:
         """Has no programs."""
 
-    def step(self, rows: int, ints: np.ndarray, floats: np.ndarray) -> None:
-        self.calls.append((rows, ints, floats))
-
-    def score(self, targets: np.ndarray) -> None:
-        self.calls.append((targets,))
+    def run(self, kind: Kind, size: int, array: np.ndarray) -> None:
+        self.calls.append((kind, size, array))
 
 
 class Leading:
@@ -59,9 +53,9 @@ class Following(threading.Thread):
 
     def __init__(self, leading: Leading, rank: int, config: ResolvedConfig = CONFIG) -> None:
         super().__init__(daemon=True)
-        self.executor = FakeExecutor(config)
+        self.runner = FakeRunner(config)
         self.lost = threading.Event()
-        self.follower = Follower(self.executor, rank, leading.address, lambda message: self.lost.set())
+        self.follower = Follower(self.runner, rank, leading.address, lambda message: self.lost.set())
         self.error: Exception | None = None
         self.start()
 
@@ -82,32 +76,30 @@ def leading() -> Iterator[Leading]:
 
 def test_followers_run_what_the_leader_sends_and_stop_with_it(leading: Leading) -> None:
     threads = [Following(leading, rank) for rank in (1, 2)]
-    executor = FakeExecutor()
-    leading.followers.wait(executor)
-    step = empty_step(executor.layouts[16])
-    ints = np.stack([step.ints, step.ints + 1])
-    floats = np.arange(12, dtype=np.float32).reshape(3, 4)
+    runner = FakeRunner()
+    leading.followers.wait(runner)
     targets = np.arange(16, dtype=np.int32)
-    for _ in range(3):
-        leading.followers.send(STEP, 16, ints, floats)
-    leading.followers.send(SCORE, 16, targets)
+    sent = [
+        (Kind.ADMIT, 0, targets + 5),
+        (Kind.FORWARD, 16, np.arange(200, dtype=np.int32).reshape(NUM_STAGES, 100)),
+        (Kind.SAMPLE, 4, targets[:0]),
+        (Kind.SCORE, 16, targets),
+    ]
+    for kind, size, array in sent:
+        leading.followers.send(kind, size, array if array.size else None)
     leading.followers.stop()
     for thread in threads:
         thread.join(TIMEOUT_SECONDS)
-        *steps, score = thread.executor.calls
-        assert len(steps) == 3
-        for rows, got_ints, got_floats in steps:
-            assert rows == 16
-            np.testing.assert_array_equal(got_ints, ints)
-            np.testing.assert_array_equal(got_floats, floats)
-        np.testing.assert_array_equal(score[0], targets)
+        assert [call[:2] for call in thread.runner.calls] == [call[:2] for call in sent]
+        for (*_, got), (*_, wanted) in zip(thread.runner.calls, sent, strict=True):
+            np.testing.assert_array_equal(got, wanted)
         assert not thread.lost.is_set()
     assert not leading.lost
 
 
 def test_each_side_learns_when_the_other_goes_away(leading: Leading) -> None:
     first, second = (Following(leading, rank) for rank in (1, 2))
-    leading.followers.wait(FakeExecutor())
+    leading.followers.wait(FakeRunner())
     first.follower._channel.close()
     assert leading.one_lost.wait(TIMEOUT_SECONDS)
     assert leading.lost == ["host 1 of the group is gone"]
@@ -117,7 +109,7 @@ def test_each_side_learns_when_the_other_goes_away(leading: Leading) -> None:
 
 def test_a_follower_can_ask_for_the_end(leading: Leading) -> None:
     threads = [Following(leading, rank) for rank in (1, 2)]
-    leading.followers.wait(FakeExecutor())
+    leading.followers.wait(FakeRunner())
     threads[0].follower.drain()
     assert leading.drain.wait(TIMEOUT_SECONDS)
 
@@ -126,7 +118,7 @@ def test_hosts_with_other_settings_are_told_which(leading: Leading) -> None:
     other = Following(leading, 1, dataclasses.replace(CONFIG, max_num_seqs=8))
     message = "max_num_seqs must be the same on all hosts: the leader has 4, host 1 8"
     with pytest.raises(ConfigError, match=message):
-        leading.followers.wait(FakeExecutor())
+        leading.followers.wait(FakeRunner())
     other.join(TIMEOUT_SECONDS)
     assert str(other.error) == message
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxserve.engine.batch import Packer, StepLayout, plan_of
+from jaxserve.engine.forward import SequenceState, rows_of
+from jaxserve.engine.step import Packer, StepLayout, plan_of
 from jaxserve.kernels.attention import AttentionInputs, KVCache
 from jaxserve.kernels.backend import CPU_TILING
 from jaxserve.kernels.plan import PlanLimits
@@ -80,10 +81,14 @@ def load(path: Path, max_len: int, tensor: int = 1) -> Decoder:
 
 
 @partial(jax.jit, static_argnums=0)
-def _run(layout: StepLayout, model: Decoder, cache: KVCache, ints: jax.Array) -> tuple[jax.Array, KVCache]:
+def _run(
+    layout: StepLayout, model: Decoder, cache: KVCache, history: jax.Array, ints: jax.Array
+) -> tuple[jax.Array, KVCache]:
     fields = layout.split(ints)
-    inputs = AttentionInputs(fields["kv_slots"], fields["block_tables"], plan_of(fields), NUM_PAGES)
-    hidden, cache = model(fields["token_ids"], fields["positions"], cache, inputs)
+    lengths = jnp.full(len(history), history.shape[1], jnp.int32)
+    rows = rows_of(fields, SequenceState(history, lengths), PAGE_SIZE)
+    inputs = AttentionInputs(rows.kv_slots, fields["block_tables"], plan_of(fields), NUM_PAGES)
+    hidden, cache = model(rows.token_ids, rows.positions, cache, inputs)
     return model.logits(hidden), cache
 
 
@@ -98,6 +103,8 @@ def paged_logits(model: Decoder, token_ids: list[int], chunk_sizes: Sequence[int
     blocks.grow(0, 17)  # so that pages are not simply 1, 2, 3
     packer = Packer(blocks)
     request = Request("r", token_ids, SamplingParams(), 1, RequestMetrics(0.0), slot=1)
+    history = np.zeros((3, len(token_ids)), np.int32)
+    history[1] = token_ids
     start, rows = 0, []
     for size in chunk_sizes:
         if config.window is not None:
@@ -106,7 +113,7 @@ def paged_logits(model: Decoder, token_ids: list[int], chunk_sizes: Sequence[int
         limits = PlanLimits(NUM_ROWS, 3, len(token_ids), PAGE_SIZE, NUM_PAGES, CPU_TILING, config.window)
         layout = StepLayout(limits)
         step = packer.pack(layout, [Chunk(request, start, size, slot=1, samples=False)])
-        logits, cache = _run(layout, model, cache, step.ints)
+        logits, cache = _run(layout, model, cache, history, step.ints)
         rows.append(np.asarray(logits)[:size])
         start += size
     return np.concatenate(rows)

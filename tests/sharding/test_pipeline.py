@@ -12,7 +12,7 @@ import pytest
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.metrics import StepRecord
-from jaxserve.engine.ticks import TickPrograms
+from jaxserve.engine.programs import StepPrograms
 from jaxserve.evaluation.compiled import collectives
 from jaxserve.models.config import Experts, ModelConfig, ModelError
 from jaxserve.request import RequestDelta, SamplingParams
@@ -141,16 +141,16 @@ def test_bubbles_are_counted(engine: Engine) -> None:
     assert engine.metrics.registry.get_sample_value("jaxserve_pipeline_bubble_share_count")
 
 
-def programs(model: ModelConfig, pipe: int, tensor: int = 1) -> TickPrograms:
+def programs(model: ModelConfig, pipe: int, tensor: int = 1) -> StepPrograms:
     config = EngineConfig(
         token_budget=16, max_num_seqs=4, max_model_len=64, pipeline_parallel=pipe, tensor_parallel=tensor, num_blocks=20
     )
-    return TickPrograms(config.resolve(model_max_len=64, on_gpu=False), model, make_mesh(tensor, pipe))
+    return StepPrograms(config.resolve(model_max_len=64, on_gpu=False), model, make_mesh(tensor, pipe))
 
 
 def test_a_tick_hands_rows_on_once() -> None:
     model = dataclasses.replace(LLAMA, num_layers=5)
-    text = programs(model, 2).lower_step(16).compile().as_text()
+    text = programs(model, 2).lower_forward(16).compile().as_text()
     moved = re.findall(r"= (\S+) collective-permute(?:-start)?\(", text)
     assert [shape.split("{")[0] for shape in moved] == [f"f32[16,{model.hidden_size}]"]
     found = collectives(text)

@@ -72,7 +72,7 @@ def test_two_all_reduces_a_layer_and_nothing_gathered(tensor: int) -> None:
     counts = []
     for num_layers in (2, 5):
         model = dataclasses.replace(LLAMA, num_layers=num_layers)
-        text = programs(model, tensor).lower_step(16).compile().as_text()
+        text = programs(model, tensor).lower_forward(16).compile().as_text()
         assert collectives(text, "run_layer") == {"all-reduce": 2 * num_layers}
         counts.append(collectives(text))
     assert counts[1] - counts[0] == {"all-reduce": 2 * 3}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.engine.batch import Packer, StepLayout, empty_step, prompt_targets, wants_prompt_logprobs
+from jaxserve.engine.forward import SequenceState, rows_of
+from jaxserve.engine.step import FIELDS, Packer, Step, StepLayout, prompt_targets, wants_prompt_logprobs
 from jaxserve.kernels.backend import CPU_TILING
 from jaxserve.kernels.plan import PlanLimits
 from jaxserve.request import Request, RequestMetrics, SamplingParams
@@ -81,32 +83,24 @@ def layout_for(batch: list[Chunk], padding: int, window: int | None = None) -> S
 
 def reference(layout: StepLayout, batch: list[Chunk], blocks: BlockManager) -> dict[str, np.ndarray]:
     """Field by field, row by row; all but the attention plan."""
-    rows = layout.limits.num_rows
-    out = {name: np.zeros(layout.shapes[name], int) for name in ("token_ids", "positions", "kv_slots")}
-    out |= {name: np.zeros(MAX_NUM_SEQS, int) for name in ("sample_positions", "top_k", "seeds")}
-    out |= {"feedback": np.full(rows, -1), "sample_rows": np.full(MAX_NUM_SEQS, -1), "want_logprobs": np.zeros(1, int)}
-    out |= {"block_tables": np.zeros(layout.shapes["block_tables"], int)}
-    row = 0
+    out = {f.name: np.full(layout.shapes[f.name], f.fill, f.dtype) for f in FIELDS}
+    row = draw = 0
     for chunk in batch:
-        request, slot = chunk.request, chunk.slot
-        known = request.prompt_token_ids + request.output_token_ids
-        table = blocks.table(slot)
-        for index, block in enumerate(table):
+        request, slot, params = chunk.request, chunk.slot, chunk.request.params
+        for index, block in enumerate(blocks.tables[slot]):
             out["block_tables"][slot, index] = block
         for position in range(chunk.start, chunk.start + chunk.num_tokens):
-            if position < len(known):
-                out["token_ids"][row] = known[position]
-            else:
-                out["feedback"][row] = slot
-            out["positions"][row] = position
-            out["kv_slots"][row] = table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
-            if chunk.samples:
-                out["sample_rows"][slot] = row
-                out["sample_positions"][slot] = position + 1
+            out["row_seqs"][row] = slot
+            out["row_positions"][row] = -1 if chunk.samples and chunk.num_tokens == 1 else position
             row += 1
         if chunk.samples:
-            out["top_k"][slot], out["seeds"][slot] = max(0, request.params.top_k), request.seed
-            out["want_logprobs"][0] |= request.params.logprobs is not None
+            out["draw_rows"][draw], out["draw_seqs"][draw] = row - 1, slot
+            out["draw_positions"][draw] = chunk.start + chunk.num_tokens
+            out["top_k"][draw], out["seeds"][draw] = params.top_k, request.seed
+            for name in ("temperature", "top_p", "min_p"):
+                out[name][draw] = getattr(params, name)
+            out["want_logprobs"][0] |= params.logprobs is not None
+            draw += 1
     return out
 
 
@@ -122,18 +116,50 @@ def test_pack(batch: list[Chunk], padding: int, window: int | None, seed: int) -
     assert step.ints.dtype == np.int32
     fields = layout.split(step.ints)
     for name, expected in reference(layout, batch, blocks).items():
+        assert fields[name].dtype == expected.dtype
         np.testing.assert_array_equal(fields[name], expected, err_msg=name)
-    floats = np.zeros((3, MAX_NUM_SEQS), np.float32)
+    assert dict(step.admissions) == {
+        chunk.slot: [*chunk.request.prompt_token_ids, *chunk.request.output_token_ids] for chunk in batch
+    }
+
+
+@settings(max_examples=50, deadline=None)
+@given(batches(), st.integers(0, 20), st.booleans(), st.integers(0, 2**32))
+def test_rows_on_the_device(batch: list[Chunk], padding: int, absolute: bool, seed: int) -> None:
+    """Every row has its token, those that only the device has seen as well, its position, and a place of its own."""
+    layout, blocks = layout_for(batch, padding), make_blocks(batch, np.random.default_rng(seed))
+    step = Packer(blocks, absolute=absolute).pack(layout, batch)
+    history, lengths = np.zeros((MAX_NUM_SEQS, MAX_MODEL_LEN), np.int32), np.zeros(MAX_NUM_SEQS, np.int32)
+    token_ids, positions, kv_slots = [], [], []
     for chunk in batch:
-        if chunk.samples:
-            params = chunk.request.params
-            floats[:, chunk.slot] = params.temperature, params.top_p, params.min_p
-    assert step.floats.dtype == np.float32
-    np.testing.assert_array_equal(step.floats, floats)
-    num_tokens = sum(chunk.num_tokens for chunk in batch)
-    written = fields["kv_slots"][:num_tokens]
-    assert len(set(written.tolist())) == num_tokens, "no two rows write to one place"
-    assert (written >= BLOCK_SIZE).all(), "and none to the dummy page"
+        request, pages = chunk.request, blocks.tables[chunk.slot]
+        known = [*request.prompt_token_ids, *request.output_token_ids]
+        history[chunk.slot, : request.num_tokens] = ([*known, 1234])[: request.num_tokens]
+        lengths[chunk.slot] = request.num_tokens
+        for position in range(chunk.start, chunk.start + chunk.num_tokens):
+            token_ids.append(known[position] if position < len(known) else 1234)
+            positions.append(position)
+            kv_slots.append(pages[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
+    unused = [0] * (layout.num_rows - len(positions))
+    fields = {name: jnp.array(values) for name, values in layout.split(step.ints).items()}
+    rows = rows_of(fields, SequenceState(jnp.array(history), jnp.array(lengths)), BLOCK_SIZE)
+    assert rows.token_ids.tolist() == token_ids + unused
+    assert rows.positions.tolist() == positions + unused
+    assert rows.kv_slots.tolist() == kv_slots + unused
+    assert len(set(kv_slots)) == len(kv_slots), "no two rows write to one place"
+    assert min(kv_slots) >= BLOCK_SIZE, "and none to the dummy page"
+
+
+def test_a_step_forgets_who_has_lost_the_slot() -> None:
+    def chunk(slot: int) -> Chunk:
+        request = Request(str(slot), [5, 6], SamplingParams(), 4, RequestMetrics(0.0), slot=slot)
+        return Chunk(request, 0, 2, slot, samples=True)
+
+    batch = [chunk(2), chunk(0)]
+    layout = layout_for(batch, 0)
+    step = Packer(make_blocks(batch, np.random.default_rng(0))).pack(layout, batch)
+    step.disown(2)
+    assert layout.split(step.ints)["draw_seqs"].tolist() == [-1, 0, -1, -1]
 
 
 @settings(max_examples=50, deadline=None)
@@ -149,7 +175,6 @@ def test_slots_forget_the_requests_before(first: list[Chunk], second: list[Chunk
     layout = layout_for(second, 0)
     step, expected = packer.pack(layout, second), Packer(blocks).pack(layout, second)
     np.testing.assert_array_equal(step.ints, expected.ints)
-    np.testing.assert_array_equal(step.floats, expected.floats)
 
 
 @settings(max_examples=100, deadline=None)
@@ -175,15 +200,18 @@ def test_fields_fill_the_packed_array_without_overlap(num_rows: int) -> None:
     layout = StepLayout(PlanLimits(num_rows, MAX_NUM_SEQS, MAX_MODEL_LEN, BLOCK_SIZE, NUM_BLOCKS, CPU_TILING))
     packed = np.zeros(layout.num_ints, np.int32)
     for field in layout.split(packed).values():
-        field += 1
+        field.view(np.int32)[...] += 1
     assert packed.max() == 1
     assert packed.sum() == sum(math.prod(shape) for shape in layout.shapes.values())
+    draws = layout.split_draws(layout.draws_of(jnp.arange(layout.num_ints, dtype=jnp.int32)))
+    whole = layout.split(np.arange(layout.num_ints, dtype=np.int32))
+    for name, found in draws.items():
+        np.testing.assert_array_equal(np.asarray(found).view(np.int32), whole[name].view(np.int32), err_msg=name)
 
 
 def test_an_empty_step_does_nothing() -> None:
     layout = layout_for([], padding=4)
-    fields = layout.split(empty_step(layout).ints)
-    assert fields["sample_rows"].tolist() == [-1] * MAX_NUM_SEQS
-    assert fields["feedback"].tolist() == [-1] * 4
-    assert fields["kv_slots"].tolist() == [0] * 4
+    fields = layout.split(Step.empty(layout).ints)
+    assert fields["draw_rows"].tolist() == fields["draw_seqs"].tolist() == [-1] * 4
+    assert fields["row_seqs"].tolist() == [-1] * 4
     assert fields["counts"].tolist() == [0, 0, 0]

@@ -1,0 +1,285 @@
+"""The forward pass of a step: the rows of its batch go in, the rows that draws follow come out.
+
+A model lies whole on the devices, each with a share of every layer, or in stages, each with layers of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from jaxserve.engine.step import StepLayout, plan_of
+from jaxserve.kernels.attention import CACHE, AttentionInputs, KVCache
+from jaxserve.kernels.backend import Backend
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.decoder import Decoder
+from jaxserve.models.packing import Parameter, limited
+from jaxserve.models.weights import Weight
+from jaxserve.sharding.pipeline import StagedModel
+from jaxserve.sharding.rules import abstract_parameters
+
+EVERYWHERE, STAGES = PartitionSpec(), PartitionSpec("pipe")
+"""How arrays lie on a mesh: the same on each device, or divided along their first axis among a pipeline's stages."""
+
+
+class SequenceState[Array](NamedTuple):
+    """What the devices know of the sequences, by slot. A new owner begins it and sampling goes on with it."""
+
+    history: Array
+    """``int32[S, max_model_len]``: the tokens, sampled ones included."""
+    lengths: Array
+    """``int32[S]``: how many there are."""
+
+
+class ModelState[Array](NamedTuple):
+    """What one forward pass leaves to the next."""
+
+    cache: KVCache[Array]
+    activations: Array | None
+    """``[stages, T of the largest bucket, hidden]``: what each stage of a pipeline has got from the one before."""
+
+
+class Drawn(NamedTuple):
+    """What a forward pass leaves to sampling, and to scores."""
+
+    rows: jax.Array
+    """``[R, hidden]``: the normed hidden states that draws follow."""
+    draws: jax.Array
+    """``int32[layout.num_draw_ints]``: the fields of the draws."""
+    hidden: jax.Array
+    """Hidden states of the batch's rows, normed ones ``[T, hidden]``; of a pipeline what every stage has made,
+    ``[stages, T, hidden]``, not normed."""
+
+
+class Rows(NamedTuple):
+    """A flat batch as models take it, ``int32[T]`` each. Padding is token 0 at position 0, in the dummy page."""
+
+    token_ids: jax.Array
+    positions: jax.Array
+    kv_slots: jax.Array
+    """Where the row's key and value go: page * page size + offset."""
+
+
+def rows_of(fields: Mapping[str, jax.Array], sequences: SequenceState[jax.Array], page_size: int) -> Rows:
+    """A step's rows. The device alone knows what it has just sampled, so their tokens are from its history."""
+    seqs, positions = fields["row_seqs"], fields["row_positions"]
+    is_token = seqs >= 0
+    positions = jnp.where(positions < 0, sequences.lengths[seqs] + positions, positions)
+    page = fields["block_tables"][seqs, positions // page_size]
+    return Rows(
+        token_ids=jnp.where(is_token, sequences.history[seqs, positions], 0),
+        positions=positions,
+        kv_slots=jnp.where(is_token, page * page_size + positions % page_size, 0),
+    )
+
+
+class Forward(Protocol):
+    """A model on a mesh, as the programs run it."""
+
+    abstract_parameters: dict[str, jax.ShapeDtypeStruct]
+    """By path, as they are loaded, in the order in which the programs take them."""
+    num_cache_layers: int
+    """Of all stages together."""
+    cache_specs: KVCache[PartitionSpec]
+
+    def assembled(self, weights: Mapping[str, Weight]) -> Mapping[str, Weight]:
+        """How the parameters are assembled, from how the whole model's are."""
+        ...
+
+    def outside[P](self, parameters: list[P]) -> list[P]:
+        """Those that are in no layer: of the embedding, the final norm, the output head."""
+        ...
+
+    def head(self, outside: Sequence[Parameter]) -> Decoder:
+        """The model without its layers."""
+        ...
+
+    def abstract_hidden(self, rows: int) -> jax.ShapeDtypeStruct:
+        """Of ``Drawn.hidden``."""
+        ...
+
+    def abstract_activations(self, rows: int) -> jax.ShapeDtypeStruct | None:
+        """Of ``ModelState.activations``."""
+        ...
+
+    def normed(self, model: Decoder, hidden: jax.Array) -> jax.Array:
+        """What the output head takes, ``[T, hidden]``, of ``Drawn.hidden``."""
+        ...
+
+    def __call__(
+        self,
+        layout: StepLayout,
+        parameters: list[Parameter],
+        state: ModelState[jax.Array],
+        sequences: SequenceState[jax.Array],
+        ints: jax.Array,
+    ) -> tuple[ModelState[jax.Array], Drawn]:
+        """ints: ``int32[stages, layout.num_ints]``, of each stage the step that is in it."""
+        ...
+
+
+class WholeForward:
+    """Every device has a share of every layer, and all work on one step."""
+
+    cache_specs = CACHE
+
+    def __init__(
+        self, graph: nnx.GraphDef, state: nnx.State, mesh: Mesh, config: ModelConfig, backend: Backend
+    ) -> None:
+        self._mesh, self._config, self._backend = mesh, config, backend
+        self._graph, self._tree = graph, jax.tree.structure(state)
+        self.abstract_parameters = abstract_parameters(state, mesh)
+        self.num_cache_layers = config.num_layers
+        model = nnx.merge(graph, state)
+        model.layers = nnx.List([])
+        self._head_graph, head_state = nnx.split(model)
+        self._head_tree = jax.tree.structure(head_state)
+
+    def assembled(self, weights: Mapping[str, Weight]) -> Mapping[str, Weight]:
+        return weights
+
+    def outside[P](self, parameters: list[P]) -> list[P]:
+        named = zip(self.abstract_parameters, parameters, strict=True)
+        return [parameter for name, parameter in named if not name.startswith("layers.")]
+
+    def head(self, outside: Sequence[Parameter]) -> Decoder:
+        return nnx.merge(self._head_graph, jax.tree.unflatten(self._head_tree, outside))
+
+    def abstract_hidden(self, rows: int) -> jax.ShapeDtypeStruct:
+        dtype = self.abstract_parameters["embedding"].dtype
+        sharding = NamedSharding(self._mesh, EVERYWHERE)
+        return jax.ShapeDtypeStruct((rows, self._config.hidden_size), dtype, sharding=sharding)
+
+    def abstract_activations(self, rows: int) -> None:
+        return None
+
+    def normed(self, model: Decoder, hidden: jax.Array) -> jax.Array:
+        return hidden
+
+    def __call__(
+        self,
+        layout: StepLayout,
+        parameters: list[Parameter],
+        state: ModelState[jax.Array],
+        sequences: SequenceState[jax.Array],
+        ints: jax.Array,
+    ) -> tuple[ModelState[jax.Array], Drawn]:
+        fields = layout.split(ints[0])
+        rows = rows_of(fields, sequences, layout.limits.page_size)
+        parameters = self._limited(parameters, fields["row_seqs"] >= 0)
+        model = nnx.merge(self._graph, jax.tree.unflatten(self._tree, parameters))
+        inputs = _attention_inputs(layout, fields, rows, self._backend, self._mesh)
+        hidden, cache = model(rows.token_ids, rows.positions, state.cache, inputs)
+        return ModelState(cache, None), Drawn(hidden[fields["draw_rows"]], layout.draws_of(ints[0]), hidden)
+
+    def _limited(self, parameters: list[Parameter], is_token: jax.Array) -> list[Parameter]:
+        """Where native kernels do all work on padding rows, they leave it: nothing that counts reads those rows."""
+        if self._backend.name != "native":
+            return parameters
+        return limited(parameters, jnp.where(is_token, jnp.arange(len(is_token), dtype=jnp.int32), -1))
+
+
+class StagedForward:
+    """Stage s works on the step that entered s launches ago, then hands its rows on; the last stage's step is drawn.
+
+    Steps are equal in size under stall-free batching, so stages in lock-step wait for nothing. One that has fewer rows
+    than the bucket computes padding. Rows travel at the bucket's size; ``ModelState.activations`` has room for the
+    largest, and rows of no step are stale there, which is as good as any padding.
+    """
+
+    cache_specs = KVCache(
+        k=PartitionSpec("pipe", None, "tensor"), v=PartitionSpec("pipe", None, "tensor"), scales=STAGES
+    )
+    """A stage has the pages of its own layers, with the places' numbers as the layers'."""
+
+    def __init__(
+        self, graph: nnx.GraphDef, state: nnx.State, mesh: Mesh, config: ModelConfig, backend: Backend
+    ) -> None:
+        self._mesh, self._config, self._backend = mesh, config, backend
+        self._model = StagedModel(graph, state, mesh)
+        self._num_stages = mesh.shape["pipe"]
+        self.abstract_parameters = self._model.abstract_parameters
+        self.num_cache_layers = self._num_stages * self._model.stages.num_slots
+
+    def assembled(self, weights: Mapping[str, Weight]) -> Mapping[str, Weight]:
+        return self._model.stack(weights)
+
+    def outside[P](self, parameters: list[P]) -> list[P]:
+        return parameters[: self._model.num_outside]
+
+    def head(self, outside: Sequence[Parameter]) -> Decoder:
+        return self._model.outside(outside)
+
+    def abstract_hidden(self, rows: int) -> jax.ShapeDtypeStruct:
+        shape, dtype = (self._num_stages, rows, self._config.hidden_size), self.abstract_parameters["embedding"].dtype
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._mesh, STAGES))
+
+    def abstract_activations(self, rows: int) -> jax.ShapeDtypeStruct:
+        return self.abstract_hidden(rows)
+
+    def normed(self, model: Decoder, hidden: jax.Array) -> jax.Array:
+        return model.norm(hidden[-1])
+
+    def __call__(
+        self,
+        layout: StepLayout,
+        parameters: list[Parameter],
+        state: ModelState[jax.Array],
+        sequences: SequenceState[jax.Array],
+        ints: jax.Array,
+    ) -> tuple[ModelState[jax.Array], Drawn]:
+        outside, places = self._model.split(parameters)
+        # The partitioner divides a stage over the axis ``tensor``, as it divides a model without stages.
+        manual = frozenset(axis for axis, size in self._mesh.shape.items() if axis == "pipe" or size == 1)
+        run = jax.shard_map(
+            partial(self._run_stage, layout),
+            mesh=self._mesh,
+            in_specs=(EVERYWHERE, STAGES, ModelState(KVCache(STAGES, STAGES, STAGES), STAGES), EVERYWHERE, STAGES),
+            out_specs=(STAGES, STAGES, EVERYWHERE),
+            axis_names=manual,
+            check_vma=False,
+        )
+        state, hidden, (rows, draws) = run(outside, places, state, sequences, ints)
+        return state, Drawn(self.head(outside).norm(rows), draws, hidden)
+
+    def _run_stage(
+        self,
+        layout: StepLayout,
+        outside: list[jax.Array],
+        places: list[jax.Array],
+        state: ModelState[jax.Array],
+        sequences: SequenceState[jax.Array],
+        ints: jax.Array,
+    ) -> tuple[ModelState[jax.Array], jax.Array, tuple[jax.Array, jax.Array]]:
+        """One stage's part: its state, what it has made, ``[1, T, hidden]``, and of the last stage the rows that draws
+        follow, ``[R, hidden]``, and the draws.
+        """
+        assert state.activations is not None
+        last, stage = self._num_stages - 1, jax.lax.axis_index("pipe")
+        model, fields = self.head(outside), layout.split(ints[0])
+        rows = rows_of(fields, sequences, layout.limits.page_size)
+        entering = model.embed(rows.token_ids, rows.positions)
+        x = jnp.where(stage == 0, entering, state.activations[0, : layout.num_rows])
+        # Attention is manual over ``tensor`` as well, within what is manual over ``pipe`` already: so is its mesh.
+        inputs = _attention_inputs(layout, fields, rows, self._backend, jax.sharding.get_abstract_mesh())
+        x, cache = self._model.run_stage(model, places, x, rows.positions, state.cache, inputs)
+        leaving = jax.tree.map(
+            lambda mine: jax.lax.psum(jnp.where(stage == last, mine, jnp.zeros_like(mine)), "pipe"),
+            (x[fields["draw_rows"]], layout.draws_of(ints[0])),
+        )
+        received = jax.lax.ppermute(x, "pipe", [(i, i + 1) for i in range(last)])
+        activations = state.activations.at[0, : layout.num_rows].set(received)
+        return ModelState(cache, activations), x[None], leaving
+
+
+def _attention_inputs(
+    layout: StepLayout, fields: dict[str, jax.Array], rows: Rows, backend: Backend, mesh: Mesh | AbstractMesh
+) -> AttentionInputs:
+    num_pages = layout.limits.num_pages
+    return AttentionInputs(rows.kv_slots, fields["block_tables"], plan_of(fields), num_pages, backend, mesh)
