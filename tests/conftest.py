@@ -7,11 +7,13 @@ for GPUs is compiled in processes of its own.
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TRITON_INTERPRET"] = "1"
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +23,15 @@ import tokenizers
 
 if TYPE_CHECKING:
     from jaxserve import LLM
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memory_given_back() -> Iterator[None]:
+    """Jax keeps what it has traced and compiled for as long as the process runs; files share nothing of it."""
+    yield
+    if (jax := sys.modules.get("jax")) is not None:
+        jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

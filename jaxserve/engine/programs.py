@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,34 +131,30 @@ class StepPrograms:
         drawn = Drawn(self.replicated, self.replicated, self.forward.abstract_hidden(rows).sharding)  # type: ignore[arg-type]
         placed = (jax.tree.map(lambda array: array.sharding, state), drawn)
         ints = jax.ShapeDtypeStruct((self.num_stages, layout.num_ints), jnp.int32, sharding=self.staged)
-        forward = jax.jit(
-            partial(self.forward, layout), donate_argnums=(1,), out_shardings=placed, compiler_options=self._options
-        )
-        return forward.lower(self._abstract_packed(), state, self.abstract_sequences(), ints)
+        arguments = self._abstract_packed(), state, self.abstract_sequences(), ints
+        return self._lower(partial(self.forward, layout), *arguments, donate_argnums=1, out_shardings=placed)
 
     def lower_sample(self, num_draws: int) -> jax.stages.Lowered:
         """Of the parameters outside the layers, the sequences' state (donated), and ``Drawn.rows`` and ``draws``."""
-        layout = self.draw_layouts[num_draws]
-        hidden = self.forward.abstract_hidden(num_draws)
+        layout, hidden = self.draw_layouts[num_draws], self.forward.abstract_hidden(num_draws)
         rows = jax.ShapeDtypeStruct(hidden.shape[-2:], hidden.dtype, sharding=self.replicated)
-        program = jax.jit(
-            partial(self._sample, layout), donate_argnums=(1,), out_shardings=self.replicated,
-            compiler_options=self._options,
-        )  # fmt: skip
-        return program.lower(
-            self._abstract_outside(), self.abstract_sequences(), rows, self._ints(layout.num_draw_ints)
-        )
+        arguments = self._abstract_outside(), self.abstract_sequences(), rows, self._ints(layout.num_draw_ints)
+        return self._lower(partial(self._sample, layout), *arguments, donate_argnums=1, out_shardings=self.replicated)
 
     def lower_admit(self) -> jax.stages.Lowered:
         """Of the sequences' state (donated) and ``int32[2 + max_model_len]``: slot, number of tokens, tokens."""
-        return jax.jit(_admit, donate_argnums=(0,), out_shardings=self.replicated).lower(
-            self.abstract_sequences(), self._ints(2 + self.config.max_model_len)
-        )
+        arguments = self.abstract_sequences(), self._ints(2 + self.config.max_model_len)
+        return self._lower(_admit, *arguments, donate_argnums=0, out_shardings=self.replicated)
 
     def lower_score(self, rows: int) -> jax.stages.Lowered:
         """Of the parameters outside the layers, a step's hidden states and target tokens ``int32[rows]``."""
-        score = jax.jit(self._score, compiler_options=self._options)
-        return score.lower(self._abstract_outside(), self.forward.abstract_hidden(rows), self._ints(rows))
+        return self._lower(self._score, self._abstract_outside(), self.forward.abstract_hidden(rows), self._ints(rows))
+
+    def _lower(self, function: Callable[..., object], *arguments: object, **options: Any) -> jax.stages.Lowered:
+        jitted = jax.jit(function, compiler_options=self._options, **options)
+        lowered = jitted.lower(*arguments)
+        jitted.clear_cache()  # type: ignore[attr-defined]  # what jax keeps of it would outlive the engine
+        return lowered
 
     def _ints(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.replicated)
