@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 import yaml
 
+from jaxserve.errors import ConfigError
+
 SCHEDULERS = ("sarathi", "adaptive", "prefill_first", "orca", "decode_first", "chunked_only", "hybrid_only")
 WHOLE_PROMPT_SCHEDULERS = ("prefill_first", "orca", "decode_first", "hybrid_only")
 ATTENTION_BACKENDS = ("auto", "xla", "native", "triton", "pod", "mosaic")
@@ -29,10 +31,6 @@ LOAD_FORMATS = ("auto", "dummy")
 AUTO_TOKEN_BUDGET = 2048
 """The largest that token_budget auto tries: the paper's budget under relaxed objectives."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot work: names the field, the value and the limit."""
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:

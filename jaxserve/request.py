@@ -9,14 +9,12 @@ from enum import StrEnum
 from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
+from jaxserve.errors import RequestError
+
 MAX_LOGPROBS = 20
 """Most alternatives per position that ``logprobs`` and ``prompt_logprobs`` may ask for (vLLM's default)."""
 MAX_STOP_STRINGS = 16
 MAX_SEED = 2**31 - 1
-
-
-class RequestError(ValueError):
-    """A request that cannot be served as asked: names the field, the value and the limit."""
 
 
 class FinishReason(StrEnum):

@@ -27,9 +27,10 @@ from pathlib import Path
 
 import grpc
 
-from jaxserve.config import SCHEDULERS, ConfigError, EngineConfig, as_flags, parse_config
+from jaxserve.config import SCHEDULERS, EngineConfig, as_flags, parse_config
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.memory import claim_gpu_memory
+from jaxserve.errors import ConfigError, ModelError
 from jaxserve.evaluation import host_bench, kernel_bench, step_bench
 from jaxserve.evaluation.capacity import SearchConfig, Trial
 from jaxserve.evaluation.device_bench import QUICK, THOROUGH, measure_ceilings
@@ -40,7 +41,6 @@ from jaxserve.evaluation.serving import ObjectiveConfig, compare_capacity, run_e
 from jaxserve.evaluation.stall import measure_stall
 from jaxserve.evaluation.throughput import measure_throughput, random_prompts
 from jaxserve.evaluation.workload import WorkloadConfig
-from jaxserve.models.config import ModelError
 from jaxserve.server.process import ServerProcessError, running_server
 
 SERVER = Path(__file__).with_name("serve.py")

@@ -17,13 +17,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from jaxserve.config import ConfigError, parse_config
+from jaxserve.config import parse_config
+from jaxserve.errors import ConfigError, ModelError, RequestError
 from jaxserve.evaluation.latency import Objective
 from jaxserve.evaluation.workload import WorkloadConfig
-from jaxserve.models.config import ModelConfig, ModelError
+from jaxserve.models.config import ModelConfig
 from jaxserve.models.presets import PRESETS
 from jaxserve.models.registry import read_config
-from jaxserve.request import RequestError
 from jaxserve.scheduler import POLICIES, Pace
 from jaxserve.scheduler.buckets import token_buckets
 from jaxserve.scheduler.step_time import Profile

@@ -11,7 +11,6 @@ import pytest
 
 from jaxserve.config import (
     WHOLE_PROMPT_SCHEDULERS,
-    ConfigError,
     EngineConfig,
     ServerConfig,
     as_flags,
@@ -19,6 +18,7 @@ from jaxserve.config import (
     parse_config,
     read_config_file,
 )
+from jaxserve.errors import ConfigError
 
 POLICIES = "sarathi, adaptive, prefill_first, orca, decode_first, chunked_only, hybrid_only"
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.request import MAX_SEED, MAX_STOP_STRINGS, Request, RequestError, RequestMetrics, SamplingParams
+from jaxserve.errors import RequestError
+from jaxserve.request import MAX_SEED, MAX_STOP_STRINGS, Request, RequestMetrics, SamplingParams
 
 INT_LIMIT = 2**31 - 1
 NOT_NUMBERS = [True, np.True_, np.float64("nan"), np.array([1]), math.nan, math.inf, -math.inf, "1", None, [1], 10**400]

@@ -28,18 +28,10 @@ from jaxserve.engine.runner import ModelRunner
 from jaxserve.engine.sampler import TokenLogprobs
 from jaxserve.engine.startup import StartupTimes
 from jaxserve.engine.tracing import StepTracer
+from jaxserve.errors import RequestError
 from jaxserve.models.loading import generation
 from jaxserve.models.loading.hub import resolve
-from jaxserve.request import (
-    FinishReason,
-    Logprob,
-    Request,
-    RequestDelta,
-    RequestError,
-    RequestMetrics,
-    RequestStatus,
-    SamplingParams,
-)
+from jaxserve.request import FinishReason, Logprob, Request, RequestDelta, RequestMetrics, RequestStatus, SamplingParams
 from jaxserve.scheduler import Batch, Chunk, Pace, make_scheduler
 from jaxserve.scheduler.blocks import BlockManager
 from jaxserve.scheduler.buckets import bubble_share

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from jaxserve.config import ConfigError, ResolvedConfig
+from jaxserve.config import ResolvedConfig
 from jaxserve.engine.batch import PackedStep, Packer, StepLayout
 from jaxserve.engine.runner import ModelRunner
+from jaxserve.errors import ConfigError
 from jaxserve.request import Request, RequestMetrics, SamplingParams
 from jaxserve.scheduler import Chunk
 from jaxserve.scheduler.blocks import BlockManager

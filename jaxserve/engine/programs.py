@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.config import ConfigError, ResolvedConfig
+from jaxserve.config import ResolvedConfig
 from jaxserve.engine.batch import StepLayout, plan_of, step_layouts
 from jaxserve.engine.compile import gpu_options
 from jaxserve.engine.memory import choose_num_blocks
 from jaxserve.engine.sampler import SamplingInputs, TokenLogprobs, optional_logprobs, sample, token_logprobs
+from jaxserve.errors import ConfigError
 from jaxserve.kernels.attention import CACHE, AttentionInputs, KVCache
 from jaxserve.kernels.backend import AttentionShape, Target, choose_backend, has_native_kernels
 from jaxserve.models.config import ModelConfig

@@ -21,10 +21,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve.config import ConfigError, ResolvedConfig
+from jaxserve.config import ResolvedConfig
 from jaxserve.engine.executor import Executor
 from jaxserve.engine.programs import StepOutputs
 from jaxserve.engine.sampler import TokenLogprobs
+from jaxserve.errors import ConfigError
 from jaxserve.models.loading.checkpoint import Checkpoint
 
 SERVICE = "jaxserve.internal.Group"

@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 from jaxserve.scheduler.base import Chunk
 from jaxserve.scheduler.buckets import bucket_of
 

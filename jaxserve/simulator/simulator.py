@@ -6,9 +6,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jaxserve.errors import RequestError
 from jaxserve.evaluation.latency import RunResult
 from jaxserve.evaluation.workload import WorkloadRequest
-from jaxserve.request import FinishReason, Request, RequestError, RequestMetrics, RequestStatus, SamplingParams
+from jaxserve.request import FinishReason, Request, RequestMetrics, RequestStatus, SamplingParams
 from jaxserve.scheduler import Chunk, Scheduler
 from jaxserve.scheduler.buckets import token_buckets
 from jaxserve.simulator.cost import CostModel

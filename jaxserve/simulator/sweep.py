@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.capacity import find_capacity
 from jaxserve.evaluation.latency import Objective
 from jaxserve.evaluation.workload import WorkloadConfig, make_workload

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxserve.config import ConfigError, EngineConfig, ResolvedConfig
+from jaxserve.config import EngineConfig, ResolvedConfig
 from jaxserve.engine.batch import StepLayout, empty_step
+from jaxserve.errors import ConfigError
 from jaxserve.hosts.steps import SCORE, STEP, Follower, Followers
 from jaxserve.kernels.backend import CPU_TILING
 from jaxserve.kernels.plan import PlanLimits

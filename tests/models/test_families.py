@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.config import SCHEDULERS
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ModelError
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.registry import FAMILIES, read_config

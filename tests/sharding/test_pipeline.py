@@ -9,12 +9,13 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.metrics import StepRecord
 from jaxserve.engine.ticks import TickPrograms
+from jaxserve.errors import ConfigError, ModelError
 from jaxserve.evaluation.compiled import collectives
-from jaxserve.models.config import Experts, ModelConfig, ModelError
+from jaxserve.models.config import Experts, ModelConfig
 from jaxserve.request import RequestDelta, SamplingParams
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.pipeline import Stages

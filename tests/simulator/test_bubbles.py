@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.workload import WorkloadConfig, WorkloadRequest
 from jaxserve.simulator.bubbles import Bubbles, compare
 from jaxserve.simulator.cost import Span, Tokens

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError, RequestError
 from jaxserve.evaluation.workload import WorkloadRequest
-from jaxserve.request import RequestError
 from jaxserve.scheduler import POLICIES, Batch, Pace, Scheduler
 from jaxserve.scheduler.step_time import StepTimeModel
 from jaxserve.simulator.cost import FittedCost

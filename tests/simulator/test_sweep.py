@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.latency import Objective
 from jaxserve.evaluation.workload import WorkloadConfig
 from jaxserve.scheduler import POLICIES
