@@ -157,10 +157,6 @@ class SamplingParams:
             return num_room_tokens
         return min(self.max_tokens, num_room_tokens) if isinstance(self.max_tokens, SoftLimit) else self.max_tokens
 
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
-
 
 @dataclass(slots=True)
 class RequestMetrics:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import grpc
 
-from jaxserve.config import SCHEDULERS, EngineConfig, as_flags, parse_config
+from jaxserve.config import EngineConfig, as_flags, parse_config
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.memory import claim_gpu_memory
 from jaxserve.errors import ConfigError, ModelError
@@ -41,6 +41,7 @@ from jaxserve.evaluation.serving import ObjectiveConfig, compare_capacity, run_e
 from jaxserve.evaluation.stall import measure_stall
 from jaxserve.evaluation.throughput import measure_throughput, random_prompts
 from jaxserve.evaluation.workload import WorkloadConfig
+from jaxserve.scheduler import POLICIES
 from jaxserve.server.process import ServerProcessError, running_server
 
 SERVER = Path(__file__).with_name("serve.py")
@@ -142,7 +143,7 @@ def serve(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 def capacity(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument(
-        "--policies", nargs="+", choices=SCHEDULERS, default=["sarathi", "prefill_first"], help="instead of --scheduler"
+        "--policies", nargs="+", choices=POLICIES, default=["sarathi", "prefill_first"], help="instead of --scheduler"
     )
     parser.add_argument("--report", metavar="FILE.html", help="write a report, and its numbers beside it as .json")
     configs = EngineConfig, WorkloadConfig, SearchConfig, ObjectiveConfig

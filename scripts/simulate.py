@@ -112,7 +112,8 @@ def main() -> None:
     parser.add_argument("--sweep", choices=SWEEPS, help="capacities of several; shapes divide tp x pp devices")
     parser.add_argument("--budgets", type=int, nargs="+", default=[128, 256, 512, 1024, 2048], help="of that sweep")
     parser.add_argument("--serve", type=float, help="how many replicas for that many requests/s")
-    parser.add_argument("--bubbles", nargs="*", metavar="POLICY", choices=sorted(set(POLICIES) - {"adaptive"}),
+    timeless = sorted(name for name, policy in POLICIES.items() if not policy.needs_step_times)
+    parser.add_argument("--bubbles", nargs="*", metavar="POLICY", choices=timeless,
                         help=f"idle time of a pipeline's stages by policy: {', '.join(bubbles.DEFAULT)}")  # fmt: skip
     parser.add_argument("--plot", help="write a picture of the capacities and TBTs to this file")
     workload, args = parse_config(parser, None, WorkloadConfig)

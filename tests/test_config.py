@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from jaxserve.config import (
-    WHOLE_PROMPT_SCHEDULERS,
     EngineConfig,
     ServerConfig,
     as_flags,
@@ -19,8 +18,10 @@ from jaxserve.config import (
     read_config_file,
 )
 from jaxserve.errors import ConfigError
+from jaxserve.scheduler import POLICIES
 
-POLICIES = "sarathi, adaptive, prefill_first, orca, decode_first, chunked_only, hybrid_only"
+WHOLE_PROMPT_POLICIES = [name for name, policy in POLICIES.items() if policy.runs_whole_prompts]
+NAMES = ", ".join(POLICIES)
 
 
 def error(config: type, **settings: Any) -> str:
@@ -46,7 +47,7 @@ def test_counts(name: str, value: Any) -> None:
         ({"block_size": 24}, "block_size must be a power of two in [8, 128], got 24"),
         ({"block_size": 4}, "block_size must be a power of two in [8, 128], got 4"),
         ({"block_size": 256}, "block_size must be a power of two in [8, 128], got 256"),
-        ({"scheduler": "fifo"}, f"scheduler must be one of {POLICIES}, got 'fifo'"),
+        ({"scheduler": "fifo"}, f"scheduler must be one of {NAMES}, got 'fifo'"),
         (
             {"scheduler": "orca", "chunk_schedule": "256"},
             "chunk_schedule is for the scheduler sarathi with a token_budget in tokens, got orca with 256",
@@ -137,7 +138,7 @@ def test_resolve_keeps_what_was_chosen() -> None:
                 {"scheduler": name, "token_budget": 2047},
                 f"scheduler {name} runs whole prompts: token_budget must be at least max_model_len, got 2047 < 2048",
             )
-            for name in WHOLE_PROMPT_SCHEDULERS
+            for name in WHOLE_PROMPT_POLICIES
         ),
         (
             {"num_blocks": 128},
@@ -157,7 +158,7 @@ def test_resolve_refuses(settings: dict[str, Any], message: str) -> None:
 
 def test_resolve_accepts_the_least() -> None:
     EngineConfig(num_blocks=129).resolve(model_max_len=2048, on_gpu=False)
-    for name in WHOLE_PROMPT_SCHEDULERS:
+    for name in WHOLE_PROMPT_POLICIES:
         EngineConfig(scheduler=name, token_budget=2048).resolve(model_max_len=2048, on_gpu=False)
     for name in ("sarathi", "chunked_only"):
         EngineConfig(scheduler=name, token_budget=16).resolve(model_max_len=2048, on_gpu=False)
@@ -301,7 +302,7 @@ def test_wrong_flags(capsys: pytest.CaptureFixture[str], argv: list[str], messag
         ("seed: null\n", "seed must "),
         ("port: null\n", "port must "),
         ("gpu_memory_utilization: null\n", "gpu_memory_utilization must "),
-        ("scheduler: fifo\n", f"scheduler must be one of {POLICIES}, got 'fifo'"),
+        ("scheduler: fifo\n", f"scheduler must be one of {NAMES}, got 'fifo'"),
     ],
 )
 def test_wrong_files(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, message: str) -> None:

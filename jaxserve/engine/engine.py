@@ -32,8 +32,7 @@ from jaxserve.errors import RequestError
 from jaxserve.models.loading import generation
 from jaxserve.models.loading.hub import resolve
 from jaxserve.request import FinishReason, Logprob, Request, RequestDelta, RequestMetrics, RequestStatus, SamplingParams
-from jaxserve.scheduler import Batch, Chunk, Pace, make_scheduler
-from jaxserve.scheduler.blocks import BlockManager
+from jaxserve.scheduler import Batch, Chunk, Pace
 from jaxserve.scheduler.buckets import bubble_share
 from jaxserve.scheduler.step_time import Profile
 from jaxserve.sharding.mesh import make_mesh
@@ -98,21 +97,11 @@ class Engine:
         executor = make_executor(self.config, checkpoint, mesh, show_progress=show_progress)
         self.runner = ModelRunner(executor)
         pace = self._settle_pace(stored, auto=config.token_budget == "auto") if config.needs_step_times else None
-        self.blocks = BlockManager(
-            self.runner.num_blocks, self.config.block_size, config.max_num_seqs, self.max_model_len
+        self.scheduler = config.policy(
+            self.config.limits(self.runner.num_blocks, window=self.model_config.window, pace=pace)
         )
+        self.blocks = self.scheduler.blocks
         self._packer = Packer(self.blocks)
-        self.scheduler = make_scheduler(
-            config.scheduler,
-            chunk_schedule=config.chunk_budgets,
-            pace=pace,
-            token_budget=self.config.token_budget,
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=self.max_model_len,
-            blocks=self.blocks,
-            window=self.model_config.window,
-        )
-        self.scheduler.pipeline_depth = config.pipeline_parallel
         self.metrics = EngineMetrics(self.config.token_budget)
         self.on_step: list[Callable[[StepRecord, list[Chunk]], None]] = [self.metrics.observe_step]
         """Called with every processed step and its chunks."""

@@ -13,7 +13,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from jaxserve.errors import ConfigError
-from jaxserve.scheduler.base import Chunk
+from jaxserve.scheduler.batch import Chunk
 from jaxserve.scheduler.buckets import bucket_of
 
 
@@ -117,6 +117,20 @@ class StepTimeModel:
         else:
             base = self.base_seconds[rows[-1]] * shape.num_rows / rows[-1]
         return base + self.seconds_per_kv_token * shape.num_kv_tokens + self.seconds_per_pair * shape.num_pairs
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast steps must be, and how fast they are."""
+
+    step_seconds: float
+    """Most that a step with decodes may be predicted to take."""
+    step_time: StepTimeModel
+
+    @classmethod
+    def of(cls, slo_tbt_seconds: float, step_time: StepTimeModel, error: RelativeError) -> Pace:
+        """An objective for the P99 of the TBT, with room for predictions that are as wrong as one in ten is."""
+        return cls(slo_tbt_seconds / (1 + error.p90), step_time)
 
 
 def held_out_error(samples: Sequence[Sample], num_folds: int = 4, seed: int = 0) -> RelativeError:

@@ -90,7 +90,7 @@ def reference(layout: StepLayout, batch: list[Chunk], blocks: BlockManager) -> d
     for chunk in batch:
         request, slot = chunk.request, chunk.slot
         known = request.prompt_token_ids + request.output_token_ids
-        table = blocks.table(slot)
+        table = blocks.tables[slot].tolist()
         for index, block in enumerate(table):
             out["block_tables"][slot, index] = block
         for position in range(chunk.start, chunk.start + chunk.num_tokens):

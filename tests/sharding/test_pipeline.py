@@ -56,7 +56,7 @@ def test_families_give_the_tokens_of_transformers(name: str, pipe: int, tensor: 
     engine = Engine(config, show_progress=False)
     assert serve(engine, [golden.prompt] * 3, len(golden.greedy)) == [golden.greedy] * 3
     # A sequence in a window holds no more blocks as it ends than as it starts.
-    windowed = engine.scheduler.window is not None
+    windowed = engine.scheduler.limits.window is not None
     assert windowed != bool(engine.metrics.registry.get_sample_value("jaxserve_num_preemptions_total"))
     engine.close()
 
