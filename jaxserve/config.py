@@ -1,23 +1,17 @@
-"""Configuration: frozen dataclasses, every check at the door, and their command line and YAML file.
+"""Configuration: frozen dataclasses, and every check at the door.
 
-A field is declared once, with its help; ``parse_config`` makes a flag of it (``token_budget`` -> ``--token-budget``)
-and accepts the same name in the YAML file. The command line wins over the file.
+A field is declared once, with its help and choices; cli.py makes a flag of it, and a setting of the YAML file.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import os
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 from jaxserve.errors import ConfigError
 from jaxserve.scheduler import POLICIES, Limits, Pace, Scheduler
@@ -282,106 +276,3 @@ class ServerConfig:
             raise ConfigError(f"drain_seconds must not be negative, got {self.drain_seconds}")
         if not self.step_timeout_seconds > 0:
             raise ConfigError(f"step_timeout_seconds must be positive, got {self.step_timeout_seconds}")
-
-
-@dataclass(frozen=True)
-class _Accepted:
-    """What a field's annotation lets a flag or a file say."""
-
-    kind: type
-    """int for ``int``, ``int | None`` and ``int | Literal["auto"]``."""
-    words: tuple[str, ...]
-    optional: bool
-
-    @classmethod
-    def of(cls, annotation: Any) -> _Accepted:
-        members = typing.get_args(annotation) or (annotation,)
-        words = tuple(word for member in members for word in typing.get_args(member))
-        (kind,) = [m for m in members if isinstance(m, type) and m is not types.NoneType]
-        return cls(kind, words, types.NoneType in members)
-
-    @property
-    def __name__(self) -> str:
-        """For argparse's messages, and ours."""
-        return " or ".join((self.kind.__name__, *self.words))
-
-    def __call__(self, text: str) -> Any:
-        return text if text in self.words else self.kind(text)
-
-
-def add_arguments(parser: argparse.ArgumentParser, *configs: type) -> None:
-    """A flag for each field of the given dataclasses, ``--no-`` besides for bools; those left out stay out of the
-    namespace."""
-    for config in configs:
-        hints = typing.get_type_hints(config)
-        group = parser.add_argument_group(config.__name__)
-        for f in dataclasses.fields(config):
-            default = "" if f.default is None else f" (default: {f.default})"
-            accepted = _Accepted.of(hints[f.name])
-            kind: dict[str, Any] = (
-                {"action": argparse.BooleanOptionalAction}
-                if accepted.kind is bool
-                else {"type": accepted, "choices": f.metadata["choices"]}
-            )
-            group.add_argument(
-                "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=f.metadata["help"] + default, **kind
-            )
-
-
-def as_flags(config: Any) -> list[str]:
-    """The command line that ``parse_config`` makes ``config`` of."""
-    flags = []
-    for name, value in vars(config).items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None:
-            flags.append(f"--{flag}={value}")
-    return flags
-
-
-def read_config_file(path: str, *configs: type) -> dict[str, Any]:
-    """The settings of a YAML file, keyed by field name; unknown names and wrong types raise ConfigError."""
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"config: cannot read {path!r}: {error}") from error
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"config: {path!r} must hold a mapping of settings, got {type(data).__name__}")
-    known = {name: hint for config in configs for name, hint in typing.get_type_hints(config).items()}
-    settings = {}
-    for key, value in data.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            raise ConfigError(f"config: unknown setting {key!r} in {path!r}; known: {', '.join(sorted(known))}")
-        wanted = _Accepted.of(known[name])
-        if wanted.kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        accepted = value in wanted.words or (value is None and wanted.optional)
-        mistaken = isinstance(value, bool) and wanted.kind is not bool  # to Python, true is an integer
-        if not accepted and (mistaken or not isinstance(value, wanted.kind)):
-            raise ConfigError(f"config: {key} must be of type {wanted.__name__}, got {value!r} in {path!r}")
-        settings[name] = value
-    return settings
-
-
-def parse_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None, *configs: type) -> tuple[Any, ...]:
-    """Instances of ``configs`` from ``argv`` and the YAML file that ``--config`` names, then the parsed namespace.
-
-    Wrong flags and ConfigErrors end the program with the parser's usage message and exit code 2.
-    """
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; the command line wins")
-    add_arguments(parser, *configs)
-    args = parser.parse_args(argv)
-    try:
-        settings = read_config_file(args.config, *configs) if args.config else {}
-        settings |= {k: v for k, v in vars(args).items() if k != "config"}
-        made = []
-        for config in configs:
-            names = {f.name for f in dataclasses.fields(config)}
-            made.append(config(**{k: v for k, v in settings.items() if k in names}))
-    except ConfigError as error:
-        parser.error(str(error))
-    return (*made, args)

@@ -27,7 +27,8 @@ from pathlib import Path
 
 import grpc
 
-from jaxserve.config import EngineConfig, as_flags, parse_config
+from jaxserve.cli import as_flags, parse_config
+from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.memory import claim_gpu_memory
 from jaxserve.errors import ConfigError, ModelError

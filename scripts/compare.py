@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxserve.config import parse_config
+from jaxserve.cli import parse_config
 from jaxserve.errors import ConfigError, ModelError
 from jaxserve.evaluation.compare import CompareConfig, compare, rows, to_json
 from jaxserve.evaluation.contestants import PROGRAMS, Contestant

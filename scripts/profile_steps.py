@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxserve.config import EngineConfig, parse_config
+from jaxserve.cli import parse_config
+from jaxserve.config import EngineConfig
 from jaxserve.engine.executor import Executor, prepare
 from jaxserve.engine.profiling import Profiler, largest_budget
 from jaxserve.engine.runner import ModelRunner

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from jaxserve.config import parse_config
+from jaxserve.cli import parse_config
 from jaxserve.errors import ConfigError, ModelError, RequestError
 from jaxserve.evaluation.latency import Objective
 from jaxserve.evaluation.workload import WorkloadConfig
