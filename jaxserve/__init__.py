@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError, RequestError
 from jaxserve.prompts import TextPrompt, TokensPrompt
 from jaxserve.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
-    from jaxserve.config import EngineConfig
     from jaxserve.llm import LLM
 
 __all__ = [
@@ -27,11 +26,10 @@ __all__ = [
 ]
 
 
-# LLM brings jax along, EngineConfig numpy; clients of a server must not pay for that.
-_IMPORTED_LATER = {"LLM": "jaxserve.llm", "EngineConfig": "jaxserve.config"}
-
-
 def __getattr__(name: str) -> Any:
-    if name in _IMPORTED_LATER:
-        return getattr(import_module(_IMPORTED_LATER[name]), name)
+    # LLM brings jax along; clients of a server must not pay for that.
+    if name == "LLM":
+        from jaxserve.llm import LLM
+
+        return LLM
     raise AttributeError(f"module 'jaxserve' has no attribute {name!r}")

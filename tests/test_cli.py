@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -160,3 +162,9 @@ def test_settings_of_other_programs_are_unknown(tmp_path: Path) -> None:
     assert read_config_file(path, EngineConfig, ServerConfig) == {"port": 1}
     with pytest.raises(ConfigError, match=r"unknown setting 'port' in .*; known: attention_backend, block_size"):
         read_config_file(path, EngineConfig)
+
+
+def test_a_command_line_does_not_wait_for_numpy() -> None:
+    """Most of what --help would take; the schedulers that configurations ask about need it only when one is made."""
+    code = "import sys, jaxserve.cli, jaxserve.config; assert 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 
 class BlockManager:
     """Hands out KV blocks of ``block_size`` tokens. Block 0 is the dummy page of padding rows: nobody gets it.
@@ -12,6 +10,8 @@ class BlockManager:
     """
 
     def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int) -> None:
+        import numpy as np  # who only configures a scheduler, or asks for help, need not wait for it
+
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
-import numpy as np
-
 from jaxserve.errors import ConfigError
 from jaxserve.scheduler.batch import Chunk
 from jaxserve.scheduler.buckets import bucket_of
@@ -94,7 +92,8 @@ class StepTimeModel:
     @classmethod
     def fit(cls, samples: Sequence[Sample]) -> Self:
         """Non-negative least squares of the relative errors; a larger program never gets a smaller base."""
-        from scipy.optimize import nnls  # a third of the start's imports, for those who measure only
+        import numpy as np  # like scipy a third of the start's imports, for those who measure only
+        from scipy.optimize import nnls
 
         rows = sorted({sample.shape.num_rows for sample in samples})
         seconds = np.array([sample.seconds for sample in samples])
@@ -135,6 +134,8 @@ class Pace:
 
 def held_out_error(samples: Sequence[Sample], num_folds: int = 4, seed: int = 0) -> RelativeError:
     """Every sample is predicted by a model fitted to the other folds."""
+    import numpy as np
+
     order = np.random.default_rng(seed).permutation(len(samples))
     errors = []
     for fold in np.array_split(order, num_folds):
