@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.config import EngineConfig
+from jaxserve.errors import ConfigError, RequestError
 from jaxserve.prompts import TextPrompt, TokensPrompt
-from jaxserve.request import CompletionOutput, Logprob, RequestError, RequestOutput, SamplingParams
+from jaxserve.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
     from jaxserve.llm import LLM

@@ -21,8 +21,9 @@ from typing import IO, Any
 
 from jaxserve.engine.call_thread import CallThread
 from jaxserve.engine.engine import Engine, clear
+from jaxserve.errors import RequestError
 from jaxserve.progress import progress_bar
-from jaxserve.request import Logprob, RequestDelta, RequestError, SamplingParams
+from jaxserve.request import Logprob, RequestDelta, SamplingParams
 from jaxserve.result_file import BatchFileError, ResultFile, result_key
 from jaxserve.tokenizer import Tokenizer
 

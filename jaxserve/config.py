@@ -1,26 +1,21 @@
-"""Configuration: frozen dataclasses, every check at the door, and their command line and YAML file.
+"""Configuration: frozen dataclasses, and every check at the door.
 
-A field is declared once, with its help; ``parse_config`` makes a flag of it (``token_budget`` -> ``--token-budget``)
-and accepts the same name in the YAML file. The command line wins over the file.
+A field is declared once, with its help and choices; cli.py makes a flag of it, and a setting of the YAML file.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import os
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from jaxserve.errors import ConfigError
+from jaxserve.scheduler import POLICIES, Limits, Pace, Scheduler
 
-SCHEDULERS = ("sarathi", "adaptive", "prefill_first", "orca", "decode_first", "chunked_only", "hybrid_only")
-WHOLE_PROMPT_SCHEDULERS = ("prefill_first", "orca", "decode_first", "hybrid_only")
 ATTENTION_BACKENDS = ("auto", "xla", "native", "triton", "pod", "mosaic")
 KV_CACHE_DTYPES = ("auto", "fp8_e4m3")
 GEMM_BACKENDS = ("auto", "no_split_k", "cublaslt")
@@ -29,10 +24,6 @@ LOAD_FORMATS = ("auto", "dummy")
 AUTO_TOKEN_BUDGET = 2048
 """The largest that token_budget auto tries: the paper's budget under relaxed objectives."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot work: names the field, the value and the limit."""
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -65,7 +56,7 @@ class EngineConfig:
         256, "most tokens in one step, decodes and prefill chunks together; auto: the most that meets slo_tbt_seconds"
     )
     max_num_seqs: int = option(16, "most sequences that run at once")
-    scheduler: str = option("sarathi", "batching policy", SCHEDULERS)
+    scheduler: str = option("sarathi", "batching policy", tuple(POLICIES))
     chunk_schedule: str | None = option(
         None,
         "sarathi's budget in the stages of a prefill, falling as its chunks read more keys: 512,384,256 for the three "
@@ -133,7 +124,7 @@ class EngineConfig:
             raise ConfigError(f"block_size must be a power of two in [8, 128], got {self.block_size}")
         for name, allowed in (
             ("load_format", LOAD_FORMATS),
-            ("scheduler", SCHEDULERS),
+            ("scheduler", tuple(POLICIES)),
             ("dtype", DTYPES),
             ("attention_backend", ATTENTION_BACKENDS),
             ("gemm_backend", GEMM_BACKENDS),
@@ -144,20 +135,26 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         self._check_objective()
         self._check_warmup()
-        self._check_chunk_schedule()
+        for policy in POLICIES.values():
+            policy.check_options(self)
         if not 0.1 <= self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization must be in [0.1, 1], got {self.gpu_memory_utilization!r}")
         if not 0 <= self.seed <= 2**31 - 1:
             raise ConfigError(f"seed must be in [0, {2**31 - 1}], got {self.seed}")
 
     @property
+    def policy(self) -> type[Scheduler]:
+        """The class that ``scheduler`` names."""
+        return POLICIES[self.scheduler]
+
+    @property
     def needs_step_times(self) -> bool:
-        return self.token_budget == "auto" or self.scheduler == "adaptive"
+        return self.token_budget == "auto" or self.policy.needs_step_times
 
     def _check_objective(self) -> None:
         if self.slo_tbt_seconds is not None and not 0 < self.slo_tbt_seconds < math.inf:
             raise ConfigError(f"slo_tbt_seconds must be positive and finite, got {self.slo_tbt_seconds}")
-        user = "token_budget auto" if self.token_budget == "auto" else "scheduler adaptive"
+        user = "token_budget auto" if self.token_budget == "auto" else f"scheduler {self.scheduler}"
         if self.needs_step_times and self.slo_tbt_seconds is None:
             raise ConfigError(f"slo_tbt_seconds must be given for {user}, got none")
         if self.needs_step_times and self.pipeline_parallel > 1:
@@ -165,7 +162,7 @@ class EngineConfig:
                 f"pipeline_parallel must be 1 for {user}, whose step times are of one batch at a time, "
                 f"got {self.pipeline_parallel}"
             )
-        if self.token_budget == "auto" and self.scheduler in WHOLE_PROMPT_SCHEDULERS:
+        if self.token_budget == "auto" and self.policy.runs_whole_prompts:
             raise ConfigError(
                 f"scheduler {self.scheduler} runs whole prompts: token_budget must be at least max_model_len, got auto"
             )
@@ -181,36 +178,18 @@ class EngineConfig:
         """The stages of chunk_schedule."""
         return tuple(int(stage) for stage in self.chunk_schedule.split(",")) if self.chunk_schedule else ()
 
-    def _check_chunk_schedule(self) -> None:
-        if self.chunk_schedule is None:
-            return
-        if self.scheduler != "sarathi" or self.token_budget == "auto":
-            raise ConfigError(
-                "chunk_schedule is for the scheduler sarathi with a token_budget in tokens, "
-                f"got {self.scheduler} with {self.token_budget}"
-            )
-        try:
-            budgets = self.chunk_budgets
-        except ValueError:
-            budgets = ()
-        # Fewer than max_num_seqs, and decodes could keep a prefill out for as long as they run.
-        falling = budgets == tuple(sorted(budgets, reverse=True))
-        if not budgets or not falling or budgets[0] > self.token_budget or budgets[-1] < self.max_num_seqs:
-            raise ConfigError(
-                f"chunk_schedule must be falling integers from token_budget {self.token_budget} down to max_num_seqs "
-                f"{self.max_num_seqs}, separated by commas, got {self.chunk_schedule!r}"
-            )
-
     def with_policy(self, policy: str) -> EngineConfig:
-        """Under another scheduler; one that computes prompts whole gets a budget of max_model_len."""
-        config = self if policy == "sarathi" else dataclasses.replace(self, chunk_schedule=None)
-        if policy not in WHOLE_PROMPT_SCHEDULERS:
-            return dataclasses.replace(config, scheduler=policy)
-        if config.max_model_len is None:
-            raise ConfigError(
-                f"max_model_len must be given to compare with {policy}, which runs whole prompts, got none"
-            )
-        return dataclasses.replace(config, scheduler=policy, token_budget=config.max_model_len)
+        """Under another scheduler; one that runs prompts whole gets a budget of max_model_len. Raises ConfigError."""
+        budget = self.token_budget
+        if POLICIES[policy].runs_whole_prompts:
+            if self.max_model_len is None:
+                raise ConfigError(
+                    f"max_model_len must be given to compare with {policy}, which runs whole prompts, got none"
+                )
+            budget = self.max_model_len
+        # A chunk_schedule is for the policy that it was given with.
+        schedule = self.chunk_schedule if policy == self.scheduler else None
+        return dataclasses.replace(self, scheduler=policy, token_budget=budget, chunk_schedule=schedule)
 
     def resolve(self, *, model_max_len: int, on_gpu: bool) -> ResolvedConfig:
         """Fill in what depends on the model and the platform: max_model_len, block_size and dtype.
@@ -226,7 +205,7 @@ class EngineConfig:
         # A step of more tokens than the longest prompt would rarely fill.
         most = min(AUTO_TOKEN_BUDGET, max(max_model_len, self.max_num_seqs))
         token_budget = self.token_budget if isinstance(self.token_budget, int) else most
-        if self.scheduler in WHOLE_PROMPT_SCHEDULERS and token_budget < max_model_len:
+        if self.policy.runs_whole_prompts and token_budget < max_model_len:
             raise ConfigError(
                 f"scheduler {self.scheduler} runs whole prompts: token_budget must be at least max_model_len, "
                 f"got {token_budget} < {max_model_len}"
@@ -257,6 +236,20 @@ class ResolvedConfig(EngineConfig):
         """KV blocks of the longest sequence."""
         return -(-self.max_model_len // self.block_size)
 
+    def limits(self, num_blocks: int, *, window: int | None = None, pace: Pace | None = None) -> Limits:
+        """What the scheduler is made with: these settings, and what only the model and the device tell."""
+        return Limits(
+            token_budget=self.token_budget,
+            max_num_seqs=self.max_num_seqs,
+            max_model_len=self.max_model_len,
+            num_blocks=num_blocks,
+            block_size=self.block_size,
+            window=window,
+            pipeline_depth=self.pipeline_parallel,
+            chunk_budgets=self.chunk_budgets,
+            pace=pace,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
@@ -283,106 +276,3 @@ class ServerConfig:
             raise ConfigError(f"drain_seconds must not be negative, got {self.drain_seconds}")
         if not self.step_timeout_seconds > 0:
             raise ConfigError(f"step_timeout_seconds must be positive, got {self.step_timeout_seconds}")
-
-
-@dataclass(frozen=True)
-class _Accepted:
-    """What a field's annotation lets a flag or a file say."""
-
-    kind: type
-    """int for ``int``, ``int | None`` and ``int | Literal["auto"]``."""
-    words: tuple[str, ...]
-    optional: bool
-
-    @classmethod
-    def of(cls, annotation: Any) -> _Accepted:
-        members = typing.get_args(annotation) or (annotation,)
-        words = tuple(word for member in members for word in typing.get_args(member))
-        (kind,) = [m for m in members if isinstance(m, type) and m is not types.NoneType]
-        return cls(kind, words, types.NoneType in members)
-
-    @property
-    def __name__(self) -> str:
-        """For argparse's messages, and ours."""
-        return " or ".join((self.kind.__name__, *self.words))
-
-    def __call__(self, text: str) -> Any:
-        return text if text in self.words else self.kind(text)
-
-
-def add_arguments(parser: argparse.ArgumentParser, *configs: type) -> None:
-    """A flag for each field of the given dataclasses, ``--no-`` besides for bools; those left out stay out of the
-    namespace."""
-    for config in configs:
-        hints = typing.get_type_hints(config)
-        group = parser.add_argument_group(config.__name__)
-        for f in dataclasses.fields(config):
-            default = "" if f.default is None else f" (default: {f.default})"
-            accepted = _Accepted.of(hints[f.name])
-            kind: dict[str, Any] = (
-                {"action": argparse.BooleanOptionalAction}
-                if accepted.kind is bool
-                else {"type": accepted, "choices": f.metadata["choices"]}
-            )
-            group.add_argument(
-                "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=f.metadata["help"] + default, **kind
-            )
-
-
-def as_flags(config: Any) -> list[str]:
-    """The command line that ``parse_config`` makes ``config`` of."""
-    flags = []
-    for name, value in vars(config).items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None:
-            flags.append(f"--{flag}={value}")
-    return flags
-
-
-def read_config_file(path: str, *configs: type) -> dict[str, Any]:
-    """The settings of a YAML file, keyed by field name; unknown names and wrong types raise ConfigError."""
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"config: cannot read {path!r}: {error}") from error
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"config: {path!r} must hold a mapping of settings, got {type(data).__name__}")
-    known = {name: hint for config in configs for name, hint in typing.get_type_hints(config).items()}
-    settings = {}
-    for key, value in data.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            raise ConfigError(f"config: unknown setting {key!r} in {path!r}; known: {', '.join(sorted(known))}")
-        wanted = _Accepted.of(known[name])
-        if wanted.kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        accepted = value in wanted.words or (value is None and wanted.optional)
-        mistaken = isinstance(value, bool) and wanted.kind is not bool  # to Python, true is an integer
-        if not accepted and (mistaken or not isinstance(value, wanted.kind)):
-            raise ConfigError(f"config: {key} must be of type {wanted.__name__}, got {value!r} in {path!r}")
-        settings[name] = value
-    return settings
-
-
-def parse_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None, *configs: type) -> tuple[Any, ...]:
-    """Instances of ``configs`` from ``argv`` and the YAML file that ``--config`` names, then the parsed namespace.
-
-    Wrong flags and ConfigErrors end the program with the parser's usage message and exit code 2.
-    """
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; the command line wins")
-    add_arguments(parser, *configs)
-    args = parser.parse_args(argv)
-    try:
-        settings = read_config_file(args.config, *configs) if args.config else {}
-        settings |= {k: v for k, v in vars(args).items() if k != "config"}
-        made = []
-        for config in configs:
-            names = {f.name for f in dataclasses.fields(config)}
-            made.append(config(**{k: v for k, v in settings.items() if k in names}))
-    except ConfigError as error:
-        parser.error(str(error))
-    return (*made, args)

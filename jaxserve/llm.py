@@ -9,17 +9,10 @@ from typing import Any
 from jaxserve.config import EngineConfig
 from jaxserve.engine.call_thread import CallThread
 from jaxserve.engine.engine import Engine, clear
+from jaxserve.errors import RequestError
 from jaxserve.progress import progress_bar
 from jaxserve.prompts import Message, ParsedPrompt, Prompt, parse_conversations, parse_prompts
-from jaxserve.request import (
-    CompletionOutput,
-    Logprob,
-    RequestDelta,
-    RequestError,
-    RequestOutput,
-    SamplingParams,
-    SoftLimit,
-)
+from jaxserve.request import CompletionOutput, Logprob, RequestDelta, RequestOutput, SamplingParams, SoftLimit
 
 
 class LLM:

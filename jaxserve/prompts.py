@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
-from jaxserve.request import RequestError, as_integer
+from jaxserve.errors import RequestError
+from jaxserve.request import as_integer
 
 
 class TextPrompt(TypedDict):

@@ -9,14 +9,12 @@ from enum import StrEnum
 from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
+from jaxserve.errors import RequestError
+
 MAX_LOGPROBS = 20
 """Most alternatives per position that ``logprobs`` and ``prompt_logprobs`` may ask for (vLLM's default)."""
 MAX_STOP_STRINGS = 16
 MAX_SEED = 2**31 - 1
-
-
-class RequestError(ValueError):
-    """A request that cannot be served as asked: names the field, the value and the limit."""
 
 
 class FinishReason(StrEnum):
@@ -158,10 +156,6 @@ class SamplingParams:
         if self.max_tokens is None:
             return num_room_tokens
         return min(self.max_tokens, num_room_tokens) if isinstance(self.max_tokens, SoftLimit) else self.max_tokens
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
 
 
 @dataclass(slots=True)

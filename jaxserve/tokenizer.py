@@ -18,9 +18,9 @@ import jinja2.sandbox
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
+from jaxserve.errors import RequestError
 from jaxserve.models.fields import Fields
 from jaxserve.models.loading import gguf_tokenizer, hf_tokenizer
-from jaxserve.request import RequestError
 from jaxserve.token_length import TokenLength, byte_alphabet
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")

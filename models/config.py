@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxserve.errors import ModelError
+
 NORMS = ("rms", "rms_plus_one", "layer")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-
-
-class ModelError(ValueError):
-    """A model that cannot be served: names what was found and what is supported."""
 
 
 @dataclass(frozen=True, kw_only=True)

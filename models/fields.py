@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ModelError
 
 LARGEST_INT: Final = 2**31 - 1
 LARGEST_SIZE: Final = 2**24

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.models.config import ModelError, Rope
+from jaxserve.errors import ModelError
+from jaxserve.models.config import Rope
 from jaxserve.models.fields import LARGEST_COUNT, LARGEST_SIZE, Fields
 from jaxserve.models.rope import ROPE_KINDS, rope_frequencies
 

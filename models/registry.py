@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxserve.models.config import ModelConfig, ModelError
+from jaxserve.errors import ModelError
+from jaxserve.models.config import ModelConfig
 from jaxserve.models.falcon import FALCON
 from jaxserve.models.family import Family
 from jaxserve.models.fields import Fields

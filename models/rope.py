@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.models.config import ModelConfig, ModelError, Rope
+from jaxserve.errors import ModelError
+from jaxserve.models.config import ModelConfig, Rope
 
 Frequencies = tuple[np.ndarray, float]
 """Inverse frequencies ``float32[dim / 2]`` and the factor that scales cos and sin."""

@@ -25,7 +25,9 @@ from pathlib import Path
 os.environ.pop("JAX_PLATFORMS", None)
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 
-from jaxserve.config import ConfigError, EngineConfig, parse_config
+from jaxserve.cli import parse_config
+from jaxserve.config import EngineConfig
+from jaxserve.errors import ConfigError
 
 MIB = 2**20
 DEFAULTS = {

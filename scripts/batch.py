@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxserve.batch_file import BatchRun, BatchSummary, check_models, open_source
-from jaxserve.config import ConfigError, EngineConfig, parse_config
+from jaxserve.cli import parse_config
+from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ConfigError, ModelError
 from jaxserve.result_file import BatchFileError, ResultFile
 
 

@@ -27,9 +27,11 @@ from pathlib import Path
 
 import grpc
 
-from jaxserve.config import SCHEDULERS, ConfigError, EngineConfig, as_flags, parse_config
+from jaxserve.cli import as_flags, parse_config
+from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.memory import claim_gpu_memory
+from jaxserve.errors import ConfigError, ModelError
 from jaxserve.evaluation import host_bench, kernel_bench, step_bench
 from jaxserve.evaluation.capacity import SearchConfig, Trial
 from jaxserve.evaluation.device_bench import QUICK, THOROUGH, measure_ceilings
@@ -40,7 +42,7 @@ from jaxserve.evaluation.serving import ObjectiveConfig, compare_capacity, run_e
 from jaxserve.evaluation.stall import measure_stall
 from jaxserve.evaluation.throughput import measure_throughput, random_prompts
 from jaxserve.evaluation.workload import WorkloadConfig
-from jaxserve.models.config import ModelError
+from jaxserve.scheduler import POLICIES
 from jaxserve.server.process import ServerProcessError, running_server
 
 SERVER = Path(__file__).with_name("serve.py")
@@ -142,7 +144,7 @@ def serve(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 def capacity(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument(
-        "--policies", nargs="+", choices=SCHEDULERS, default=["sarathi", "prefill_first"], help="instead of --scheduler"
+        "--policies", nargs="+", choices=POLICIES, default=["sarathi", "prefill_first"], help="instead of --scheduler"
     )
     parser.add_argument("--report", metavar="FILE.html", help="write a report, and its numbers beside it as .json")
     configs = EngineConfig, WorkloadConfig, SearchConfig, ObjectiveConfig

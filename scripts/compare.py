@@ -14,11 +14,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxserve.config import ConfigError, parse_config
+from jaxserve.cli import parse_config
+from jaxserve.errors import ConfigError, ModelError
 from jaxserve.evaluation.compare import CompareConfig, compare, rows, to_json
 from jaxserve.evaluation.contestants import PROGRAMS, Contestant
 from jaxserve.evaluation.report import check_can_report, text_table
-from jaxserve.models.config import ModelError
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = [f"{name}:{dtype}" for name, program in PROGRAMS.items() for dtype in program.dtypes]

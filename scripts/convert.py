@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ModelError
 from jaxserve.models.loading import orbax
 from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.registry import family_of

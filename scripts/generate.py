@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from jaxserve.request import RequestError
+from jaxserve.errors import RequestError
 from jaxserve.server.client import DEFAULT_TARGET, ChatMessages, Client, StreamTiming
 
 

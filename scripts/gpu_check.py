@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.gpu_check.records import read_records
 from jaxserve.evaluation.gpu_check.runner import RESULTS, run_stages
 from jaxserve.evaluation.gpu_check.stage import ROOT

@@ -13,10 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxserve.config import ConfigError, EngineConfig, parse_config
+from jaxserve.cli import parse_config
+from jaxserve.config import EngineConfig
 from jaxserve.engine.profiling import Profiler, largest_budget
 from jaxserve.engine.runner import ModelRunner, prepare
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ConfigError, ModelError
 from jaxserve.scheduler.step_time import Profile, Sample
 from jaxserve.sharding.mesh import make_mesh
 

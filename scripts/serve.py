@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from jaxserve.config import ConfigError, EngineConfig, ServerConfig, parse_config
+from jaxserve.cli import parse_config
+from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.errors import ConfigError
 from jaxserve.hosts.front_end import FrontEnd
 from jaxserve.hosts.group import Group, HostsConfig
 from jaxserve.hosts.ranks import exit_code_of, run_follower, set_up_logging

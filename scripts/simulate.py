@@ -17,13 +17,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from jaxserve.config import ConfigError, parse_config
+from jaxserve.cli import parse_config
+from jaxserve.errors import ConfigError, ModelError, RequestError
 from jaxserve.evaluation.latency import Objective
 from jaxserve.evaluation.workload import WorkloadConfig
-from jaxserve.models.config import ModelConfig, ModelError
+from jaxserve.models.config import ModelConfig
 from jaxserve.models.presets import PRESETS
 from jaxserve.models.registry import read_config
-from jaxserve.request import RequestError
 from jaxserve.scheduler import POLICIES, Pace
 from jaxserve.scheduler.buckets import token_buckets
 from jaxserve.scheduler.step_time import Profile
@@ -112,7 +112,8 @@ def main() -> None:
     parser.add_argument("--sweep", choices=SWEEPS, help="capacities of several; shapes divide tp x pp devices")
     parser.add_argument("--budgets", type=int, nargs="+", default=[128, 256, 512, 1024, 2048], help="of that sweep")
     parser.add_argument("--serve", type=float, help="how many replicas for that many requests/s")
-    parser.add_argument("--bubbles", nargs="*", metavar="POLICY", choices=sorted(set(POLICIES) - {"adaptive"}),
+    timeless = sorted(name for name, policy in POLICIES.items() if not policy.needs_step_times)
+    parser.add_argument("--bubbles", nargs="*", metavar="POLICY", choices=timeless,
                         help=f"idle time of a pipeline's stages by policy: {', '.join(bubbles.DEFAULT)}")  # fmt: skip
     parser.add_argument("--plot", help="write a picture of the capacities and TBTs to this file")
     workload, args = parse_config(parser, None, WorkloadConfig)

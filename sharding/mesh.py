@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 
 
 def make_mesh(tensor: int = 1, pipe: int = 1) -> Mesh:

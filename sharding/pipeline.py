@@ -18,9 +18,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError, ModelError
 from jaxserve.kernels.attention import AttentionInputs, KVCache, Rotation
-from jaxserve.models.config import ModelError
 from jaxserve.models.decoder import Decoder, run_layer
 from jaxserve.models.packing import Parameter
 from jaxserve.models.weights import Part, Weight

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.models.config import ModelConfig, ModelError
+from jaxserve.errors import ModelError
+from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder
 
 RULES: dict[str, str | None] = {

@@ -30,7 +30,8 @@ from jaxserve.batch_file import (
     _logprobs,
     parse_body,
 )
-from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestError, RequestMetrics
+from jaxserve.errors import RequestError
+from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestMetrics
 from jaxserve.result_file import BatchFileError, ResultFile
 from jaxserve.tokenizer import Tokenizer
 

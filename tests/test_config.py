@@ -1,26 +1,19 @@
-"""Configurations that cannot work are refused with the field, the value and the limit; flags and YAML agree."""
+"""Configurations that cannot work are refused with the field, the value and the limit."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jaxserve.config import (
-    WHOLE_PROMPT_SCHEDULERS,
-    ConfigError,
-    EngineConfig,
-    ServerConfig,
-    as_flags,
-    cache_dir,
-    parse_config,
-    read_config_file,
-)
+from jaxserve.config import EngineConfig, ServerConfig, cache_dir
+from jaxserve.errors import ConfigError
+from jaxserve.scheduler import POLICIES
 
-POLICIES = "sarathi, adaptive, prefill_first, orca, decode_first, chunked_only, hybrid_only"
+WHOLE_PROMPT_POLICIES = [name for name, policy in POLICIES.items() if policy.runs_whole_prompts]
+NAMES = ", ".join(POLICIES)
 
 
 def error(config: type, **settings: Any) -> str:
@@ -46,7 +39,7 @@ def test_counts(name: str, value: Any) -> None:
         ({"block_size": 24}, "block_size must be a power of two in [8, 128], got 24"),
         ({"block_size": 4}, "block_size must be a power of two in [8, 128], got 4"),
         ({"block_size": 256}, "block_size must be a power of two in [8, 128], got 256"),
-        ({"scheduler": "fifo"}, f"scheduler must be one of {POLICIES}, got 'fifo'"),
+        ({"scheduler": "fifo"}, f"scheduler must be one of {NAMES}, got 'fifo'"),
         (
             {"scheduler": "orca", "chunk_schedule": "256"},
             "chunk_schedule is for the scheduler sarathi with a token_budget in tokens, got orca with 256",
@@ -137,7 +130,7 @@ def test_resolve_keeps_what_was_chosen() -> None:
                 {"scheduler": name, "token_budget": 2047},
                 f"scheduler {name} runs whole prompts: token_budget must be at least max_model_len, got 2047 < 2048",
             )
-            for name in WHOLE_PROMPT_SCHEDULERS
+            for name in WHOLE_PROMPT_POLICIES
         ),
         (
             {"num_blocks": 128},
@@ -157,7 +150,7 @@ def test_resolve_refuses(settings: dict[str, Any], message: str) -> None:
 
 def test_resolve_accepts_the_least() -> None:
     EngineConfig(num_blocks=129).resolve(model_max_len=2048, on_gpu=False)
-    for name in WHOLE_PROMPT_SCHEDULERS:
+    for name in WHOLE_PROMPT_POLICIES:
         EngineConfig(scheduler=name, token_budget=2048).resolve(model_max_len=2048, on_gpu=False)
     for name in ("sarathi", "chunked_only"):
         EngineConfig(scheduler=name, token_budget=16).resolve(model_max_len=2048, on_gpu=False)
@@ -169,157 +162,9 @@ def test_an_automatic_budget_becomes_the_largest_to_try(max_model_len: int, toke
     assert config.resolve(model_max_len=8192, on_gpu=False).token_budget == token_budget
 
 
-def test_automatic_budget_from_flag_and_file(tmp_path: Path) -> None:
-    expected = EngineConfig(token_budget="auto", slo_tbt_seconds=0.1)
-    assert parse("--token-budget", "auto", "--slo-tbt", "0.1")[0] == expected
-    assert parse("--config", settings_file(tmp_path, "token_budget: auto\nslo_tbt_seconds: 0.1\n"))[0] == expected
-
-
 def test_chunk_schedule() -> None:
     assert EngineConfig(chunk_schedule="256, 100,16").chunk_budgets == (256, 100, 16)
     assert EngineConfig().chunk_budgets == ()
-
-
-def parse(*argv: str) -> tuple[EngineConfig, ServerConfig, argparse.Namespace]:
-    parser = argparse.ArgumentParser(prog="test")
-    parser.add_argument("--other", default="-")
-    engine, server, args = parse_config(parser, argv, EngineConfig, ServerConfig)
-    return engine, server, args
-
-
-def usage_error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    with pytest.raises(SystemExit) as caught:
-        parse(*argv)
-    assert caught.value.code == 2
-    return capsys.readouterr().err
-
-
-def settings_file(tmp_path: Path, text: str) -> str:
-    path = tmp_path / "config.yaml"
-    path.write_text(text)
-    return str(path)
-
-
-def test_defaults_without_flags() -> None:
-    engine, server, args = parse()
-    assert (engine, server, args.other) == (EngineConfig(), ServerConfig(), "-")
-
-
-def test_flags() -> None:
-    engine, server, args = parse(
-        "--token-budget", "64", "--model", "m", "--gpu-memory-utilization", "0.5", "--drain-seconds", "2",
-        "--block-size", "32", "--metrics-port", "9000", "--other", "x",
-    )  # fmt: skip
-    assert engine == EngineConfig(token_budget=64, model="m", gpu_memory_utilization=0.5, block_size=32)
-    assert server == ServerConfig(drain_seconds=2.0, metrics_port=9000)
-    assert args.other == "x"
-
-
-def test_switches(tmp_path: Path) -> None:
-    assert parse()[0].warmup
-    assert not parse("--no-warmup")[0].warmup
-    path = settings_file(tmp_path, "warmup: false\n")
-    assert not parse("--config", path)[0].warmup
-    assert parse("--config", path, "--warmup")[0].warmup, "the command line wins"
-
-
-@pytest.mark.parametrize("config", [EngineConfig(), EngineConfig(warmup=False, token_budget=64, model="-m=x")])
-def test_a_configuration_as_flags(config: EngineConfig) -> None:
-    assert parse(*as_flags(config))[0] == config
-
-
-def test_every_field_has_a_flag_and_help(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse("--help")
-    text = " ".join(capsys.readouterr().out.split())
-    for field in (*dataclasses.fields(EngineConfig), *dataclasses.fields(ServerConfig)):
-        assert f"--{field.name.replace('_', '-')} " in text
-        assert field.metadata["help"] in text
-
-
-def test_file_with_dashes_and_underscores(tmp_path: Path) -> None:
-    path = settings_file(
-        tmp_path, "token-budget: 64\nmax_num_seqs: 8\ngpu-memory-utilization: 1\nmetrics_port: null\nport: 6000\n"
-    )
-    engine, server, _ = parse("--config", path)
-    assert engine == EngineConfig(token_budget=64, max_num_seqs=8, gpu_memory_utilization=1.0)
-    assert isinstance(engine.gpu_memory_utilization, float)
-    assert server == ServerConfig(port=6000)
-
-
-def test_command_line_wins(tmp_path: Path) -> None:
-    path = settings_file(tmp_path, "token_budget: 64\nmax_num_seqs: 8\n")
-    engine, _, _ = parse("--token-budget", "32", "--config", path)
-    assert (engine.token_budget, engine.max_num_seqs) == (32, 8)
-    # Even where it asks for the default.
-    assert parse("--config", path, "--token-budget", "256")[0].token_budget == 256
-
-
-def test_empty_file(tmp_path: Path) -> None:
-    assert parse("--config", settings_file(tmp_path, "# nothing\n"))[0] == EngineConfig()
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--token_budgets", "1"], "unrecognized arguments: --token_budgets 1"),
-        (["--token-budget", "many"], "argument --token-budget: invalid int or auto value: 'many'"),
-        (["--token-budget", "0"], "token_budget must be an integer of at least 1, got 0"),
-        (["--scheduler", "fifo"], "argument --scheduler: invalid choice: 'fifo'"),
-        (
-            ["--no-warmup", "--token-budget", "auto", "--slo-tbt-seconds", "1"],
-            "warmup must be true for token_budget auto, which times every program, got false",
-        ),
-        (["--port", "70000"], "port must be in [0, 65535], got 70000"),
-        (["--config", "/none.yaml"], "config: cannot read '/none.yaml': "),
-    ],
-)
-def test_wrong_flags(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
-    assert f"test: error: {message}" in usage_error(capsys, *argv)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("token_budgets: 1\n", "config: unknown setting 'token_budgets' in "),
-        ("1: 2\n", "config: unknown setting 1 in "),
-        ("- token_budget\n", "must hold a mapping of settings, got list"),
-        ("just text\n", "must hold a mapping of settings, got str"),
-        ("0\n", "must hold a mapping of settings, got int"),
-        ("[]\n", "must hold a mapping of settings, got list"),
-        ("token_budget: [\n", "config: cannot read "),
-        ("token_budget: many\n", "config: token_budget must be of type int or auto, got 'many' in "),
-        ("token-budget: 1.5\n", "config: token-budget must be of type int or auto, got 1.5 in "),
-        ("token_budget: true\n", "config: token_budget must be of type int or auto, got True in "),
-        ("gpu_memory_utilization: false\n", "config: gpu_memory_utilization must be of type float, got False in "),
-        ("warmup: 1\n", "config: warmup must be of type bool, got 1 in "),
-        ("warmup: null\n", "config: warmup must be of type bool, got None in "),
-        ("max_model_len: '64'\n", "config: max_model_len must be of type int, got '64' in "),
-        ("model: 7\n", "config: model must be of type str, got 7 in "),
-        ("token_budget: 0\n", "token_budget must be an integer of at least 1, got 0"),
-        ("token_budget: null\n", "token_budget must "),
-        ("seed: null\n", "seed must "),
-        ("port: null\n", "port must "),
-        ("gpu_memory_utilization: null\n", "gpu_memory_utilization must "),
-        ("scheduler: fifo\n", f"scheduler must be one of {POLICIES}, got 'fifo'"),
-    ],
-)
-def test_wrong_files(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, message: str) -> None:
-    assert message in usage_error(capsys, "--config", settings_file(tmp_path, text))
-
-
-def test_a_file_that_is_not_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_bytes(b"model: \xff\xfe\n")
-    assert "config: cannot read " in usage_error(capsys, "--config", str(path))
-
-
-def test_settings_of_other_programs_are_unknown(tmp_path: Path) -> None:
-    """A program without a server knows no port."""
-    path = settings_file(tmp_path, "port: 1\n")
-    assert read_config_file(path, EngineConfig, ServerConfig) == {"port": 1}
-    with pytest.raises(ConfigError, match=r"unknown setting 'port' in .*; known: attention_backend, block_size"):
-        read_config_file(path, EngineConfig)
 
 
 def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

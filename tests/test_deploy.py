@@ -13,7 +13,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from jaxserve.config import EngineConfig, ServerConfig, parse_config
+from jaxserve.cli import parse_config
+from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.hosts.group import Group, HostsConfig
 from jaxserve.server.listener import SERVICE_NAME
 

@@ -13,11 +13,10 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ModelError, RequestError
 from jaxserve.models.loading.gguf_file import read_gguf
 from jaxserve.models.loading.gguf_tokenizer import PRE_TOKENIZERS, build
 from jaxserve.models.loading.hub import resolve
-from jaxserve.request import RequestError
 from jaxserve.tokenizer import _BYTE_LEVEL, Tokenizer
 
 METADATA = read_gguf(resolve("smollm2-135m")).metadata

@@ -19,8 +19,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.loading import generation
 from jaxserve.models.loading.hub import resolve
 from jaxserve.request import SamplingParams
-from jaxserve.scheduler import Pace, Scheduler, make_scheduler
-from jaxserve.scheduler.blocks import BlockManager
+from jaxserve.scheduler import Pace, Scheduler
 from jaxserve.scheduler.step_time import Profile
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.tokenizer import Tokenizer
@@ -39,7 +38,6 @@ class EngineParts:
     sampling_defaults: Mapping[str, Any]
     """The model's own, for fields that a request leaves open."""
     runner: ModelRunner
-    blocks: BlockManager
     scheduler: Scheduler
     startup: StartupTimes
 
@@ -66,18 +64,7 @@ def build(
     pace = None
     if config.needs_step_times:
         pace, resolved = _settle_pace(runner, resolved, stored, auto=config.token_budget == "auto")
-    blocks = BlockManager(runner.num_blocks, resolved.block_size, resolved.max_num_seqs, resolved.max_model_len)
-    scheduler = make_scheduler(
-        config.scheduler,
-        chunk_schedule=config.chunk_budgets,
-        pace=pace,
-        token_budget=resolved.token_budget,
-        max_num_seqs=resolved.max_num_seqs,
-        max_model_len=resolved.max_model_len,
-        blocks=blocks,
-        window=checkpoint.config.window,
-    )
-    scheduler.pipeline_depth = config.pipeline_parallel
+    scheduler = config.policy(resolved.limits(runner.num_blocks, window=checkpoint.config.window, pace=pace))
     runner.prepare_scores()
     startup = StartupTimes(
         imports_seconds,
@@ -90,7 +77,7 @@ def build(
     logger.info("%s", startup)
     if not config.warmup:
         logger.warning("no warm-up: steps stall while programs compile at their first use; for development only")
-    return EngineParts(resolved, checkpoint.config, tokenizer, eos, defaults, runner, blocks, scheduler, startup)
+    return EngineParts(resolved, checkpoint.config, tokenizer, eos, defaults, runner, scheduler, startup)
 
 
 def _log_sampling(defaults: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import jax.monitoring
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 from jaxserve.progress import progress_bar
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"

@@ -18,7 +18,8 @@ from jaxserve.engine.output import OutputStream, collect_prompt_logprobs, drawn_
 from jaxserve.engine.runner import ModelRunner
 from jaxserve.engine.step import Packer, Step, prefills_of, wants_prompt_logprobs
 from jaxserve.engine.tracing import StepTracer
-from jaxserve.request import FinishReason, Request, RequestDelta, RequestError, RequestMetrics, SamplingParams
+from jaxserve.errors import RequestError
+from jaxserve.request import FinishReason, Request, RequestDelta, RequestMetrics, SamplingParams
 from jaxserve.scheduler import Batch, Chunk
 
 HELD_POLL_SECONDS = 0.01
@@ -53,7 +54,7 @@ class Engine:
         self.tokenizer, self.eos_token_ids = parts.tokenizer, parts.eos_token_ids
         self.sampling_defaults = parts.sampling_defaults
         """The model's own, for fields that a request leaves open."""
-        self.runner, self.scheduler, self.blocks = parts.runner, parts.scheduler, parts.blocks
+        self.runner, self.scheduler, self.blocks = parts.runner, parts.scheduler, parts.scheduler.blocks
         self.startup = parts.startup
         self.metrics = EngineMetrics(self.config.token_budget)
         self.metrics.observe_startup(self.startup)

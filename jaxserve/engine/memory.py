@@ -14,7 +14,8 @@ from jax._src import xla_bridge  # nothing public tells whether jax has taken it
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxserve.config import ConfigError, ResolvedConfig
+from jaxserve.config import ResolvedConfig
+from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from jaxserve.config import ConfigError, ResolvedConfig
+from jaxserve.config import ResolvedConfig
 from jaxserve.engine.runner import ModelRunner
 from jaxserve.engine.step import Packer, Step
+from jaxserve.errors import ConfigError
 from jaxserve.request import Request, RequestMetrics, SamplingParams
 from jaxserve.scheduler import Chunk
 from jaxserve.scheduler.blocks import BlockManager

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from jaxserve.config import ConfigError, ResolvedConfig
+from jaxserve.config import ResolvedConfig
 from jaxserve.engine.compile import gpu_options
 from jaxserve.engine.forward import (
     EVERYWHERE,
@@ -25,6 +25,7 @@ from jaxserve.engine.forward import (
 from jaxserve.engine.memory import choose_num_blocks
 from jaxserve.engine.sampler import SamplingInputs, TokenLogprobs, optional_logprobs, sample, token_logprobs
 from jaxserve.engine.step import StepLayout, StepOutputs, step_layouts
+from jaxserve.errors import ConfigError
 from jaxserve.kernels.attention import KVCache
 from jaxserve.kernels.backend import AttentionShape, Target, choose_backend, has_native_kernels
 from jaxserve.kernels.cpu_gemm import PackedMatrix

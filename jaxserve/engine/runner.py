@@ -25,7 +25,7 @@ from jaxserve.engine.programs import StepPrograms
 from jaxserve.engine.sampler import TokenLogprobs
 from jaxserve.engine.startup import timed
 from jaxserve.engine.step import Step, StepLayout, StepOutputs, prompt_targets
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ModelError
 from jaxserve.models.loading.checkpoint import Checkpoint, OrbaxCheckpoint, open_checkpoint
 from jaxserve.models.packing import Parameter
 from jaxserve.models.rope import longest_sequence

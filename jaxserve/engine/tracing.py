@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxserve.config import ConfigError
 from jaxserve.engine.metrics import StepRecord
+from jaxserve.errors import ConfigError
 from jaxserve.scheduler import Chunk
 
 _HOST, _DEVICE, _SLOTS = 1, 2, 10

@@ -18,8 +18,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from jaxserve.config import ConfigError
 from jaxserve.engine.programs import StepPrograms
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.compiled import (
     Launches,
     collectives,

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jaxserve.config import ConfigError, option
+from jaxserve.config import option
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.latency import Objective, RunResult, RunSummary
 
 GROWTH = 2.0

@@ -12,7 +12,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from jaxserve.config import ConfigError, cache_dir, option
+from jaxserve.config import cache_dir, option
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.contestants import PROGRAMS, Contestant, ContestantError, ContestantProcess, Round
 from jaxserve.evaluation.latency import Percentiles, RunResult
 from jaxserve.evaluation.load import make_prompts

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.attention_batch import (
     LEAST_CACHE_BYTES,
     attention_chain,

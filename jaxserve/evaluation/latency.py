@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 from jaxserve.request import RequestMetrics
 
 if TYPE_CHECKING:

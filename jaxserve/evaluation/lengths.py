@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 from scipy import stats
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 
 LOG_QUANTILES = {"log-normal": stats.norm.ppf, "weibull": stats.gumbel_l.ppf, "log-logistic": stats.logistic.ppf}
 """Quantile functions of the logarithm, in standard form; each family has a free location and scale there."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import jinja2
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.capacity import CapacityResult
 from jaxserve.evaluation.latency import Objective, RunResult
 

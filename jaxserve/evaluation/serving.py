@@ -8,9 +8,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from jaxserve.config import ConfigError, EngineConfig, option
+from jaxserve.config import EngineConfig, option
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.metrics import StepRecord
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.capacity import CapacityResult, SearchConfig, Trial, find_capacity
 from jaxserve.evaluation.latency import Objective, RunResult
 from jaxserve.evaluation.load import make_prompts, measure_engine, measure_server

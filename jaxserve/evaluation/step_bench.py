@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.profiling import pack_alone
 from jaxserve.engine.programs import StepPrograms
 from jaxserve.engine.runner import ModelRunner, prepare
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.compiled import Launches, compile_into_cache
 from jaxserve.evaluation.device_bench import THOROUGH, Ceilings, Effort, Timing, Work, time_launches, write_results
 from jaxserve.evaluation.throughput import ThroughputResult

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxserve.config import ConfigError, option
+from jaxserve.config import option
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.arrivals import gamma_seconds, poisson_seconds, trace_seconds
 from jaxserve.evaluation.lengths import PAPER, Trace, zipf_quantile
 

@@ -6,7 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jaxserve.config import ConfigError, option
+from jaxserve.config import option
+from jaxserve.errors import ConfigError
 
 HEARTBEAT_TIMEOUT_SECONDS = 10
 """jax ends a process when another has been silent for so long."""

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from jaxserve.config import ConfigError, EngineConfig, ServerConfig
+from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.errors import ConfigError, ModelError
 from jaxserve.hosts.group import Group
-from jaxserve.models.config import ModelError
 from jaxserve.server.grpc_server import build_engines, serve
 from jaxserve.server.signals import drain_on_signal, end_process
 

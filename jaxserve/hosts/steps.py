@@ -21,8 +21,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve.config import ConfigError, ResolvedConfig
+from jaxserve.config import ResolvedConfig
 from jaxserve.engine.runner import Kind, ModelRunner
+from jaxserve.errors import ConfigError
 from jaxserve.models.loading.checkpoint import Checkpoint
 
 SERVICE = "jaxserve.internal.Group"

@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Unpack
-
 from jaxserve.request import Request
-from jaxserve.scheduler.base import Batch, Limits
+from jaxserve.scheduler.base import Limits
+from jaxserve.scheduler.batch import Batch
 from jaxserve.scheduler.buckets import token_buckets
 from jaxserve.scheduler.sarathi import SarathiScheduler
-from jaxserve.scheduler.step_time import BatchShape, RelativeError, StepTimeModel
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How fast steps must be, and how fast they are."""
-
-    step_seconds: float
-    """Most that a step with decodes may be predicted to take."""
-    step_time: StepTimeModel
-
-    @classmethod
-    def of(cls, slo_tbt_seconds: float, step_time: StepTimeModel, error: RelativeError) -> Pace:
-        """An objective for the P99 of the TBT, with room for predictions that are as wrong as one in ten is."""
-        return cls(slo_tbt_seconds / (1 + error.p90), step_time)
+from jaxserve.scheduler.step_time import BatchShape
 
 
 class AdaptiveScheduler(SarathiScheduler):
@@ -35,27 +19,24 @@ class AdaptiveScheduler(SarathiScheduler):
     ``token_budget`` is the only limit.
     """
 
-    def __init__(self, pace: Pace, **limits: Unpack[Limits]) -> None:
-        super().__init__(**limits)
-        self._pace = pace
-        self._buckets = token_buckets(self.token_budget)
+    name = "adaptive"
+    needs_step_times = True
 
-    def predict(self, batch: Batch) -> float:
-        """Seconds that the batch will take."""
-        return self._pace.step_time.predict(self._shape(batch))
-
-    def _shape(self, batch: Batch) -> BatchShape:
-        return BatchShape.of(batch.chunks.values(), self._buckets, self.window)
+    def __init__(self, limits: Limits) -> None:
+        super().__init__(limits)
+        assert limits.pace is not None, "checked by the configuration"
+        self._pace = limits.pace
+        self._buckets = token_buckets(limits.token_budget)
 
     def _chunk_tokens(self, batch: Batch, request: Request) -> int:
         most = super()._chunk_tokens(batch, request)
-        shape = self._shape(batch)
+        shape = BatchShape.of(batch.chunks.values(), self._buckets, self.limits.window)
         if not shape.num_decodes:
             return most
         start, fits = request.num_computed_tokens, 0
         while fits < most:
             num_tokens = (fits + most + 1) // 2
-            larger = shape.with_chunk(start, num_tokens, self._buckets, self.window)
+            larger = shape.with_chunk(start, num_tokens, self._buckets, self.limits.window)
             if self._pace.step_time.predict(larger) <= self._pace.step_seconds:
                 fits = num_tokens
             else:

@@ -4,72 +4,51 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from typing import NamedTuple, NotRequired, TypedDict, Unpack
+from typing import TYPE_CHECKING, ClassVar
 
 from jaxserve.request import FinishReason, Request, RequestStatus
+from jaxserve.scheduler.batch import Batch, Chunk
 from jaxserve.scheduler.blocks import BlockManager
+from jaxserve.scheduler.step_time import Pace
 
-
-class Chunk(NamedTuple):
-    """Tokens ``[start, start + num_tokens)`` of one request, computed in one step."""
-
-    request: Request
-    start: int
-    num_tokens: int
-    slot: int
-    """The request's slot in this step; a preemption may take it away before the step's results are processed."""
-    samples: bool
-    """True when the chunk reaches the request's last token, so the step samples the next one."""
-
+if TYPE_CHECKING:
+    from jaxserve.config import EngineConfig
 
 _new_chunk = partial(tuple.__new__, Chunk)
 """Chunk._make without its checks, a third of the time."""
 
 
-@dataclass
-class Batch:
-    """One step's work: at most ``budget`` tokens."""
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What bounds a policy's batches. Lengths and budgets are in tokens.
 
-    budget: int
-    decodes: list[Request] = field(default_factory=list)
-    """Running requests that are ready to decode."""
-    prefills: list[Request] = field(default_factory=list)
-    """Running requests with more to compute than one token after an output token."""
-    chunks: dict[str, Chunk] = field(default_factory=dict)
-    """By request id."""
-    preempted: list[Request] = field(default_factory=list)
-    num_tokens: int = 0
-    """Of all chunks."""
-
-    @property
-    def budget_left(self) -> int:
-        return self.budget - self.num_tokens
-
-    def add(self, chunk: Chunk) -> None:
-        self.chunks[chunk.request.request_id] = chunk
-        self.num_tokens += chunk.num_tokens
-
-    def drop(self, request: Request) -> None:
-        """Take the request's chunk out, if it has one."""
-        chunk = self.chunks.pop(request.request_id, None)
-        if chunk is not None:
-            self.num_tokens -= chunk.num_tokens
-
-
-class Limits(TypedDict):
-    """What bounds every policy's batches."""
+    There is one class for all policies, so that who builds one need not know which it is: a policy reads the fields
+    that it goes by. They are values only; the KV blocks change hands all the time, so the scheduler makes its own.
+    """
 
     token_budget: int
     """Most tokens in one batch."""
     max_num_seqs: int
+    """Most requests that run at once."""
     max_model_len: int
-    blocks: BlockManager
-    window: NotRequired[int | None]
-    """The model's widest attention window, in tokens, where every layer has one."""
+    """Of a request, prompt and output together."""
+    num_blocks: int
+    """KV blocks, the dummy one included."""
+    block_size: int
+    window: int | None = None
+    """The model's widest attention window, where every layer has one."""
+    pipeline_depth: int = 1
+    """Stages of the pipeline, each at work on a batch of its own. With more than one, a request waits until its token
+    has left the last stage (``Scheduler.sampled``), and a batch takes its share of the decodes, so that the next ones
+    have as many."""
+    chunk_budgets: Sequence[int] = ()
+    """Of sarathi's stages of a prefill, the first one's first; none: one stage, of the whole budget."""
+    pace: Pace | None = None
+    """For the policies that need step times."""
 
 
 class Scheduler(ABC):
@@ -82,19 +61,26 @@ class Scheduler(ABC):
     one chunk span, however long it is.
     """
 
-    def __init__(self, **limits: Unpack[Limits]) -> None:
-        self.token_budget = limits["token_budget"]
-        self.max_num_seqs = limits["max_num_seqs"]
-        self.max_model_len = limits["max_model_len"]
-        self.blocks = limits["blocks"]
-        self.window = limits.get("window")
-        self.pipeline_depth = 1
-        """Stages of the pipeline, each at work on a batch of its own. With more than one, a request waits until its
-        token has left the last stage (``sampled``), and a batch takes its share of the decodes, so that the next ones
-        have as many."""
+    name: ClassVar[str]
+    """As the option ``scheduler`` has it. What policies share, their bases, have none."""
+    runs_whole_prompts: ClassVar[bool] = False
+    """The budget must then hold the longest prompt."""
+    needs_step_times: ClassVar[bool] = False
+    """Whether ``Limits.pace`` must be given."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.blocks = BlockManager(limits.num_blocks, limits.block_size, limits.max_num_seqs, limits.max_model_len)
         self.waiting: OrderedDict[str, Request] = OrderedDict()
         self.running: list[Request] = []
-        self._free_slots = list(range(self.max_num_seqs - 1, -1, -1))
+        self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
+
+    @staticmethod  # noqa: B027
+    def check_options(config: EngineConfig) -> None:
+        """Raise ConfigError where ``config`` sets this policy's own options to what cannot work, or for another policy.
+
+        Every policy is asked, whichever ``config`` is of; most have no options of their own.
+        """
 
     @abstractmethod
     def _fill(self, batch: Batch) -> None:
@@ -109,24 +95,24 @@ class Scheduler(ABC):
     def schedule(self) -> Batch:
         """The next step's batch. Its requests count as computed from now on, so the next call can run ahead."""
         self._release_unseen()
-        batch = Batch(self.token_budget, *self._ready())
+        batch = Batch(self.limits.token_budget, *self._ready())
         self._fill(batch)
         chunks = batch.chunks
         for request, _, num_tokens, _, samples in chunks.values():
             request.num_computed_tokens += num_tokens
             if samples:
                 request.num_tokens += 1
-        if self.pipeline_depth > 1:
+        if self.limits.pipeline_depth > 1:
             for chunk in chunks.values():
                 chunk.request.num_unsampled_tokens += chunk.samples
-        for request in batch.decodes:
+        for request in batch.decode_candidates:
             if request.request_id not in chunks and request.status is RequestStatus.RUNNING:
                 request.metrics.num_stalls += 1
         return batch
 
     def sampled(self, batch: Iterable[Chunk]) -> None:
         """Note that a batch has left the last stage of the pipeline: its tokens exist, on the device at least."""
-        if self.pipeline_depth > 1:
+        if self.limits.pipeline_depth > 1:
             for chunk in batch:
                 chunk.request.num_unsampled_tokens -= chunk.samples
 
@@ -151,14 +137,14 @@ class Scheduler(ABC):
         for request in self.running:
             if not request.exhausted:
                 (decodes if request.decoding else prefills).append(request)
-        if self.pipeline_depth > 1:
-            share = -(-len(self.running) // self.pipeline_depth)
+        if self.limits.pipeline_depth > 1:
+            share = -(-len(self.running) // self.limits.pipeline_depth)
             decodes = [r for r in decodes if not r.num_unsampled_tokens][:share]
         return decodes, prefills
 
     def _grant_decodes(self, batch: Batch) -> None:
         """A token for each, as ``_grant`` would, but all at once: most of a large batch."""
-        decodes, held_tokens = batch.decodes[: batch.budget_left], self.blocks.held_tokens
+        decodes, held_tokens = batch.decode_candidates[: batch.budget_left], self.blocks.held_tokens
         for request in [r for r in decodes if r.num_computed_tokens >= held_tokens[r.slot]]:
             self._make_room(batch, request, 1)
         if batch.preempted:
@@ -199,9 +185,9 @@ class Scheduler(ABC):
         rows of all requests before it attends, so a freed block may already hold another request's keys by then: that
         is harmless, for the rows of this request do not see what was freed, and its table entry is 0.
         """
-        if self.window is not None:
+        if self.limits.window is not None:
             for request in self.running:
-                self.blocks.release_before(request.slot, request.num_computed_tokens - self.window + 1)
+                self.blocks.release_before(request.slot, request.num_computed_tokens - self.limits.window + 1)
 
     def _next_waiting(self, batch: Batch) -> Request | None:
         """The head of the queue, where a batch in which nobody was preempted and a free slot could take it.
@@ -209,7 +195,7 @@ class Scheduler(ABC):
         A preempted request whose last token is still in a pipeline waits for it: its recomputation needs the token
         itself, and what a later step could feed back lies under the slot that it has lost.
         """
-        if not self.waiting or batch.preempted or len(self.running) >= self.max_num_seqs:
+        if not self.waiting or batch.preempted or len(self.running) >= self.limits.max_num_seqs:
             return None
         head = next(iter(self.waiting.values()))
         return None if head.num_pending_tokens else head
@@ -225,8 +211,9 @@ class Scheduler(ABC):
         """
         if not self.running:
             return True
-        prefill_tokens = request.num_uncomputed_tokens + sum(r.num_uncomputed_tokens for r in batch.prefills)
-        num_steps = -(-prefill_tokens // (self.token_budget - len(self.running))) << request.metrics.num_preemptions
+        prefill_tokens = request.num_uncomputed_tokens + sum(r.num_uncomputed_tokens for r in batch.prefill_candidates)
+        left_tokens = self.limits.token_budget - len(self.running)
+        num_steps = -(-prefill_tokens // left_tokens) << request.metrics.num_preemptions
         wanted = self._most_blocks(request, num_steps)
         if wanted > self.blocks.num_free:
             return False
@@ -236,7 +223,7 @@ class Scheduler(ABC):
 
         # A bound first, which spares a look at every decode while memory is plenty.
         decodes = len(self.running) * -(-num_steps // self.blocks.block_size)
-        if wanted + decodes + sum(map(growth, batch.prefills)) <= self.blocks.num_free:
+        if wanted + decodes + sum(map(growth, batch.prefill_candidates)) <= self.blocks.num_free:
             return True
         return wanted + sum(map(growth, self.running)) <= self.blocks.num_free
 
@@ -244,10 +231,10 @@ class Scheduler(ABC):
         """Blocks that the request may hold until ``num_steps`` from now; nobody caches a last token."""
         last = min(request.num_tokens + num_steps, request.num_prompt_tokens + request.max_tokens) - 1
         num_blocks = self.blocks.num_for(last)
-        if self.window is not None:
+        if self.limits.window is not None:
             # Window and chunk span most blocks where the window begins with the last token of one.
-            chunk = min(request.num_uncomputed_tokens, self.token_budget)
-            num_blocks = min(num_blocks, 1 + self.blocks.num_for(self.window + chunk - 2))
+            chunk = min(request.num_uncomputed_tokens, self.limits.token_budget)
+            num_blocks = min(num_blocks, 1 + self.blocks.num_for(self.limits.window + chunk - 2))
         return num_blocks
 
     def _admit(self, batch: Batch, request: Request) -> None:
@@ -256,7 +243,7 @@ class Scheduler(ABC):
         request.status = RequestStatus.RUNNING
         request.slot = self._free_slots.pop()
         self.running.append(request)
-        batch.prefills.append(request)
+        batch.prefill_candidates.append(request)
 
     def _preempt_latest(self, batch: Batch) -> Request:
         victim = self.running.pop()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 
 class BlockManager:
     """Hands out KV blocks of ``block_size`` tokens. Block 0 is the dummy page of padding rows: nobody gets it.
@@ -12,10 +10,13 @@ class BlockManager:
     """
 
     def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int) -> None:
+        import numpy as np  # who only configures a scheduler, or asks for help, need not wait for it
+
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
-        """By slot, the sequence's blocks in the order of its tokens, then zeros."""
+        """By slot, the sequence's blocks in the order of its tokens, then zeros; 0 as well for those that
+        ``release_before`` took back."""
         self.held_tokens = [0] * max_num_seqs
         """By slot, how many tokens its blocks are for, those that ``release_before`` took back included."""
         self._num_released = [0] * max_num_seqs
@@ -42,10 +43,6 @@ class BlockManager:
     def num_held(self, slot: int) -> int:
         """Blocks that the sequence has, without those that ``release_before`` took back."""
         return self.held_tokens[slot] // self.block_size - self._num_released[slot]
-
-    def table(self, slot: int) -> list[int]:
-        """The sequence's blocks, in the order of its tokens; 0 where ``release_before`` took one back."""
-        return self.tables[slot, : self.held_tokens[slot] // self.block_size].tolist()
 
     def room(self, slot: int) -> int:
         """Tokens that the sequence's own blocks and all free ones could hold together."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from jaxserve.request import Request
-from jaxserve.scheduler.base import Batch, Scheduler
+from jaxserve.scheduler.base import Scheduler
+from jaxserve.scheduler.batch import Batch
 
 
 class ChunkedPrefillScheduler(Scheduler):
@@ -15,7 +16,7 @@ class ChunkedPrefillScheduler(Scheduler):
 
     def _grant_chunks(self, batch: Batch) -> None:
         """Prefills under way, then new requests, in what is left of the budget."""
-        for request in batch.prefills:
+        for request in batch.prefill_candidates:
             self._grant(batch, request, self._chunk_tokens(batch, request))
         while (waiting := self._next_waiting(batch)) is not None and self._has_room(batch, waiting):
             num_tokens = self._chunk_tokens(batch, waiting)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxserve.scheduler.base import Batch
+from jaxserve.scheduler.batch import Batch
 from jaxserve.scheduler.whole_prompts import WholePromptScheduler
 
 
@@ -12,6 +12,7 @@ class DecodeFirstScheduler(WholePromptScheduler):
     Nobody ever waits between two tokens, but the batch shrinks as its requests end, and throughput with it.
     """
 
+    name = "decode_first"
     reserves = True
 
     def _fill(self, batch: Batch) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from jaxserve.scheduler.base import Batch
+from jaxserve.scheduler.batch import Batch
 from jaxserve.scheduler.whole_prompts import WholePromptScheduler
 
 
 class HybridOnlyScheduler(WholePromptScheduler):
     """Every running decode, and as many whole prompts as fit beside them: a long one stretches the step for all."""
+
+    name = "hybrid_only"
 
     def _fill(self, batch: Batch) -> None:
         self._grant_decodes(batch)

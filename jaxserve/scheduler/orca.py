@@ -8,4 +8,5 @@ from jaxserve.scheduler.hybrid_only import HybridOnlyScheduler
 class OrcaScheduler(HybridOnlyScheduler):
     """Hybrid batches from the days before paged KV caches: each request holds memory for the longest one."""
 
+    name = "orca"
     reserves = True

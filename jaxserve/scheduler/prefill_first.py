@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from jaxserve.scheduler.base import Batch
+from jaxserve.scheduler.batch import Batch
 from jaxserve.scheduler.whole_prompts import WholePromptScheduler
 
 
 class PrefillFirstScheduler(WholePromptScheduler):
     """A step prefills as many whole prompts as fit, or else decodes every running request."""
+
+    name = "prefill_first"
 
     def _fill(self, batch: Batch) -> None:
         self._admit_whole(batch)

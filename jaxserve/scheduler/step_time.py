@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
-import numpy as np
-
-from jaxserve.config import ConfigError
-from jaxserve.scheduler.base import Chunk
+from jaxserve.errors import ConfigError
+from jaxserve.scheduler.batch import Chunk
 from jaxserve.scheduler.buckets import bucket_of
 
 
@@ -94,7 +92,8 @@ class StepTimeModel:
     @classmethod
     def fit(cls, samples: Sequence[Sample]) -> Self:
         """Non-negative least squares of the relative errors; a larger program never gets a smaller base."""
-        from scipy.optimize import nnls  # a third of the start's imports, for those who measure only
+        import numpy as np  # like scipy a third of the start's imports, for those who measure only
+        from scipy.optimize import nnls
 
         rows = sorted({sample.shape.num_rows for sample in samples})
         seconds = np.array([sample.seconds for sample in samples])
@@ -119,8 +118,24 @@ class StepTimeModel:
         return base + self.seconds_per_kv_token * shape.num_kv_tokens + self.seconds_per_pair * shape.num_pairs
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How fast steps must be, and how fast they are."""
+
+    step_seconds: float
+    """Most that a step with decodes may be predicted to take."""
+    step_time: StepTimeModel
+
+    @classmethod
+    def of(cls, slo_tbt_seconds: float, step_time: StepTimeModel, error: RelativeError) -> Pace:
+        """An objective for the P99 of the TBT, with room for predictions that are as wrong as one in ten is."""
+        return cls(slo_tbt_seconds / (1 + error.p90), step_time)
+
+
 def held_out_error(samples: Sequence[Sample], num_folds: int = 4, seed: int = 0) -> RelativeError:
     """Every sample is predicted by a model fitted to the other folds."""
+    import numpy as np
+
     order = np.random.default_rng(seed).permutation(len(samples))
     errors = []
     for fold in np.array_split(order, num_folds):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from jaxserve.request import Request
-from jaxserve.scheduler.base import Batch, Scheduler
+from jaxserve.scheduler.base import Scheduler
+from jaxserve.scheduler.batch import Batch
 
 
 class WholePromptScheduler(Scheduler):
@@ -18,6 +19,7 @@ class WholePromptScheduler(Scheduler):
     batch; configurations must have ``max_model_len`` (config.py).
     """
 
+    runs_whole_prompts = True
     reserves: ClassVar[bool] = False
     """Blocks for ``max_model_len`` tokens are taken at admission and held, so nobody is ever preempted. A window
     gives back the blocks left behind, and those ahead stay reserved."""
@@ -30,12 +32,12 @@ class WholePromptScheduler(Scheduler):
                 break
             self._admit(batch, request)
             if self.reserves:
-                self.blocks.grow(request.slot, self.max_model_len)
+                self.blocks.grow(request.slot, self.limits.max_model_len)
             self._grant(batch, request, num_tokens)
 
     def _has_room(self, batch: Batch, request: Request) -> bool:
         if self.reserves:
-            return self.blocks.num_free >= self.blocks.num_for(self.max_model_len)
+            return self.blocks.num_free >= self.blocks.num_for(self.limits.max_model_len)
         # All of it at once, also where a window will give most of it back, and a block for each running request.
         whole = self.blocks.num_for(request.num_uncomputed_tokens)
         return self.blocks.num_free >= len(self.running) + whole and super()._has_room(batch, request)

@@ -15,7 +15,7 @@ import grpc
 from google.protobuf.descriptor import FieldDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from jaxserve.request import RequestError
+from jaxserve.errors import RequestError
 from jaxserve.server.messages import MAX_UINT32, NO_TOKEN_LIMIT
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2_grpc as pb_grpc

@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health
 
-from jaxserve.request import RequestError
+from jaxserve.errors import RequestError
 from jaxserve.server.engine_thread import EngineDeadError
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from jaxserve.request import FinishReason, RequestDelta, RequestError, SamplingParams
+from jaxserve.errors import RequestError
+from jaxserve.request import FinishReason, RequestDelta, SamplingParams
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine

@@ -10,7 +10,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from jaxserve.config import ConfigError, ServerConfig
+from jaxserve.config import ServerConfig
+from jaxserve.errors import ConfigError
 from jaxserve.server.door import Door
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.message import Message
 
-from jaxserve.request import MAX_STOP_STRINGS, FinishReason, Logprob, RequestDelta, RequestError, SamplingParams
+from jaxserve.errors import RequestError
+from jaxserve.request import MAX_STOP_STRINGS, FinishReason, Logprob, RequestDelta, SamplingParams
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import grpc
 from google.protobuf.message import Message
 
-from jaxserve.request import RequestError
+from jaxserve.errors import RequestError
 from jaxserve.server import messages
 from jaxserve.server.door import Context, StatusError, overloaded
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb

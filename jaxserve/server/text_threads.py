@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from jaxserve.request import RequestError
+from jaxserve.errors import RequestError
 from jaxserve.server.door import overloaded
 
 SHORT_BYTES = 16 * 1024

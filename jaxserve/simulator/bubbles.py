@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.latency import RunSummary
 from jaxserve.evaluation.workload import WorkloadConfig, make_workload
 from jaxserve.simulator.deployment import Deployment

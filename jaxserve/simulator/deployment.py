@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.workload import WorkloadRequest
 from jaxserve.models.config import ModelConfig
-from jaxserve.scheduler import POLICIES, Pace, make_scheduler
-from jaxserve.scheduler.blocks import BlockManager
+from jaxserve.scheduler import POLICIES, Limits, Pace
 from jaxserve.simulator.cost import OVERLAPPED, CostModel, HostTime, RooflineCost
 from jaxserve.simulator.devices import GIB, Device
 from jaxserve.simulator.simulator import SimulatedRun, Simulator
@@ -26,7 +25,7 @@ class Deployment:
     pipeline: int = 1
     scheduler: str = "sarathi"
     pace: Pace | None = None
-    """For the adaptive scheduler, which needs it."""
+    """For schedulers that need step times."""
     token_budget: int = 512
     max_num_seqs: int = 128
     max_model_len: int = 16384
@@ -46,8 +45,8 @@ class Deployment:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.scheduler not in POLICIES:
             raise ConfigError(f"scheduler must be one of {', '.join(POLICIES)}, got {self.scheduler!r}")
-        if self.scheduler == "adaptive" and self.pace is None:
-            raise ConfigError("scheduler adaptive needs a pace: a TBT objective and step times")
+        if POLICIES[self.scheduler].needs_step_times and self.pace is None:
+            raise ConfigError(f"scheduler {self.scheduler} needs a pace: a TBT objective and step times")
         if self.max_num_seqs > self.token_budget:
             raise ConfigError(
                 f"max_num_seqs must not exceed token_budget, got {self.max_num_seqs} > {self.token_budget}"
@@ -88,13 +87,13 @@ class Deployment:
         return int(room // (self.roofline.kv_bytes_per_token * self.block_size))
 
     def simulate(self, workload: Sequence[WorkloadRequest]) -> SimulatedRun:
-        scheduler = make_scheduler(
-            self.scheduler,
-            pace=self.pace,
+        limits = Limits(
             token_budget=self.token_budget,
             max_num_seqs=self.max_num_seqs,
             max_model_len=self.max_model_len,
-            blocks=BlockManager(self.num_blocks, self.block_size, self.max_num_seqs, self.max_model_len),
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
             window=self.model.window,
+            pace=self.pace,
         )
-        return Simulator(scheduler, self.cost, lock_step=self.lock_step).run(workload)
+        return Simulator(POLICIES[self.scheduler], limits, self.cost, lock_step=self.lock_step).run(workload)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 
 GIB = 2**30
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from jaxserve.errors import RequestError
 from jaxserve.evaluation.latency import RunResult
 from jaxserve.evaluation.workload import WorkloadRequest
-from jaxserve.request import FinishReason, Request, RequestError, RequestMetrics, RequestStatus, SamplingParams
-from jaxserve.scheduler import Chunk, Scheduler
+from jaxserve.request import FinishReason, Request, RequestMetrics, RequestStatus, SamplingParams
+from jaxserve.scheduler import Chunk, Limits, Scheduler
 from jaxserve.scheduler.buckets import token_buckets
 from jaxserve.simulator.cost import CostModel
 from jaxserve.simulator.pipeline import AsynchronousPipeline, Pipeline
@@ -38,7 +39,7 @@ class SimulatedRun(RunResult):
 
 
 class Simulator:
-    """One engine: a scheduler, a cost model, and a pipeline of as many micro-batches as the model has stages.
+    """One engine: a policy, a cost model, and a pipeline of as many micro-batches as the cost model has stages.
 
     A micro-batch enters when the first stage is free. The scheduler leaves out requests whose last token is still in
     flight, so the micro-batches' decodes are disjoint; consecutive chunks of a prompt may follow one another, since
@@ -47,11 +48,10 @@ class Simulator:
     Stages in ``lock_step`` are those of our engine, others take a micro-batch whenever it is ready.
     """
 
-    def __init__(self, scheduler: Scheduler, cost: CostModel, *, lock_step: bool = False) -> None:
-        self.scheduler = scheduler
-        self.scheduler.pipeline_depth = cost.num_stages
+    def __init__(self, policy: type[Scheduler], limits: Limits, cost: CostModel, *, lock_step: bool = False) -> None:
+        self.scheduler = policy(replace(limits, pipeline_depth=cost.num_stages))
         self.pipeline: Pipeline[Chunk] = (
-            TickPipeline(cost, token_buckets(scheduler.token_budget)) if lock_step else AsynchronousPipeline(cost)
+            TickPipeline(cost, token_buckets(limits.token_budget)) if lock_step else AsynchronousPipeline(cost)
         )
         self._num_batches = 0
         self._loaded_bubble_share = 0.0
@@ -87,11 +87,11 @@ class Simulator:
         blocks = self.scheduler.blocks
         capacity = (blocks.num_blocks - 1) * blocks.block_size
         num_tokens = asked.num_prompt_tokens + asked.num_output_tokens
-        if num_tokens > self.scheduler.max_model_len:
+        if num_tokens > self.scheduler.limits.max_model_len:
             raise RequestError(
-                f"request {index} has {num_tokens} tokens, max_model_len is {self.scheduler.max_model_len}"
+                f"request {index} has {num_tokens} tokens, max_model_len is {self.scheduler.limits.max_model_len}"
             )
-        if num_tokens > capacity and self.scheduler.window is None:
+        if num_tokens > capacity and self.scheduler.limits.window is None:
             raise RequestError(f"request {index} needs {num_tokens} KV tokens, the device's memory holds {capacity}")
         return Request(
             request_id=str(index),

@@ -6,16 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.capacity import find_capacity
 from jaxserve.evaluation.latency import Objective
 from jaxserve.evaluation.workload import WorkloadConfig, make_workload
 from jaxserve.scheduler import POLICIES
 from jaxserve.simulator.deployment import Deployment
 from jaxserve.simulator.simulator import SimulatedRun
-
-CHUNKING = ("sarathi", "adaptive", "chunked_only")
-"""Policies whose token budget is a choice; the others need room for whole prompts."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def rate_candidate(
 def whole_prompts(deployment: Deployment, policy: str) -> Deployment:
     """The deployment with another policy, and with the budget that this policy can run with."""
     budget = deployment.token_budget
-    if policy not in CHUNKING:
+    if POLICIES[policy].runs_whole_prompts:
         budget = max(budget, deployment.max_model_len)
     return replace(deployment, scheduler=policy, token_budget=budget)
 
@@ -92,8 +89,9 @@ def variants(deployment: Deployment, sweep: str, budgets: Iterable[int]) -> dict
     if sweep == "budgets":
         return {f"budget {budget}": replace(deployment, token_budget=budget) for budget in budgets}
     if sweep == "policies":
-        possible = [policy for policy in POLICIES if policy != "adaptive" or deployment.pace is not None]
-        return {policy: whole_prompts(deployment, policy) for policy in possible}
+        has_step_times = deployment.pace is not None
+        possible = [name for name, policy in POLICIES.items() if has_step_times or not policy.needs_step_times]
+        return {name: whole_prompts(deployment, name) for name in possible}
     found: dict[str, Deployment] = {}
     for tensor in range(1, deployment.num_devices + 1):
         if deployment.num_devices % tensor == 0:

@@ -11,8 +11,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.evaluation.capacity import SearchConfig, find_capacity
 from jaxserve.evaluation.latency import Objective, Percentiles
 from jaxserve.evaluation.workload import WorkloadConfig, make_workload
-from jaxserve.scheduler import Pace, make_scheduler
-from jaxserve.scheduler.blocks import BlockManager
+from jaxserve.scheduler import Pace
 from jaxserve.scheduler.step_time import Profile
 from jaxserve.simulator.cost import FittedCost
 from jaxserve.simulator.simulator import SimulatedRun, Simulator
@@ -83,19 +82,7 @@ def _simulate(policy: str, engine: EngineConfig, workload: WorkloadConfig, profi
     assert engine.max_model_len is not None, "bench.py capacity settles it"
     config = engine.with_policy(policy).resolve(model_max_len=engine.max_model_len, on_gpu=False)
     slo = config.slo_tbt_seconds
-    scheduler = make_scheduler(
-        policy,
-        chunk_schedule=config.chunk_budgets,
-        pace=Pace.of(slo, profile.step_time, profile.error) if slo else None,
-        token_budget=config.token_budget,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=config.max_model_len,
-        blocks=BlockManager(
-            config.num_blocks or 1 + config.max_num_seqs * config.blocks_per_seq,
-            config.block_size,
-            config.max_num_seqs,
-            config.max_model_len,
-        ),
-    )
-    requests = make_workload(workload, max_model_len=config.max_model_len)
-    return Simulator(scheduler, FittedCost(profile.step_time)).run(requests)
+    num_blocks = config.num_blocks or 1 + config.max_num_seqs * config.blocks_per_seq
+    pace = Pace.of(slo, profile.step_time, profile.error) if slo else None
+    simulator = Simulator(config.policy, config.limits(num_blocks, pace=pace), FittedCost(profile.step_time))
+    return simulator.run(make_workload(workload, max_model_len=config.max_model_len))

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ModelError
 from jaxserve.models.weights import Part, TensorSource, Weight
 
 # Rotary tables that old checkpoints carry.

@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from jaxserve.models.config import ModelConfig, ModelError
+from jaxserve.errors import ModelError
+from jaxserve.models.config import ModelConfig
 from jaxserve.models.fields import Fields
 from jaxserve.models.loading import assemble, eos, generation, gguf_tokenizer, head, hf, orbax
 from jaxserve.models.loading.dummy import random_parameters

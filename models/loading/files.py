@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ModelError
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ModelError, RequestError
 from jaxserve.models.loading.files import read_json
-from jaxserve.request import RequestError, SamplingParams
+from jaxserve.request import SamplingParams
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Kind
 from safetensors.numpy import save_file
 
-from jaxserve.models.config import ModelConfig, ModelError
+from jaxserve.errors import ModelError
+from jaxserve.models.config import ModelConfig
 from jaxserve.models.loading.gguf_file import GGUFFile, TensorInfo, read_gguf
 from jaxserve.models.registry import read_config
 

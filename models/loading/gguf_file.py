@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ModelError
 from jaxserve.models.fields import Fields
 from jaxserve.models.loading.files import refuse_pointer
 

@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ModelError
 from jaxserve.models.fields import Fields
 from jaxserve.models.loading.eos import KNOWN_ENDS, Declared
 from jaxserve.models.loading.gguf_pretokenizers import PRE_TOKENIZERS, WHOLE_WORDS, pre_tokenizer

@@ -14,7 +14,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ModelError
 from jaxserve.models.fields import Fields
 from jaxserve.models.loading.eos import is_token_id
 from jaxserve.models.loading.files import read_json, read_text, unreadable

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxserve.config import cache_dir
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ModelError
 from jaxserve.models.presets import PRESETS
 
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import jax
 
-from jaxserve.models.config import Experts, ModelConfig, ModelError, Rope
+from jaxserve.errors import ModelError
+from jaxserve.models.config import Experts, ModelConfig, Rope
 from jaxserve.models.fields import Fields
 from jaxserve.models.loading import eos, generation
 from jaxserve.models.loading.assemble import placement, report

@@ -17,8 +17,8 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from jaxserve.config import ConfigError
 from jaxserve.engine.memory import working_bytes
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.aot import DEVICES, absent_mesh
 from jaxserve.evaluation.compiled import computations, moved_bytes
 from jaxserve.kernels.backend import AttentionShape, choose_backend

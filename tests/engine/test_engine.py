@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxserve import LLM, ConfigError, RequestError, SamplingParams
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ModelError
 from jaxserve.request import RequestDelta
 
 PROMPT = "The capital of France is"

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.config import EngineConfig
 from jaxserve.engine import memory
 from jaxserve.engine.memory import KV_CACHE_STEP_BYTES, choose_num_blocks, claim_gpu_memory
+from jaxserve.errors import ConfigError
 from jaxserve.models.loading.checkpoint import open_checkpoint
 
 TOTAL_BYTES = 84929347584

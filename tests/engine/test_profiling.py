@@ -47,7 +47,7 @@ def make(tiny: dict[str, Any], **settings: Any) -> Engine:
 
 def test_automatic_budget(tiny: dict[str, Any]) -> None:
     engine = make(tiny, token_budget="auto", slo_tbt_seconds=1000.0)
-    assert engine.config.token_budget == engine.scheduler.token_budget == tiny["max_model_len"]
+    assert engine.config.token_budget == engine.scheduler.limits.token_budget == tiny["max_model_len"]
     engine.close()
     with pytest.raises(ConfigError, match=r"slo_tbt_seconds must be at least .*, got 1e-09"):
         make(tiny, token_budget="auto", slo_tbt_seconds=1e-9)
@@ -65,7 +65,7 @@ def test_budget_from_a_stored_profile(tiny: dict[str, Any], tmp_path: Path) -> N
     slow_above_32 = StepTimeModel({16: 0.01, 32: 0.02, 64: 9.0}, 0.0, 0.0)
     path.write_text(dataclasses.replace(written, step_time=slow_above_32).to_json())
     engine = make(tiny, token_budget="auto", slo_tbt_seconds=1.0, profile=str(path))
-    assert engine.config.token_budget == engine.scheduler.token_budget == 32
+    assert engine.config.token_budget == engine.scheduler.limits.token_budget == 32
     engine.close()
 
     path.write_text(dataclasses.replace(written, dtype="bfloat16").to_json())

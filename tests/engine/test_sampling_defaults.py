@@ -14,7 +14,8 @@ import pytest
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.batch_file import BatchRun, ResultFile
-from jaxserve.models.config import ModelConfig, ModelError, Rope
+from jaxserve.errors import ModelError
+from jaxserve.models.config import ModelConfig, Rope
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.loading import orbax
 from jaxserve.models.loading.checkpoint import open_checkpoint

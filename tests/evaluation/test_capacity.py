@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.capacity import find_capacity
 from jaxserve.evaluation.latency import Objective, RunResult
 from jaxserve.request import RequestMetrics

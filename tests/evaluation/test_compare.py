@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation import figures
 from jaxserve.evaluation.compare import CompareConfig, ModelFiles, Outcome, compare, rows, to_json
 from jaxserve.evaluation.contestants import Contestant

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation import kernel_bench
 from jaxserve.evaluation.attention_batch import (
     attention_error,

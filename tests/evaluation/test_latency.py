@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.latency import Objective, Percentiles, RunResult
 from jaxserve.request import RequestMetrics
 

@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from jaxserve.config import ConfigError
 from jaxserve.engine.metrics import StepRecord
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.capacity import CapacityResult, find_capacity
 from jaxserve.evaluation.figures import timeline
 from jaxserve.evaluation.latency import Objective, RunResult

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.config import EngineConfig
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.capacity import SearchConfig
 from jaxserve.evaluation.latency import Objective
 from jaxserve.evaluation.serving import (

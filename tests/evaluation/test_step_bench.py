@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.config import EngineConfig
 from jaxserve.engine.programs import StepPrograms
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.device_bench import Ceilings, Effort
 from jaxserve.evaluation.step_bench import StepBench, StepCase, step_cases, step_work, why_not
 from jaxserve.models.loading.checkpoint import open_checkpoint

@@ -8,7 +8,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxserve.config import ConfigError, EngineConfig, parse_config
+from jaxserve.cli import parse_config
+from jaxserve.config import EngineConfig
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.workload import WorkloadConfig, WorkloadRequest, make_workload
 
 TABLE_2 = {

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 from jaxserve.hosts.group import Group, HostsConfig
 
 LWS = {"LWS_LEADER_ADDRESS": "serve-0.serve.default", "LWS_GROUP_SIZE": "2", "LWS_WORKER_INDEX": "1"}

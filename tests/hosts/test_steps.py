@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxserve.config import ConfigError, EngineConfig, ResolvedConfig
+from jaxserve.config import EngineConfig, ResolvedConfig
 from jaxserve.engine.runner import Kind
+from jaxserve.errors import ConfigError
 from jaxserve.hosts.steps import Follower, Followers
 
 CONFIG = EngineConfig(max_num_seqs=4, token_budget=16).resolve(model_max_len=64, on_gpu=False)

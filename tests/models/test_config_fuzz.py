@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ModelError
 from jaxserve.models.registry import FAMILIES, read_config
 from jaxserve.models.rope import longest_sequence, rope_frequencies
 from tests.models.golden import Golden, names

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ModelError
 from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.loading.files import read_json
 from jaxserve.models.loading.hf import SafetensorsSource

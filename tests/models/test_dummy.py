@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from jaxserve import LLM, SamplingParams
-from jaxserve.config import ConfigError, EngineConfig
-from jaxserve.models.config import ModelError
+from jaxserve.config import EngineConfig
+from jaxserve.errors import ConfigError, ModelError
 from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.presets import PRESETS
 from jaxserve.models.registry import family_of

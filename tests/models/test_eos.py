@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ModelError
 from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.loading.gguf_file import read_gguf
 from jaxserve.models.loading.gguf_tokenizer import declared_eos

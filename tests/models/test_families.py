@@ -12,11 +12,11 @@ import pytest
 from flax import nnx
 
 from jaxserve import LLM, SamplingParams
-from jaxserve.config import SCHEDULERS
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ModelError
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.registry import FAMILIES, read_config
+from jaxserve.scheduler import POLICIES
 from tests.models.golden import Golden, names
 
 TOLERANCE = 2e-4
@@ -49,7 +49,7 @@ def test_engine_serves_every_architecture(architecture: str, tiny_tokenizer: Pat
     assert len(second.outputs[0].token_ids) == len(golden.greedy)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", POLICIES)
 def test_outputs_do_not_depend_on_the_policy(scheduler: str, tiny_tokenizer: Path) -> None:
     """With memory for little more than one request, so that most policies preempt, and a window that frees blocks."""
     golden = Golden("mistral_window")

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ModelError
 from jaxserve.models.loading import generation
 from jaxserve.models.loading.checkpoint import open_checkpoint
 

@@ -14,7 +14,8 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from safetensors.numpy import load_file
 
-from jaxserve.models.config import ModelError, Rope
+from jaxserve.errors import ModelError
+from jaxserve.models.config import Rope
 from jaxserve.models.loading import hub
 from jaxserve.models.loading.gguf import QUANTISED, GGUFSource
 from jaxserve.models.loading.gguf_file import read_gguf

@@ -16,7 +16,7 @@ from gguf import GGUFValueType as Value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ModelError
 from jaxserve.models.loading.checkpoint import GGUFCheckpoint, open_checkpoint
 from jaxserve.models.loading.gguf import GGUFSource
 from jaxserve.models.loading.gguf_file import read_gguf

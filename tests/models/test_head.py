@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ModelError
 from jaxserve.models.loading.checkpoint import HuggingFaceCheckpoint, open_checkpoint
 from jaxserve.models.registry import family_of
 from tests.models.golden import Golden, names

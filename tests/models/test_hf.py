@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jaxserve.errors import ModelError
 from jaxserve.models import llama
-from jaxserve.models.config import ModelError, Rope
+from jaxserve.models.config import Rope
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.loading.assemble import STAGING_BYTES, Staging, check
 from jaxserve.models.loading.checkpoint import HuggingFaceCheckpoint, open_checkpoint

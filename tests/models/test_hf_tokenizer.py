@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxserve.models.config import ModelError
+from jaxserve.errors import ModelError
 from jaxserve.tokenizer import Tokenizer
 from tests.models.folders import word_folder, write_json
 

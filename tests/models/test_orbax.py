@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxserve.models.config import ModelConfig, ModelError, Rope
+from jaxserve.errors import ModelError
+from jaxserve.models.config import ModelConfig, Rope
 from jaxserve.models.loading import orbax
 from jaxserve.models.loading.checkpoint import OrbaxCheckpoint, open_checkpoint
 from jaxserve.models.registry import family_of

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from jaxserve.models.config import ModelConfig, ModelError, Rope
+from jaxserve.errors import ModelError
+from jaxserve.models.config import ModelConfig, Rope
 from jaxserve.models.rope import longest_sequence, rope_frequencies
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from hypothesis import strategies as st
 
 from jaxserve.request import FinishReason, Request, RequestMetrics, RequestStatus, SamplingParams
-from jaxserve.scheduler import Batch, Limits, Scheduler
+from jaxserve.scheduler import POLICIES, Batch, Limits, Pace, Scheduler
 from jaxserve.scheduler.blocks import BlockManager
 
 MAX_LEN, BLOCK_SIZE = 96, 8
@@ -24,6 +24,11 @@ def make_request(index: int, prompt: int, output: int) -> Request:
         max_tokens=output,
         metrics=RequestMetrics(arrival_seconds=float(index)),
     )
+
+
+def block_table(blocks: BlockManager, slot: int) -> list[int]:
+    """The sequence's blocks, in the order of its tokens; 0 where a window has left one behind."""
+    return blocks.tables[slot, : blocks.held_tokens[slot] // BLOCK_SIZE].tolist()
 
 
 class Driver:
@@ -45,7 +50,7 @@ class Driver:
 
     def _attend(self, batch: Batch) -> None:
         """As each layer does: write the keys of all rows, then read what each row sees."""
-        window = self.scheduler.window or MAX_LEN
+        window = self.scheduler.limits.window or MAX_LEN
         for chunk in batch.chunks.values():
             for position in range(chunk.start, chunk.start + chunk.num_tokens):
                 self._cache[self._place(chunk.request, position)] = (chunk.request.request_id, position)
@@ -84,6 +89,9 @@ class Workload:
     """In order, of the requests."""
     aborts: list[bool]
 
+    def scheduler(self, policy: str, *, chunk_budgets: Sequence[int] = (), pace: Pace | None = None) -> Scheduler:
+        return POLICIES[policy](replace(self.limits, chunk_budgets=chunk_budgets, pace=pace))
+
 
 @st.composite
 def workloads(
@@ -103,14 +111,15 @@ def workloads(
     )
     arrivals.sort(key=lambda arrival: arrival[0])
     return Workload(
-        limits={
-            "token_budget": draw(st.integers(least_budget, least_budget + 40)),
-            "max_num_seqs": max_num_seqs,
-            "max_model_len": MAX_LEN,
+        limits=Limits(
+            token_budget=draw(st.integers(least_budget, least_budget + 40)),
+            max_num_seqs=max_num_seqs,
+            max_model_len=MAX_LEN,
             # From barely one full-length request, or one window, to plenty.
-            "blocks": BlockManager(1 + least_blocks + draw(st.integers(0, 60)), BLOCK_SIZE, max_num_seqs, MAX_LEN),
-            "window": window,
-        },
+            num_blocks=1 + least_blocks + draw(st.integers(0, 60)),
+            block_size=BLOCK_SIZE,
+            window=window,
+        ),
         requests=[make_request(index, prompt, output) for index, (_, prompt, output, _) in enumerate(arrivals)],
         arrival_steps=[step for step, _, _, _ in arrivals],
         aborts=[aborts for _, _, _, aborts in arrivals],
@@ -169,14 +178,14 @@ def run(scheduler: Scheduler, workload: Workload) -> Iterator[Step]:
 
 
 def check_batch(scheduler: Scheduler, batch: Batch) -> None:
-    assert batch.num_tokens <= scheduler.token_budget
-    assert len(scheduler.running) <= scheduler.max_num_seqs
+    assert batch.num_tokens <= scheduler.limits.token_budget
+    assert len(scheduler.running) <= scheduler.limits.max_num_seqs
     slots = [chunk.slot for chunk in batch.chunks.values()]
     assert len(set(slots)) == len(slots)
     for chunk in batch.chunks.values():
         assert chunk.num_tokens > 0
         assert scheduler.blocks.room(chunk.slot) >= chunk.start + chunk.num_tokens
     for request in scheduler.running:
-        held = [block for block in scheduler.blocks.table(request.slot) if block]
+        held = [block for block in block_table(scheduler.blocks, request.slot) if block]
         assert len(held) <= MAX_LEN // BLOCK_SIZE
     scheduler.blocks.check()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.scheduler.blocks import BlockManager
-from tests.scheduler.driver import BLOCK_SIZE
+from tests.scheduler.driver import BLOCK_SIZE, block_table
 
 
 @settings(max_examples=200, deadline=None)
@@ -23,7 +23,7 @@ def test_blocks_balance_whatever_is_taken_and_given_back(calls: list[tuple[str, 
             if num_tokens > blocks.room(slot):
                 continue
             blocks.grow(slot, num_tokens)
-            added = blocks.table(slot)[len(table) :]
+            added = block_table(blocks, slot)[len(table) :]
             assert len(added) == max(0, -(-num_tokens // BLOCK_SIZE) - len(table))
             assert all(added)
             table += added
@@ -38,7 +38,7 @@ def test_blocks_balance_whatever_is_taken_and_given_back(calls: list[tuple[str, 
         num_used = sum(block > 0 for table in tables.values() for block in table)
         assert blocks.num_used == num_used
         for other, expected in tables.items():
-            assert blocks.table(other) == expected
+            assert block_table(blocks, other) == expected
             assert blocks.room(other) == (len(expected) + 19 - num_used) * BLOCK_SIZE
 
 

@@ -8,56 +8,61 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.config import SCHEDULERS, WHOLE_PROMPT_SCHEDULERS
-from jaxserve.scheduler import POLICIES, Batch, Pace, Scheduler, make_scheduler
-from jaxserve.scheduler.adaptive import AdaptiveScheduler
-from jaxserve.scheduler.blocks import BlockManager
+from jaxserve.scheduler import POLICIES, Batch, Limits, Pace, Scheduler
 from jaxserve.scheduler.buckets import token_buckets
 from jaxserve.scheduler.step_time import BatchShape, StepTimeModel
-from jaxserve.scheduler.whole_prompts import WholePromptScheduler
-from tests.scheduler.driver import BLOCK_SIZE, MAX_LEN, Driver, Workload, make_request, most_blocks, run, workloads
+from tests.scheduler.driver import (
+    BLOCK_SIZE,
+    MAX_LEN,
+    Driver,
+    Workload,
+    block_table,
+    make_request,
+    most_blocks,
+    run,
+    workloads,
+)
+
+WHOLE_PROMPT_POLICIES = [name for name, policy in POLICIES.items() if policy.runs_whole_prompts]
 
 
 def make(
-    name: str,
+    policy: str,
     token_budget: int,
     max_num_seqs: int,
     *,
     num_blocks: int = 500,
     window: int | None = None,
-    chunk_schedule: tuple[int, ...] = (),
+    chunk_budgets: tuple[int, ...] = (),
+    pace: Pace | None = None,
 ) -> Scheduler:
-    return make_scheduler(
-        name,
-        chunk_schedule=chunk_schedule,
+    limits = Limits(
         token_budget=token_budget,
         max_num_seqs=max_num_seqs,
         max_model_len=MAX_LEN,
-        blocks=BlockManager(num_blocks, BLOCK_SIZE, max_num_seqs, MAX_LEN),
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
         window=window,
+        chunk_budgets=chunk_budgets,
+        pace=pace,
     )
+    return POLICIES[policy](limits)
 
 
 def num_prefill_tokens(batch: Batch) -> list[int]:
     return [chunk.num_tokens for chunk in batch.chunks.values() if not chunk.request.output_token_ids]
 
 
-def test_configurations_know_every_policy() -> None:
-    assert tuple(POLICIES) == SCHEDULERS
-    whole = tuple(name for name, policy in POLICIES.items() if issubclass(policy, WholePromptScheduler))
-    assert whole == WHOLE_PROMPT_SCHEDULERS
-
-
 @settings(max_examples=150, deadline=None)
 @given(workloads())
 def test_sarathi_leaves_no_decode_out(workload: Workload) -> None:
-    scheduler = make_scheduler("sarathi", **workload.limits)
+    scheduler = workload.scheduler("sarathi")
     for step in run(scheduler, workload):
         for request in step.decodes:
             assert request.request_id in step.batch.chunks or request in step.batch.preempted
         for request in scheduler.running:
-            held = [block for block in scheduler.blocks.table(request.slot) if block]
-            assert len(held) <= most_blocks(scheduler.window, scheduler.token_budget)
+            held = [block for block in block_table(scheduler.blocks, request.slot) if block]
+            assert len(held) <= most_blocks(workload.limits.window, workload.limits.token_budget)
     assert all(r.metrics.num_stalls == 0 for r in workload.requests)
 
 
@@ -65,7 +70,7 @@ def test_sarathi_leaves_no_decode_out(workload: Workload) -> None:
 @given(workloads(windows=st.none()))
 def test_nobody_is_admitted_who_will_be_thrown_out_before_the_first_token(workload: Workload) -> None:
     """So what is ever computed again is at most what others' outputs had been given before."""
-    scheduler, computed = make_scheduler("sarathi", **workload.limits), Counter[str]()
+    scheduler, computed = workload.scheduler("sarathi"), Counter[str]()
     for step in run(scheduler, workload):
         computed.update({id: chunk.num_tokens for id, chunk in step.batch.chunks.items()})
         assert not [r for r in step.batch.preempted if r.num_tokens == r.num_prompt_tokens]
@@ -77,9 +82,9 @@ def test_nobody_is_admitted_who_will_be_thrown_out_before_the_first_token(worklo
 @given(workloads(), st.data())
 def test_sarathi_with_a_chunk_schedule(workload: Workload, data: st.DataObject) -> None:
     """A prefill takes a batch no further than the budget of its stage."""
-    budget, max_num_seqs = workload.limits["token_budget"], workload.limits["max_num_seqs"]
+    budget, max_num_seqs = workload.limits.token_budget, workload.limits.max_num_seqs
     stages = sorted(data.draw(st.lists(st.integers(max_num_seqs, budget), min_size=1, max_size=5)), reverse=True)
-    scheduler = make_scheduler("sarathi", chunk_schedule=stages, **workload.limits)
+    scheduler = workload.scheduler("sarathi", chunk_budgets=stages)
     for step in run(scheduler, workload):
         num_tokens = 0
         for chunk in step.batch.chunks.values():
@@ -95,14 +100,15 @@ MODEL = StepTimeModel({16: 16.0, 32: 20.0, 64: 40.0}, seconds_per_kv_token=0.1, 
 @settings(max_examples=150, deadline=None)
 @given(workloads(), st.floats(10.0, 100.0))
 def test_adaptive_keeps_mixed_batches_within_the_objective(workload: Workload, slo_tbt_seconds: float) -> None:
-    scheduler = make_scheduler("adaptive", pace=Pace(slo_tbt_seconds, MODEL), **workload.limits)
-    assert isinstance(scheduler, AdaptiveScheduler)
+    scheduler = workload.scheduler("adaptive", pace=Pace(slo_tbt_seconds, MODEL))
+    limits = workload.limits
     for step in run(scheduler, workload):
         chunks = step.batch.chunks.values()
         for request in step.decodes:
             assert request.request_id in step.batch.chunks or request in step.batch.preempted
         if {chunk.request in step.decodes for chunk in chunks} == {True, False}:
-            assert scheduler.predict(step.batch) <= slo_tbt_seconds
+            shape = BatchShape.of(chunks, token_buckets(limits.token_budget), limits.window)
+            assert MODEL.predict(shape) <= slo_tbt_seconds
     assert all(r.metrics.num_stalls == 0 for r in workload.requests)
 
 
@@ -110,15 +116,7 @@ def test_adaptive_keeps_mixed_batches_within_the_objective(workload: Workload, s
 @given(st.integers(1, 7), st.integers(1, 80), st.floats(10.0, 100.0))
 def test_adaptive_uses_the_slack(num_decodes: int, prompt: int, slo_tbt_seconds: float) -> None:
     """One token more of the chunk would break the objective, or the budget, or there is none."""
-    scheduler = make_scheduler(
-        "adaptive",
-        pace=Pace(slo_tbt_seconds, MODEL),
-        token_budget=48,
-        max_num_seqs=8,
-        max_model_len=MAX_LEN,
-        blocks=BlockManager(500, BLOCK_SIZE, 8, MAX_LEN),
-    )
-    assert isinstance(scheduler, AdaptiveScheduler)
+    scheduler = make("adaptive", 48, 8, pace=Pace(slo_tbt_seconds, MODEL))
     driver = Driver(scheduler)
     for index in range(num_decodes):
         scheduler.add(make_request(index, 4, 64))
@@ -136,7 +134,7 @@ def test_adaptive_uses_the_slack(num_decodes: int, prompt: int, slo_tbt_seconds:
 @settings(max_examples=100, deadline=None)
 @given(workloads())
 def test_chunked_only_never_mixes_and_takes_turns(workload: Workload) -> None:
-    scheduler = make_scheduler("chunked_only", **workload.limits)
+    scheduler = workload.scheduler("chunked_only")
     turns: list[bool] = []
     for step in run(scheduler, workload):
         decoding = {chunk.request in step.decodes for chunk in step.batch.chunks.values()}
@@ -147,10 +145,10 @@ def test_chunked_only_never_mixes_and_takes_turns(workload: Workload) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(WHOLE_PROMPT_SCHEDULERS), workloads(whole_prompts=True))
+@given(st.sampled_from(WHOLE_PROMPT_POLICIES), workloads(whole_prompts=True))
 def test_prompts_stay_whole(name: str, workload: Workload) -> None:
     """So do recomputations after a preemption; and nobody starves, at the least budget and memory."""
-    scheduler = make_scheduler(name, **workload.limits)
+    scheduler = workload.scheduler(name)
     for step in run(scheduler, workload):
         assert not step.prefills
         for request in step.admitted:
@@ -162,19 +160,19 @@ def test_prompts_stay_whole(name: str, workload: Workload) -> None:
 @given(st.sampled_from(["orca", "decode_first"]), workloads(whole_prompts=True))
 def test_reservation(name: str, workload: Workload) -> None:
     """From admission to the end a request owns blocks for the longest one, but for those left behind a window."""
-    scheduler = make_scheduler(name, **workload.limits)
+    scheduler = workload.scheduler(name)
     for step in run(scheduler, workload):
         assert not step.batch.preempted
         for request in scheduler.running:
-            table = scheduler.blocks.table(request.slot)
+            table = block_table(scheduler.blocks, request.slot)
             assert len(table) == MAX_LEN // BLOCK_SIZE
-            assert scheduler.window is not None or all(table)
+            assert workload.limits.window is not None or all(table)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(["orca", "hybrid_only"]), workloads(whole_prompts=True))
 def test_prompts_join_running_decodes(name: str, workload: Workload) -> None:
-    scheduler = make_scheduler(name, **workload.limits)
+    scheduler = workload.scheduler(name)
     for step in run(scheduler, workload):
         for request in step.decodes:
             assert request.request_id in step.batch.chunks or request in step.batch.preempted
@@ -184,7 +182,7 @@ def test_prompts_join_running_decodes(name: str, workload: Workload) -> None:
 @settings(max_examples=100, deadline=None)
 @given(workloads(whole_prompts=True))
 def test_decode_first_admits_only_when_nothing_runs(workload: Workload) -> None:
-    scheduler = make_scheduler("decode_first", **workload.limits)
+    scheduler = workload.scheduler("decode_first")
     for step in run(scheduler, workload):
         assert not (step.admitted and step.running)
     assert all(r.metrics.num_stalls == 0 for r in workload.requests)
@@ -193,7 +191,7 @@ def test_decode_first_admits_only_when_nothing_runs(workload: Workload) -> None:
 @settings(max_examples=100, deadline=None)
 @given(workloads(whole_prompts=True))
 def test_prefill_first_never_mixes(workload: Workload) -> None:
-    scheduler = make_scheduler("prefill_first", **workload.limits)
+    scheduler = workload.scheduler("prefill_first")
     for step in run(scheduler, workload):
         assert not step.admitted or len(step.admitted) == len(step.batch.chunks)
 
@@ -211,7 +209,7 @@ def test_prefill_first_never_mixes(workload: Workload) -> None:
 )
 def test_a_long_prompt_then_a_short_one_among_four_decodes(name: str, prompts: list[list[int]]) -> None:
     """Prompt tokens in each of the next steps; the second prompt is too long to share the first one's batch."""
-    scheduler = make(name, 96 if name in WHOLE_PROMPT_SCHEDULERS else 32, 6)
+    scheduler = make(name, 96 if name in WHOLE_PROMPT_POLICIES else 32, 6)
     driver = Driver(scheduler)
     for index in range(4):
         scheduler.add(make_request(index, 4, 64))
@@ -316,7 +314,7 @@ def test_a_window_frees_blocks_before_anyone_is_preempted() -> None:
 
 
 def test_a_chunk_schedule_shrinks_late_chunks() -> None:
-    scheduler = make("sarathi", 40, 4, chunk_schedule=(40, 20, 8))
+    scheduler = make("sarathi", 40, 4, chunk_budgets=(40, 20, 8))
     driver = Driver(scheduler)
     scheduler.add(make_request(0, 90, 2))
     # The stages begin at tokens 0, 32 and 64.

@@ -15,8 +15,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.errors import RequestError
 from jaxserve.models.config import ModelConfig
-from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestError, RequestMetrics, SamplingParams
+from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestMetrics, SamplingParams
 from jaxserve.server.client import Client
 from jaxserve.server.grpc_server import GrpcServer
 

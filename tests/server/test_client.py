@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.request import RequestError
+from jaxserve.errors import RequestError
 from jaxserve.server.client import AsyncClient, Client, _generate_request, _is_local
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
 

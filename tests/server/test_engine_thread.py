@@ -8,7 +8,8 @@ import threading
 
 import pytest
 
-from jaxserve.request import FinishReason, RequestError, SamplingParams
+from jaxserve.errors import RequestError
+from jaxserve.request import FinishReason, SamplingParams
 from jaxserve.server.engine_thread import EngineDeadError, EngineThread
 
 ENDLESS = SamplingParams(max_tokens=None)

@@ -17,7 +17,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.config import ConfigError, ServerConfig
+from jaxserve.config import ServerConfig
+from jaxserve.errors import ConfigError
 from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestMetrics, SamplingParams
 from jaxserve.server import door, listener, messages, servicer
 from jaxserve.server.client import AsyncClient, Client

@@ -13,7 +13,8 @@ from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from tests.server.test_several_hosts import free_ports
 
-from jaxserve.config import ConfigError, EngineConfig, ServerConfig
+from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.errors import ConfigError
 from jaxserve.server.client import Client
 from jaxserve.server.grpc_server import build_engines
 from jaxserve.server.process import running_server

@@ -9,12 +9,13 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.metrics import StepRecord
 from jaxserve.engine.programs import StepPrograms
+from jaxserve.errors import ConfigError, ModelError
 from jaxserve.evaluation.compiled import collectives
-from jaxserve.models.config import Experts, ModelConfig, ModelError
+from jaxserve.models.config import Experts, ModelConfig
 from jaxserve.request import RequestDelta, SamplingParams
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.pipeline import Stages
@@ -55,7 +56,7 @@ def test_families_give_the_tokens_of_transformers(name: str, pipe: int, tensor: 
     engine = Engine(config, show_progress=False)
     assert serve(engine, [golden.prompt] * 3, len(golden.greedy)) == [golden.greedy] * 3
     # A sequence in a window holds no more blocks as it ends than as it starts.
-    windowed = engine.scheduler.window is not None
+    windowed = engine.scheduler.limits.window is not None
     assert windowed != bool(engine.metrics.registry.get_sample_value("jaxserve_num_preemptions_total"))
     engine.close()
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.programs import StepPrograms
+from jaxserve.errors import ConfigError, ModelError
 from jaxserve.evaluation.compiled import collectives
-from jaxserve.models.config import ModelConfig, ModelError, Rope
+from jaxserve.models.config import ModelConfig, Rope
 from jaxserve.request import SamplingParams
 from jaxserve.sharding.mesh import make_mesh
 from tests.models.golden import Golden

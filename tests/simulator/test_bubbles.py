@@ -6,17 +6,16 @@ from collections.abc import Iterable
 
 import pytest
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.workload import WorkloadConfig, WorkloadRequest
 from jaxserve.simulator.bubbles import Bubbles, compare
 from jaxserve.simulator.cost import Span, Tokens
 from jaxserve.simulator.deployment import Deployment
 from jaxserve.simulator.devices import A100_80G
 from jaxserve.simulator.pipeline import AsynchronousPipeline
-from jaxserve.simulator.simulator import Simulator
 from jaxserve.simulator.ticks import TickPipeline
 from tests.simulator.models import MISTRAL_7B
-from tests.simulator.token_cost import TokenCost, poisson, scheduler_for
+from tests.simulator.token_cost import TokenCost, poisson, simulator_for
 
 
 class FlatCost:
@@ -50,8 +49,7 @@ def test_waiting_for_requests_is_no_bubble() -> None:
 def test_equal_micro_batches_leave_no_bubble(lock_step: bool) -> None:
     """Prompts that fill the budget exactly: stages wait only while the pipeline fills and runs dry."""
     workload = [WorkloadRequest(0.0, 640, 1)] * 20
-    scheduler = scheduler_for("sarathi", budget=64, num_blocks=4000)
-    run = Simulator(scheduler, TokenCost(4), lock_step=lock_step).run(workload)
+    run = simulator_for("sarathi", TokenCost(4), budget=64, num_blocks=4000, lock_step=lock_step).run(workload)
     assert run.bubble_seconds == pytest.approx([3 * 0.064] * 4)
     assert run.busy_seconds == pytest.approx([200 * 0.064] * 4)
     assert run.bubble_share == pytest.approx(3 / 203)
@@ -64,9 +62,7 @@ def test_equal_micro_batches_leave_no_bubble(lock_step: bool) -> None:
 
 @pytest.mark.parametrize("lock_step", [False, True])
 def test_one_request_leaves_one_of_two_stages_empty(lock_step: bool) -> None:
-    run = Simulator(scheduler_for("sarathi", budget=64), FlatCost(), lock_step=lock_step).run(
-        [WorkloadRequest(0.0, 64, 40)]
-    )
+    run = simulator_for("sarathi", FlatCost(), budget=64, lock_step=lock_step).run([WorkloadRequest(0.0, 64, 40)])
     assert run.bubble_share == 0.5
     assert run.busy_seconds == run.bubble_seconds == (10, 10)
     for tick in run.ticks:
@@ -97,9 +93,7 @@ def test_unequal_micro_batches_by_hand() -> None:
 
 def test_one_request_in_ticks_by_hand() -> None:
     """Chunks of 64 and 36 tokens in three ticks of 64 rows; then each token takes two of 16. Arrival at 5 s."""
-    run = Simulator(scheduler_for("sarathi", budget=64), TokenCost(2), lock_step=True).run(
-        [WorkloadRequest(5.0, 100, 3)]
-    )
+    run = simulator_for("sarathi", TokenCost(2), budget=64, lock_step=True).run([WorkloadRequest(5.0, 100, 3)])
     assert run.requests[0].token_seconds == pytest.approx([5.192, 5.224, 5.256])
     assert len(run.ticks) == 7
     assert run.num_batches == 4
@@ -109,8 +103,7 @@ def test_one_request_in_ticks_by_hand() -> None:
 @pytest.mark.parametrize("lock_step", [False, True])
 def test_a_stage_works_or_waits(lock_step: bool) -> None:
     """While requests are there, each stage does one or the other: the sums are the same for all."""
-    scheduler = scheduler_for("prefill_first", budget=512)
-    run = Simulator(scheduler, TokenCost(3), lock_step=lock_step).run(poisson(40, 2.0))
+    run = simulator_for("prefill_first", TokenCost(3), budget=512, lock_step=lock_step).run(poisson(40, 2.0))
     totals = [busy + bubble for busy, bubble in zip(run.busy_seconds, run.bubble_seconds, strict=True)]
     assert totals == pytest.approx([totals[0]] * 3)
     assert totals[0] <= run.seconds + 1e-9
@@ -119,8 +112,8 @@ def test_a_stage_works_or_waits(lock_step: bool) -> None:
 def test_whole_prompts_leave_bubbles() -> None:
     shares = {}
     for policy, budget in (("sarathi", 64), ("prefill_first", 512)):
-        scheduler = scheduler_for(policy, budget=budget, num_blocks=4000, max_num_seqs=32)
-        shares[policy] = Simulator(scheduler, TokenCost(4)).run(poisson(100, 4.0, prompt=200, output=60)).bubble_share
+        simulator = simulator_for(policy, TokenCost(4), budget=budget, num_blocks=4000, max_num_seqs=32)
+        shares[policy] = simulator.run(poisson(100, 4.0, prompt=200, output=60)).bubble_share
     assert shares["sarathi"] < 0.5 * shares["prefill_first"]
 
 

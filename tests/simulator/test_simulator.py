@@ -10,17 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError, RequestError
 from jaxserve.evaluation.workload import WorkloadRequest
-from jaxserve.request import RequestError
 from jaxserve.scheduler import POLICIES, Batch, Pace, Scheduler
 from jaxserve.scheduler.step_time import StepTimeModel
 from jaxserve.simulator.cost import FittedCost
 from jaxserve.simulator.deployment import Deployment
 from jaxserve.simulator.devices import A40_48G, A100_80G, find_device
-from jaxserve.simulator.simulator import SimulatedRun, Simulator
+from jaxserve.simulator.simulator import SimulatedRun
 from tests.simulator.models import LLAMA2_70B, MISTRAL_7B
-from tests.simulator.token_cost import TokenCost, poisson, scheduler_for
+from tests.simulator.token_cost import TokenCost, poisson, simulator_for
 
 
 def watch(scheduler: Scheduler) -> list[Batch]:
@@ -38,7 +37,7 @@ def watch(scheduler: Scheduler) -> list[Batch]:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    policy=st.sampled_from(sorted(set(POLICIES) - {"adaptive"})),
+    policy=st.sampled_from(sorted(name for name, policy in POLICIES.items() if not policy.needs_step_times)),
     num_stages=st.integers(1, 4),
     lock_step=st.booleans(),
     num_blocks=st.integers(89, 120),
@@ -49,11 +48,11 @@ def test_every_token_is_made_and_every_block_returned(
 ) -> None:
     """Also with so few blocks that requests are preempted; one of full length alone fits into 88."""
     workload = poisson(30, rate)
-    scheduler = scheduler_for(
-        policy, budget=64 if policy in ("sarathi", "chunked_only") else 700, num_blocks=num_blocks
-    )
+    budget = 700 if POLICIES[policy].runs_whole_prompts else 64
+    simulator = simulator_for(policy, TokenCost(num_stages), budget=budget, num_blocks=num_blocks, lock_step=lock_step)
+    scheduler = simulator.scheduler
     batches = watch(scheduler)
-    run = Simulator(scheduler, TokenCost(num_stages), lock_step=lock_step).run(workload)
+    run = simulator.run(workload)
     for asked, metrics in zip(workload, run.requests, strict=True):
         assert len(metrics.token_seconds) == asked.num_output_tokens
         assert metrics.first_scheduled_seconds >= asked.arrival_seconds
@@ -61,31 +60,31 @@ def test_every_token_is_made_and_every_block_returned(
         assert metrics.finished_seconds == metrics.token_seconds[-1]
     assert run.num_output_tokens == sum(asked.num_output_tokens for asked in workload)
     assert run.num_prompt_tokens == sum(asked.num_prompt_tokens for asked in workload)
-    assert max(batch.num_tokens for batch in batches) <= scheduler.token_budget
+    assert max(batch.num_tokens for batch in batches) <= budget
     scheduler.blocks.check()
     assert scheduler.blocks.num_used == 0
 
 
 def test_the_same_run_twice_is_the_same() -> None:
     def run() -> SimulatedRun:
-        return Simulator(scheduler_for("sarathi", budget=64), TokenCost(2)).run(poisson(40, 2.0))
+        return simulator_for("sarathi", TokenCost(2), budget=64).run(poisson(40, 2.0))
 
     assert run() == run()
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 4])
 def test_sarathi_stalls_no_decode(num_stages: int) -> None:
-    run = Simulator(scheduler_for("sarathi", budget=64), TokenCost(num_stages)).run(poisson(60, 3.0))
+    run = simulator_for("sarathi", TokenCost(num_stages), budget=64).run(poisson(60, 3.0))
     assert run.num_stalls == 0
     assert run.tbt_seconds.max() <= 64e-3 * (2 * num_stages - 1) + 1e-9
-    baseline = Simulator(scheduler_for("prefill_first", budget=256), TokenCost(num_stages)).run(poisson(60, 3.0))
+    baseline = simulator_for("prefill_first", TokenCost(num_stages), budget=256).run(poisson(60, 3.0))
     assert baseline.num_stalls > 0
     assert baseline.tbt_seconds.max() > run.tbt_seconds.max()
 
 
 def test_one_request_by_hand() -> None:
     """100 prompt tokens in chunks of 64 and 36, then two decodes; arrival at 5 s; two stages."""
-    run = Simulator(scheduler_for("sarathi", budget=64), TokenCost(2)).run([WorkloadRequest(5.0, 100, 3)])
+    run = simulator_for("sarathi", TokenCost(2), budget=64).run([WorkloadRequest(5.0, 100, 3)])
     (metrics,) = run.requests
     assert metrics.first_scheduled_seconds == 5.0
     assert metrics.token_seconds == pytest.approx([5.164, 5.166, 5.168])  # 64 + 64 + 36, the second chunk behind
@@ -96,9 +95,9 @@ def test_one_request_by_hand() -> None:
 
 def test_micro_batches_share_no_decode() -> None:
     """A request's token must have left the last stage before its next one enters the first."""
-    scheduler = scheduler_for("sarathi", budget=64)
-    batches = watch(scheduler)
-    Simulator(scheduler, TokenCost(3)).run([WorkloadRequest(0.0, 8, 40)] * 12)
+    simulator = simulator_for("sarathi", TokenCost(3), budget=64)
+    batches = watch(simulator.scheduler)
+    simulator.run([WorkloadRequest(0.0, 8, 40)] * 12)
     sizes = [len(batch.chunks) for batch in batches if batch.chunks]
     for one, two, three in zip(batches, batches[1:], batches[2:], strict=False):
         assert not one.chunks.keys() & two.chunks.keys()
@@ -160,12 +159,12 @@ def test_unknown_device() -> None:
 
 def test_a_request_that_is_too_long() -> None:
     with pytest.raises(RequestError, match="request 0 has 701 tokens, max_model_len is 700"):
-        Simulator(scheduler_for("sarathi", budget=64), TokenCost(1)).run([WorkloadRequest(0.0, 600, 101)])
+        simulator_for("sarathi", TokenCost(1), budget=64).run([WorkloadRequest(0.0, 600, 101)])
 
 
 def test_a_request_that_never_fits() -> None:
     with pytest.raises(RequestError, match="request 1 needs 90 KV tokens, the device's memory holds 72"):
-        Simulator(scheduler_for("sarathi", budget=64, num_blocks=10), TokenCost(1)).run(
+        simulator_for("sarathi", TokenCost(1), budget=64, num_blocks=10).run(
             [WorkloadRequest(0.0, 8, 8), WorkloadRequest(0.0, 80, 10)]
         )
 

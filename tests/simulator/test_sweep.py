@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.latency import Objective
 from jaxserve.evaluation.workload import WorkloadConfig
 from jaxserve.scheduler import POLICIES
@@ -40,7 +40,7 @@ def test_an_objective_out_of_reach() -> None:
 def test_variants() -> None:
     assert [d.token_budget for d in variants(ONE, "budgets", [256, 512]).values()] == [256, 512]
     policies = variants(ONE, "policies", [])
-    assert list(policies) == [policy for policy in POLICIES if policy != "adaptive"]
+    assert list(policies) == [name for name, policy in POLICIES.items() if not policy.needs_step_times]
     assert policies["sarathi"].token_budget == 512
     assert policies["prefill_first"].token_budget == ONE.max_model_len
     eight = Deployment(model=LLAMA2_70B, device=A40_48G, tensor=4, pipeline=2)

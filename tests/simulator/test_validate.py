@@ -11,8 +11,7 @@ import pytest
 from jaxserve.evaluation.capacity import find_capacity
 from jaxserve.evaluation.latency import Objective, RunResult
 from jaxserve.evaluation.workload import WorkloadConfig, make_workload
-from jaxserve.scheduler import make_scheduler
-from jaxserve.scheduler.blocks import BlockManager
+from jaxserve.scheduler import POLICIES, Limits
 from jaxserve.scheduler.step_time import Profile, RelativeError, StepTimeModel
 from jaxserve.simulator.cost import FittedCost
 from jaxserve.simulator.simulator import Simulator
@@ -33,11 +32,10 @@ def report(step_time: StepTimeModel) -> dict:
     """Of an engine whose steps take what ``step_time`` says, in the form of bench.py's."""
 
     def measure(policy: str, budget: int, rate: float, seed: int) -> RunResult:
-        scheduler = make_scheduler(
-            policy, token_budget=budget, max_num_seqs=8, max_model_len=256, blocks=BlockManager(200, 16, 8, 256)
-        )
+        limits = Limits(token_budget=budget, max_num_seqs=8, max_model_len=256, num_blocks=200, block_size=16)
         workload = WorkloadConfig(**WORKLOAD, rate=rate, workload_seed=seed)
-        return Simulator(scheduler, FittedCost(step_time)).run(make_workload(workload, max_model_len=256))
+        simulator = Simulator(POLICIES[policy], limits, FittedCost(step_time))
+        return simulator.run(make_workload(workload, max_model_len=256))
 
     series = []
     for policy, budget in (("sarathi", 64), ("prefill_first", 256)):

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from jaxserve.evaluation.workload import WorkloadRequest
-from jaxserve.scheduler import Scheduler, make_scheduler
-from jaxserve.scheduler.blocks import BlockManager
-from jaxserve.simulator.cost import Span
+from jaxserve.scheduler import POLICIES, Limits
+from jaxserve.simulator.cost import CostModel, Span
+from jaxserve.simulator.simulator import Simulator
 
 
 class TokenCost:
@@ -22,14 +22,19 @@ class TokenCost:
         return [1e-3 * max(num_rows, sum(span.num_tokens for span in spans))] * self.num_stages
 
 
-def scheduler_for(policy: str, *, budget: int, num_blocks: int = 1000, max_num_seqs: int = 16) -> Scheduler:
-    return make_scheduler(
-        policy,
-        token_budget=budget,
-        max_num_seqs=max_num_seqs,
-        max_model_len=700,
-        blocks=BlockManager(num_blocks, 8, max_num_seqs, 700),
+def simulator_for(
+    policy: str,
+    cost: CostModel,
+    *,
+    budget: int,
+    num_blocks: int = 1000,
+    max_num_seqs: int = 16,
+    lock_step: bool = False,
+) -> Simulator:
+    limits = Limits(
+        token_budget=budget, max_num_seqs=max_num_seqs, max_model_len=700, num_blocks=num_blocks, block_size=8
     )
+    return Simulator(POLICIES[policy], limits, cost, lock_step=lock_step)
 
 
 def poisson(num_requests: int, rate: float, prompt: int = 100, output: int = 20) -> list[WorkloadRequest]:

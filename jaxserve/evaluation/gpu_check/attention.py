@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import jax
 
-from jaxserve.config import ConfigError
+from jaxserve.errors import ConfigError
 from jaxserve.evaluation.gpu_check.stage import Context, StageFailed
 from jaxserve.evaluation.kernel_bench import SHAPE, KernelBench, Row, to_json
 from jaxserve.kernels.backend import GPU_BACKENDS, Target, gpu_variants

@@ -7,7 +7,8 @@ import threading
 import time
 from dataclasses import dataclass, replace
 
-from jaxserve.config import EngineConfig, as_flags
+from jaxserve.cli import as_flags
+from jaxserve.config import EngineConfig
 from jaxserve.evaluation.gpu_check.models import SERVER, write_tiny
 from jaxserve.evaluation.gpu_check.stage import ROOT, Context, StageFailed
 from jaxserve.evaluation.latency import Percentiles, RunResult
