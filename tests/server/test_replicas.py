@@ -11,13 +11,13 @@ import jax
 import pytest
 from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from tests.server.test_several_hosts import free_ports
 
 from jaxserve.config import ConfigError, EngineConfig, ServerConfig
 from jaxserve.server.client import Client
 from jaxserve.server.grpc_server import build_engines
 from jaxserve.server.process import running_server
 from jaxserve.server.replicas import ReplicaMetrics
+from tests.hosts.test_several_hosts import free_ports
 from tests.models.golden import Golden
 from tests.server.test_serve_process import SERVE
 
