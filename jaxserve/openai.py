@@ -69,7 +69,6 @@ class Endpoint(ABC):
         if "max_completion_tokens" in given:
             given["max_tokens"] = given.pop("max_completion_tokens")
         prompt = self._take_prompt(given)
-        self._settle_logprobs(given)
         if unknown := sorted(given.keys() - SAMPLING):
             known = ", ".join(sorted(SAMPLING))
             raise RequestError(f"unknown parameter {unknown[0]!r} for {self.path}; known: {known}")
@@ -102,11 +101,7 @@ class Endpoint(ABC):
 
     @abstractmethod
     def _take_prompt(self, given: dict[str, Any]) -> ParsedPrompt:
-        """Take the prompt out of a body."""
-
-    @abstractmethod
-    def _settle_logprobs(self, given: dict[str, Any]) -> None:
-        """Make what a body says of log-probabilities SamplingParams' ``logprobs``."""
+        """Take the prompt out of a body, and leave sampling parameters by SamplingParams' names."""
 
     @abstractmethod
     def _content(self, text: str) -> dict[str, Any]:
@@ -126,10 +121,7 @@ class ChatCompletions(Endpoint):
         messages = given.pop("messages", None)
         if not isinstance(messages, list):
             raise RequestError(f"messages must be a list of at least one message, got {messages!r:.80}")
-        return ParsedPrompt(messages=messages)
-
-    def _settle_logprobs(self, given: dict[str, Any]) -> None:
-        """Chats ask with a switch and a number."""
+        # Chats ask for log-probabilities with a switch and a number.
         wanted, num_top = given.pop("logprobs", False), given.pop("top_logprobs", None)
         if not isinstance(wanted, bool):
             raise RequestError(f"logprobs must be true or false for {self.path}, got {wanted!r:.80}")
@@ -137,6 +129,7 @@ class ChatCompletions(Endpoint):
             raise RequestError(f"top_logprobs needs logprobs to be true, got {num_top!r:.80} without")
         if wanted:
             given["logprobs"] = num_top or 0
+        return ParsedPrompt(messages=messages)
 
     def _content(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text}}
@@ -157,9 +150,6 @@ class Completions(Endpoint):
         if isinstance(prompt, list) and all(type(token_id) is int for token_id in prompt):
             return ParsedPrompt(token_ids=prompt)
         raise RequestError(f"prompt must be a string or a list of token ids, got {prompt!r:.80}")
-
-    def _settle_logprobs(self, given: dict[str, Any]) -> None:
-        """Completions ask as SamplingParams do."""
 
     def _content(self, text: str) -> dict[str, Any]:
         return {"text": text}

@@ -62,7 +62,7 @@ def test_the_death_of_one_engine_is_that_of_the_server(make_server, fails):
         next(iter(client.generate("abc", max_tokens=None)))
         server.engine.step_error = RuntimeError("secret of the device")
         fails(StatusCode.UNAVAILABLE, lambda: [list(client.generate("abc", max_tokens=None)) for _ in range(2)])
-        assert server.server.failed.is_set()
+        assert server.admission.failed.is_set()
 
 
 def test_metrics_tell_engines_apart():
