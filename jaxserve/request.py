@@ -316,6 +316,7 @@ class Completion:
         self.token_ids: list[int] = []
         self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        self.finish_reason: FinishReason | None = None
         self._texts: list[str] = []
         self._last: RequestDelta
 
@@ -326,16 +327,11 @@ class Completion:
         if self.logprobs is not None and delta.logprobs is not None:
             self.logprobs += delta.logprobs
         self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
-        self._last = delta
+        self.finish_reason, self._last = delta.finish_reason, delta
 
     @property
     def text(self) -> str:
         return "".join(self._texts)
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """None until the last delta has been added."""
-        return self._last.finish_reason
 
     def output(self) -> RequestOutput:
         """Once the last delta has been added."""
