@@ -12,7 +12,8 @@ from jaxserve.engine.engine import Engine, clear
 from jaxserve.errors import RequestError
 from jaxserve.progress import progress_bar
 from jaxserve.prompts import Message, ParsedPrompt, Prompt, parse_conversations, parse_prompts
-from jaxserve.request import CompletionOutput, Logprob, RequestDelta, RequestOutput, SamplingParams, SoftLimit
+from jaxserve.request import Completion, Logprob, RequestOutput, SamplingParams, SoftLimit
+from jaxserve.served_model import ServedModel
 
 
 class LLM:
@@ -29,6 +30,7 @@ class LLM:
         self.engine = Engine(EngineConfig(model=model, **config), show_progress=show_progress)
         self._calls = CallThread()
         """The only one that touches the engine, but for what does not change it."""
+        self._model = ServedModel.of(self.engine)
         self._ids = itertools.count()
 
     def generate(
@@ -46,15 +48,15 @@ class LLM:
         """
         parsed = parse_prompts(prompts)
         every = _params_of_each(len(parsed), sampling_params)
-        collectors = []
+        completions = []
         for index, (prompt, params) in enumerate(zip(parsed, every, strict=True)):
             try:
-                collectors.append(self._collector(prompt, params))
+                completions.append(self._completion(prompt, params))
             except RequestError as error:
                 raise RequestError(f"prompts[{index}]: {error}") from error
-        with progress_bar("generating", len(collectors), "prompt", disable=not use_tqdm) as bar:
-            self._calls.run(self._serve(collectors), bar.update)
-        return [collector.output() for collector in collectors]
+        with progress_bar("generating", len(completions), "prompt", disable=not use_tqdm) as bar:
+            self._calls.run(self._serve(completions), bar.update)
+        return [completion.output() for completion in completions]
 
     def chat(
         self,
@@ -64,17 +66,15 @@ class LLM:
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answer conversations, rendered with the model's chat template."""
-        tokenizer, prompts = self.engine.tokenizer, []
+        prompts = []
         for index, conversation in enumerate(parse_conversations(messages)):
             try:
-                text = tokenizer.apply_chat_template(conversation)
+                prompts.append(self._model.token_ids(ParsedPrompt(messages=conversation)))
             except RequestError as error:
                 raise RequestError(f"conversations[{index}]: {error}") from error
-            # The template writes the special tokens itself.
-            prompts.append(tokenizer.encode(text, add_special_tokens=False))
         outputs = self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
         for output in outputs:
-            output.prompt = tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
+            output.prompt = self.engine.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
         return outputs
 
     def score(
@@ -104,23 +104,21 @@ class LLM:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _collector(self, prompt: ParsedPrompt, params: SamplingParams | None) -> _Collector:
-        engine, token_ids = self.engine, prompt.token_ids
-        if token_ids is None:
-            token_ids = engine.tokenizer.encode(prompt.text or "")
+    def _completion(self, prompt: ParsedPrompt, params: SamplingParams | None) -> Completion:
+        """The request, checked, without output yet."""
+        token_ids = self._model.token_ids(prompt)
         if params is None:
-            room = engine.max_model_len - len(token_ids)
-            params = SamplingParams.with_defaults({}, engine.sampling_defaults, room)
-        engine.validate(token_ids, params)
-        return _Collector(f"llm-{next(self._ids)}", prompt.text, token_ids, params)
+            params = self._model.sampling_params({}, len(token_ids))
+        self.engine.validate(token_ids, params)
+        return Completion(f"llm-{next(self._ids)}", token_ids, params, prompt.text)
 
-    def _serve(self, collectors: list[_Collector]) -> Generator[int | None]:
+    def _serve(self, completions: list[Completion]) -> Generator[int | None]:
         """Serve these requests, on the engine's thread; yields after every change, 1 for a request that has ended."""
-        unfinished: dict[str, _Collector] = {}
+        unfinished: dict[str, Completion] = {}
         try:
-            for collector in collectors:
-                self.engine.add_request(collector.request_id, collector.prompt_token_ids, collector.params)
-                unfinished[collector.request_id] = collector
+            for completion in completions:
+                self.engine.add_request(completion.request_id, completion.prompt_token_ids, completion.params)
+                unfinished[completion.request_id] = completion
                 yield None
             while unfinished:
                 for delta in self.engine.step():
@@ -152,50 +150,3 @@ def _params_of_each(
     if len(every) != num_prompts:
         raise RequestError(f"sampling_params must be one or as many as prompts, got {len(every)} for {num_prompts}")
     return [*every]
-
-
-class _Collector:
-    """Builds one RequestOutput from its deltas."""
-
-    def __init__(
-        self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams
-    ) -> None:
-        self.request_id, self.prompt, self.prompt_token_ids, self.params = request_id, prompt, prompt_token_ids, params
-        self._token_ids: list[int] = []
-        self._text: list[str] = []
-        self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
-        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-        self._last: RequestDelta
-
-    def add(self, delta: RequestDelta) -> None:
-        self._token_ids += delta.token_ids
-        self._text.append(delta.text)
-        if self._logprobs is not None and delta.logprobs is not None:
-            self._logprobs += delta.logprobs
-        self._prompt_logprobs = delta.prompt_logprobs or self._prompt_logprobs
-        self._last = delta
-
-    def output(self) -> RequestOutput:
-        """Once the last delta has been added."""
-        total = None
-        if self._logprobs is not None:
-            total = sum(entry[token].logprob for entry, token in zip(self._logprobs, self._token_ids, strict=True))
-        reason = self._last.finish_reason
-        completion = CompletionOutput(
-            index=0,
-            text="".join(self._text),
-            token_ids=self._token_ids,
-            cumulative_logprob=total,
-            logprobs=self._logprobs,
-            finish_reason=None if reason is None else reason.value,
-            stop_reason=self._last.stop_reason,
-        )
-        return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
-            prompt_logprobs=self._prompt_logprobs,
-            outputs=[completion],
-            finished=True,
-            metrics=self._last.metrics,
-        )

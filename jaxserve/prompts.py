@@ -1,4 +1,4 @@
-"""What ``LLM`` takes for prompts and conversations, in vLLM's types or any iterable of the caller's."""
+"""Prompts and conversations as ``LLM`` takes them, in vLLM's types or any iterable, and as every door has them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ _UNORDERED_OR_BYTES = set | frozenset | bytes | bytearray | memoryview
 
 
 class ParsedPrompt(NamedTuple):
-    """At least one is given; token ids go before the text."""
+    """One prompt of any door: token ids, which go before the text that is shown for them, a text, or a chat."""
 
-    text: str | None
-    token_ids: list[int] | None
+    text: str | None = None
+    token_ids: list[int] | None = None
+    messages: Any = None
+    """A chat's, unchecked: the tokenizer does that."""
 
 
 def parse_prompts(prompts: Prompt | Iterable[Prompt]) -> list[ParsedPrompt]:
@@ -56,9 +58,9 @@ def parse_conversations(messages: Iterable[Message] | Iterable[Iterable[Message]
 def _parse_prompt(index: int, prompt: Any) -> ParsedPrompt:
     name = f"prompts[{index}]"
     if isinstance(prompt, str):
-        return ParsedPrompt(str(prompt), None)
+        return ParsedPrompt(str(prompt))
     if not isinstance(prompt, Mapping):
-        return ParsedPrompt(None, _token_ids(name, prompt))
+        return ParsedPrompt(token_ids=_token_ids(name, prompt))
     given = {key: value for key, value in prompt.items() if value is not None}
     text, token_ids = given.pop("prompt", None), given.pop("prompt_token_ids", None)
     if given or (text is None and token_ids is None):

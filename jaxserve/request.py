@@ -298,3 +298,55 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
+
+
+class Completion:
+    """The output of one request, collected from its deltas. ``prompt`` is what is shown for the prompt, if anything."""
+
+    def __init__(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, prompt: str | None = None
+    ) -> None:
+        self.request_id, self.prompt_token_ids, self.params, self.prompt = request_id, prompt_token_ids, params, prompt
+        self.token_ids: list[int] = []
+        self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        self.finish_reason: FinishReason | None = None
+        self._texts: list[str] = []
+        self._last: RequestDelta
+
+    def add(self, delta: RequestDelta) -> None:
+        """Append what a step has added."""
+        self.token_ids += delta.token_ids
+        self._texts.append(delta.text)
+        if self.logprobs is not None and delta.logprobs is not None:
+            self.logprobs += delta.logprobs
+        self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
+        self.finish_reason, self._last = delta.finish_reason, delta
+
+    @property
+    def text(self) -> str:
+        return "".join(self._texts)
+
+    def output(self) -> RequestOutput:
+        """Once the last delta has been added."""
+        total = None
+        if self.logprobs is not None:
+            total = sum(entry[token].logprob for entry, token in zip(self.logprobs, self.token_ids, strict=True))
+        completion = CompletionOutput(
+            index=0,
+            text=self.text,
+            token_ids=self.token_ids,
+            cumulative_logprob=total,
+            logprobs=self.logprobs,
+            finish_reason=None if self.finish_reason is None else self.finish_reason.value,
+            stop_reason=self._last.stop_reason,
+        )
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            prompt_logprobs=self.prompt_logprobs,
+            outputs=[completion],
+            finished=True,
+            metrics=self._last.metrics,
+        )

@@ -19,8 +19,6 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from jaxserve.errors import RequestError
-from jaxserve.models.fields import Fields
-from jaxserve.models.loading import gguf_tokenizer, hf_tokenizer
 from jaxserve.token_length import TokenLength, byte_alphabet
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
@@ -58,17 +56,6 @@ class Tokenizer:
         self.eos_tokens = tuple(dict.fromkeys(eos_tokens if eos_token is None else (eos_token, *eos_tokens)))
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Tokenizer:
-        """From the files of a Hugging Face folder, see hf_tokenizer.read. Raises ModelError."""
-        found = hf_tokenizer.read(folder)
-        return cls(
-            found.backend,
-            special_tokens=found.special_tokens,
-            chat_template=found.chat_template,
-            eos_tokens=found.eos_tokens,
-        )
-
-    @classmethod
     def of_bytes(cls) -> Tokenizer:
         """Every byte of the UTF-8 text is a token."""
         # The byte-level alphabet in the order of its characters; which byte has which id does not matter here.
@@ -78,16 +65,8 @@ class Tokenizer:
         backend.decoder = tokenizers.decoders.ByteLevel()
         return cls(backend, special_tokens={}, chat_template=None)
 
-    @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any], where: object = "GGUF file") -> Tokenizer:
-        """From a GGUF file's metadata. Raises ModelError, with ``where`` in it, for what is not supported."""
-        backend = gguf_tokenizer.build(metadata, where)
-        special = gguf_tokenizer.special_tokens(metadata, where)
-        template = Fields(metadata, where).text("tokenizer.chat_template")
-        return cls(backend, special_tokens=special, chat_template=template)
-
     def save(self, folder: Path) -> None:
-        """Write what ``from_folder`` and transformers read."""
+        """Write what hf_tokenizer.py and transformers read."""
         self._backend.save(str(folder / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._special_tokens}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

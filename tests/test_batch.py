@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,22 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve import LLM, EngineConfig, SamplingParams
-from jaxserve.batch_file import (
-    CHAT,
-    COMPLETIONS,
-    LOOKAHEAD,
-    BatchLine,
-    BatchRun,
-    BatchSummary,
-    _Answer,
-    _logprobs,
-    parse_body,
-)
+from jaxserve.batch_file import LOOKAHEAD, BatchRun, BatchSummary
 from jaxserve.errors import RequestError
 from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestMetrics
 from jaxserve.result_file import BatchFileError, ResultFile
-from jaxserve.tokenizer import Tokenizer
 
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MODEL, MAX_MODEL_LEN = "echo", 100
 
 
@@ -54,8 +43,6 @@ class EchoTokenizer:
         return SimpleNamespace(step=chr)
 
     def apply_chat_template(self, messages: Any) -> str:
-        if not isinstance(messages, list):
-            raise RequestError(f"messages must be a list, got {messages!r}")
         return "".join(f"<{m['role']}>{m['content']}" for m in messages)
 
 
@@ -66,6 +53,7 @@ class EchoEngine:
         self.config = SimpleNamespace(model=MODEL, max_num_seqs=2)
         self.tokenizer = EchoTokenizer()
         self.max_model_len = MAX_MODEL_LEN
+        self.model_config = SimpleNamespace(vocab_size=2**21)
         self.sampling_defaults: dict[str, Any] = {}
         self.interrupt_at = interrupt_at
         self.running: dict[str, list[Any]] = {}
@@ -178,23 +166,6 @@ def test_chat(tmp_path: Path) -> None:
     assert body["usage"]["prompt_tokens"] == len("<user>hi")
 
 
-@pytest.mark.parametrize(
-    ("one", "expected"),
-    [
-        (line("a", prompt="hello"), SamplingParams(temperature=0.5, top_k=9, max_tokens=7)),
-        (line("a", prompt="hello", temperature=1.0, top_k=None), SamplingParams(top_k=9, max_tokens=7)),
-        (line("a", prompt="hello", max_tokens=50), SamplingParams(temperature=0.5, top_k=9, max_tokens=50)),
-        (line("a", CHAT, messages=[]), SamplingParams(temperature=0.5, top_k=9, max_tokens=7)),
-        (line("a", prompt=[5] * 97), SamplingParams(temperature=0.5, top_k=9, max_tokens=3)),
-    ],
-)
-def test_the_body_wins_over_the_models_defaults(one: dict[str, Any], expected: SamplingParams) -> None:
-    engine = EchoEngine()
-    engine.sampling_defaults = {"temperature": 0.5, "top_k": 9, "max_tokens": 7}
-    _, params = parse_body(BatchLine("1", "a", one["url"], one["body"]), engine)  # type: ignore[arg-type]
-    assert params == expected
-
-
 def test_token_ids_as_prompt(tmp_path: Path) -> None:
     body = answer(tmp_path, line("a", prompt=[5, 6, 7], max_completion_tokens=1))["response"]["body"]
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
@@ -223,58 +194,6 @@ def test_logprobs_of_a_chat(tmp_path: Path, top_logprobs: int | None, top: list[
     one = line("a", CHAT, messages=messages, max_tokens=1, logprobs=True, top_logprobs=top_logprobs)
     choice = answer(tmp_path, one)["response"]["body"]["choices"][0]
     assert choice["logprobs"] == {"content": [{"token": "x", "logprob": -1.0, "bytes": [120], "top_logprobs": top}]}
-
-
-def test_logprobs_of_parts_of_a_character() -> None:
-    """Two bytes that are no characters alone: both would be written U+FFFD, and one would hide the other."""
-    tokenizer = Tokenizer.of_bytes()
-    token_ids = tokenizer.encode("é👋")
-    entries = [{token_id: Logprob(-5.0 - i, 2), 5: Logprob(-0.5, 1)} for i, token_id in enumerate(token_ids)]
-    entries[0] |= {token_ids[2]: Logprob(-1.0, 3)}
-    batch_line = BatchLine("batch_req_1", "a", COMPLETIONS, {})
-    logprobs = _logprobs(_Answer(batch_line, 1, 6, "é👋", entries), 1, tokenizer)
-    assert logprobs["tokens"][:3] == [r"bytes:\xc3", r"bytes:\xa9", r"bytes:\xf0"]
-    assert logprobs["text_offset"] == [0, 0, 1, 1, 1, 1]
-    five = tokenizer.decode([5])
-    assert logprobs["top_logprobs"][0] == {five: -0.5, r"bytes:\xf0": -1.0, r"bytes:\xc3": -5.0}
-    for token, value, top in zip(*(logprobs[k] for k in ("tokens", "token_logprobs", "top_logprobs")), strict=True):
-        assert top[token] == value, "the chosen token is among them, under its own name"
-    content = _logprobs(_Answer(replace(batch_line, url=CHAT), 1, 6, "é👋", entries), 1, tokenizer)["content"]
-    assert bytes(byte for token in content for byte in token["bytes"]).decode() == "é👋"
-    assert (content[0]["token"], content[0]["top_logprobs"][0]["token"]) == (r"\xc3", five)
-
-
-def test_logprobs_of_tokens_with_one_text() -> None:
-    """The likeliest of them is told, wherever it stands: evaluations compare the chosen one with the greatest."""
-
-    class Twins(EchoTokenizer):
-        def token_bytes(self, token_id: int) -> bytes:
-            return b"twin"
-
-    answer = _Answer(BatchLine("1", "a", COMPLETIONS, {}), 2, 1, "twin", [{1: Logprob(-5, 2), 2: Logprob(-0.1, 1)}])
-    assert _logprobs(answer, 2, Twins())["top_logprobs"] == [{"twin": -0.1}]  # type: ignore[arg-type]
-
-
-def test_offsets_end_where_a_stop_string_cut_the_text() -> None:
-    answer = _Answer(BatchLine("1", "a", COMPLETIONS, {}), 0, 3, "x", [{ord(c): Logprob(-1.0, 1)} for c in "xEN"])
-    assert _logprobs(answer, 0, EchoTokenizer())["text_offset"] == [0, 1, 1]  # type: ignore[arg-type]
-
-
-NEUTRAL_FIELDS = {
-    "user": "u-1", "metadata": {"run": "7"}, "store": True, "service_tier": "flex", "safety_identifier": "s",
-    "prompt_cache_key": "k", "parallel_tool_calls": True, "stream_options": {"include_usage": True},
-    "logit_bias": {}, "response_format": {"type": "text"}, "tools": [], "tool_choice": "auto", "n": 1, "best_of": 1,
-    "stream": False, "echo": False, "frequency_penalty": 0.0, "presence_penalty": 0, "logprobs": None, "seed": None,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NEUTRAL_FIELDS)
-def test_fields_that_change_nothing_are_taken(name: str) -> None:
-    engine: Any = EchoEngine()
-    for one in (line("a", prompt="hi"), line("a", CHAT, messages=[{"role": "user", "content": "hi"}])):
-        plain = BatchLine("1", "a", one["url"], one["body"])
-        given = replace(plain, body={**plain.body, name: NEUTRAL_FIELDS[name]})
-        assert parse_body(given, engine) == parse_body(plain, engine)
 
 
 def test_served_model_names(tmp_path: Path) -> None:
@@ -307,7 +226,7 @@ BAD_LINES = [
     (line("a", max_tokens=2), "prompt must be a string or a list of token ids, got None"),
     (line("a", prompt=["hello"]), "prompt must be a string or a list of token ids, got ['hello']"),
     (line("a", prompt=[True]), "prompt must be a string or a list of token ids, got [True]"),
-    (line("a", CHAT, prompt="hello"), "messages must be a list, got None"),
+    (line("a", CHAT, prompt="hello"), "messages must be a list of at least one message, got None"),
     (line("a", prompt="hello", beams=2), "unknown parameter 'beams' for /v1/completions; known: ignore_eos, "),
     (line("a", prompt="hello", best_of=2), "best_of must be 1 in a batch, got 2"),
     (line("a", prompt="hello", logit_bias={"5": 1}), "logit_bias must be {} in a batch, got {'5': 1}"),

@@ -1,4 +1,4 @@
-"""SamplingParams name the field, the value and the limit; a request's counts before, during and after decoding."""
+"""SamplingParams name the field, the value and the limit; a request's counts and outputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 
 from jaxserve.errors import RequestError
-from jaxserve.request import MAX_SEED, MAX_STOP_STRINGS, Request, RequestMetrics, SamplingParams
+from jaxserve.request import (
+    MAX_SEED,
+    MAX_STOP_STRINGS,
+    Completion,
+    FinishReason,
+    Logprob,
+    Request,
+    RequestDelta,
+    RequestMetrics,
+    SamplingParams,
+)
 
 INT_LIMIT = 2**31 - 1
 NOT_NUMBERS = [True, np.True_, np.float64("nan"), np.array([1]), math.nan, math.inf, -math.inf, "1", None, [1], 10**400]
@@ -199,3 +209,34 @@ def test_times() -> None:
     metrics.token_seconds = [12.0, 12.25, 13.0]
     assert (metrics.ttft_seconds, metrics.scheduling_delay_seconds) == (2.0, 0.5)
     assert metrics.tbt_seconds == [0.25, 0.75]
+
+
+def test_a_completion_is_the_sum_of_its_deltas() -> None:
+    metrics = RequestMetrics(arrival_seconds=0.0)
+    scored: list[dict[int, Logprob] | None] = [None, {6: Logprob(-2.0, 1)}]
+    end = FinishReason.STOP
+    deltas = [
+        RequestDelta("a", [7], "", [{7: Logprob(-0.5, 1)}], scored, None, None, metrics, 2),
+        RequestDelta("a", [8, 9], "xy", [{8: Logprob(-1.0, 2)}, {9: Logprob(-2.0, 1)}], None, None, None, metrics, 2),
+        RequestDelta("a", [], "z", None, None, end, "stop", metrics, 2),
+    ]
+    completion = Completion("a", [5, 6], SamplingParams(logprobs=0, prompt_logprobs=0), prompt="shown")
+    for delta in deltas:
+        assert completion.finish_reason is None
+        completion.add(delta)
+    assert (completion.text, completion.token_ids, completion.finish_reason) == ("xyz", [7, 8, 9], end)
+    output = completion.output()
+    assert (output.request_id, output.prompt, output.prompt_token_ids) == ("a", "shown", [5, 6])
+    assert (output.prompt_logprobs, output.metrics, output.finished) == (scored, metrics, True)
+    (only,) = output.outputs
+    assert (only.text, only.token_ids, only.cumulative_logprob) == ("xyz", [7, 8, 9], -3.5)
+    assert (only.finish_reason, only.stop_reason) == ("stop", "stop")
+
+
+def test_a_completion_without_logprobs_has_none() -> None:
+    completion = Completion("a", [5], SamplingParams())
+    completion.add(
+        RequestDelta("a", [7], "x", None, None, FinishReason.LENGTH, None, RequestMetrics(arrival_seconds=0.0), 1)
+    )
+    (only,) = completion.output().outputs
+    assert (only.logprobs, only.cumulative_logprob, completion.output().prompt_logprobs) == (None, None, None)

@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.errors import ModelError, RequestError
+from jaxserve.models.loading import gguf_tokenizer, hf_tokenizer
 from jaxserve.models.loading.gguf_file import read_gguf
 from jaxserve.models.loading.gguf_tokenizer import PRE_TOKENIZERS, build
 from jaxserve.models.loading.hub import resolve
 from jaxserve.tokenizer import _BYTE_LEVEL, Tokenizer
 
 METADATA = read_gguf(resolve("smollm2-135m")).metadata
-TOKENIZER = Tokenizer.from_gguf(METADATA)
+TOKENIZER = gguf_tokenizer.load(METADATA)
 MISSING_BYTES = {0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)}
 """SmolLM2's vocabulary has no tokens for these bytes, so its own tokenizer drops the characters written with them."""
 TEXTS = [
@@ -195,7 +196,7 @@ def test_contents_become_one_text(content: Any, text: str) -> None:
 
 def test_save_and_load(tmp_path: Path) -> None:
     TOKENIZER.save(tmp_path)
-    loaded = Tokenizer.from_folder(tmp_path)
+    loaded = hf_tokenizer.load(tmp_path)
     assert [loaded.encode(text) for text in TEXTS] == [TOKENIZER.encode(text) for text in TEXTS]
     assert loaded.apply_chat_template(HI) == TOKENIZER.apply_chat_template(HI)
     assert (loaded.eos_token_id, loaded.special_token_ids) == (2, TOKENIZER.special_token_ids)
@@ -213,16 +214,16 @@ def test_transformers_reads_the_saved_folder_alike(tmp_path: Path) -> None:
 
 def test_folder_layouts(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"holds no tokenizer\.json, the supported kind of tokenizer; found: none"):
-        Tokenizer.from_folder(tmp_path)
+        hf_tokenizer.load(tmp_path)
     TOKENIZER.save(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "{{ eos_token }}"}]
     config = {"eos_token": {"__type": "AddedToken", "content": "<|im_end|>"}, "chat_template": named}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    assert Tokenizer.from_folder(tmp_path).apply_chat_template(HI) == "<|im_end|>"
+    assert hf_tokenizer.load(tmp_path).apply_chat_template(HI) == "<|im_end|>"
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match=r"tokenizer\.json: cannot be read"):
-        Tokenizer.from_folder(tmp_path)
+        hf_tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from jaxserve.engine.profiling import Profiler, largest_budget, read_profile
 from jaxserve.engine.runner import ModelRunner, prepare
 from jaxserve.engine.startup import StartupTimes, timed
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.loading import generation
+from jaxserve.models.loading import generation, hf_tokenizer
 from jaxserve.models.loading.hub import resolve
 from jaxserve.request import SamplingParams
 from jaxserve.scheduler import Pace, Scheduler
@@ -54,7 +54,7 @@ def build(
     started_seconds = time.monotonic()
     checkpoint, resolved = prepare(config)
     stored = read_profile(config.profile, resolved) if config.profile is not None else None
-    tokenizer = Tokenizer.from_folder(resolve(config.tokenizer)) if config.tokenizer else checkpoint.tokenizer()
+    tokenizer = hf_tokenizer.load(resolve(config.tokenizer)) if config.tokenizer else checkpoint.tokenizer()
     eos = checkpoint.eos_token_ids(tokenizer)
     defaults = checkpoint.sampling_defaults if config.generation_config == "auto" else {}
     _log_sampling(defaults)

@@ -49,12 +49,12 @@ def run_leader(engine_config: EngineConfig, server_config: ServerConfig, group: 
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def build() -> list[Engine]:
-        from jaxserve.hosts.steps import Followers
+        from jaxserve.hosts.steps import Followers, Leader
 
         drain = partial(os.kill, os.getpid(), signal.SIGTERM)
         followers = Followers(group.size - 1, group.step_address, _lost, drain)
         group.join()
-        return build_engines(engine_config, followers=followers)
+        return build_engines(engine_config, make_runner=partial(Leader, followers))
 
     end_process(exit_code_of(lambda: asyncio.run(serve(engine_config, server_config, build, socket))))
 

@@ -13,13 +13,13 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health
 
 from jaxserve.errors import RequestError
-from jaxserve.server.engine_thread import EngineDeadError
+from jaxserve.served_model import UnknownModelError
+from jaxserve.server.errors import RETRY_AFTER_MS, OverloadedError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
 MAX_STATUS_BYTES = 1000
 """A status travels in the trailing headers, which have a limit; a message may quote what the caller sent."""
-RETRY_AFTER_MS = 1000
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -36,20 +36,20 @@ class StatusError(Exception):
         self.trailing_metadata = trailing_metadata
 
 
-def overloaded(message: str) -> StatusError:
-    """RESOURCE_EXHAUSTED, and when to come back."""
-    return StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, (("retry-after-ms", str(RETRY_AFTER_MS)),))
-
-
 def status_of(error: Exception) -> StatusError:
     """What the client may know of an exception: everything of our own errors, nothing of any other."""
     match error:
         case StatusError():
             return error
+        case UnknownModelError():
+            return StatusError(grpc.StatusCode.NOT_FOUND, str(error))
         case RequestError():
             return StatusError(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        case EngineDeadError():
+        case UnavailableError():
             return StatusError(grpc.StatusCode.UNAVAILABLE, str(error))
+        case OverloadedError():
+            when = (("retry-after-ms", str(RETRY_AFTER_MS)),)
+            return StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), when)
         case DecodeError():
             return StatusError(grpc.StatusCode.INVALID_ARGUMENT, "the request is no message of this method")
     logger.error("uncaught exception in an RPC", exc_info=error)
@@ -108,7 +108,7 @@ class Door(grpc.aio.ServerInterceptor):
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:
         if self._num_calls >= self._max_calls:
-            raise overloaded(f"{self._num_calls} calls are under way, the limit is {self._max_calls}")
+            raise OverloadedError(f"{self._num_calls} calls are under way, the limit is {self._max_calls}")
         self._num_calls += 1
         try:
             yield

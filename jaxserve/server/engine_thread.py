@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from jaxserve.errors import RequestError
 from jaxserve.request import FinishReason, RequestDelta, SamplingParams
+from jaxserve.server.errors import UnavailableError
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 WATCH_SECONDS = 0.5
 
 
-class EngineDeadError(RuntimeError):
+class EngineDeadError(UnavailableError):
     """The engine failed or was stopped, and with it every request in flight; it takes no new ones."""
 
     def __init__(self) -> None:

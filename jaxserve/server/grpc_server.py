@@ -9,7 +9,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,19 +18,19 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.server import messages
+from jaxserve.server.admission import Admission
 from jaxserve.server.listener import Listener, listen_error
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2_grpc as pb_grpc
-from jaxserve.server.replicas import ReplicaMetrics, Replicas
+from jaxserve.server.replicas import ReplicaMetrics
 from jaxserve.server.servicer import InferenceServicer
 from jaxserve.server.signals import stop_signal
+from jaxserve.server.text_threads import TextThreads
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine
-    from jaxserve.hosts.steps import Followers
 
 logger = logging.getLogger(__name__)
 
-DRAIN_POLL_SECONDS = 0.02
 SWITCH_SECONDS = 0.0005
 """After which a thread hands on Python's lock: every wait of the engine's for it makes a token late."""
 
@@ -46,16 +46,12 @@ def start_metrics(host: str, port: int) -> CollectorRegistry:
 
 
 class GrpcServer:
-    """The service and the state behind it: warming up, then serving, then draining; dead once an engine has failed.
+    """What ``admission`` leads to, over gRPC, and its state as health. ``socket``: see Listener."""
 
-    ``socket``: see Listener.
-    """
-
-    def __init__(self, config: ServerConfig, socket: Path | None = None) -> None:
-        self._config = config
-        self._servicer = InferenceServicer(config.max_waiting, config.max_message_bytes)
+    def __init__(self, config: ServerConfig, admission: Admission, socket: Path | None = None) -> None:
+        self._admission = admission
+        self._servicer = InferenceServicer(admission, TextThreads(), config.max_message_bytes)
         self.listener = Listener(config, socket)
-        self.failed = asyncio.Event()
         self._last_words: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -63,40 +59,34 @@ class GrpcServer:
         pb_grpc.add_InferenceServiceServicer_to_server(self._servicer, self.listener.server)
         await self.listener.start()
 
-    async def set_ready(self, engines: Sequence[Engine]) -> None:
-        """Serve warm engines of one model, which from now on belong to this server."""
-        self.listener.door.max_request_bytes = messages.max_request_bytes(engines[0])
-        self._servicer.replicas = Replicas(engines, self._on_engine_death, self._config.step_timeout_seconds)
+    async def set_ready(self) -> None:
+        """Say that the engines, to which the admission is open, are there."""
+        self.listener.door.max_request_bytes = messages.max_request_bytes(self._admission.replicas().model)
+        self._last_words = asyncio.create_task(self._tell_failure())
         await self.listener.set_serving(True)
 
-    def _on_engine_death(self) -> None:
-        self._last_words = asyncio.create_task(self.listener.set_dead())
-        self.failed.set()
+    async def _tell_failure(self) -> None:
+        await self._admission.failed.wait()
+        await self.listener.set_dead()
 
     async def shutdown(self) -> None:
-        """Refuse new requests, give the running ones drain_seconds to finish, abort the others, and stop."""
+        """Say that it ends, drain, and stop."""
         await self.listener.set_serving(False)
-        self._servicer.draining = True
-        deadline_seconds = time.monotonic() + self._config.drain_seconds
-        while self._servicer.num_active and time.monotonic() < deadline_seconds:
-            await asyncio.sleep(DRAIN_POLL_SECONDS)
-        if self._servicer.replicas is not None and not self.failed.is_set():
-            await self._servicer.replicas.stop()
+        await self._admission.drain()
+        if self._last_words is not None and not self._admission.failed.is_set():
+            self._last_words.cancel()
         await self.listener.stop()
 
 
-def build_engines(config: EngineConfig, num_engines: int = 1, followers: Followers | None = None) -> list[Engine]:
-    """Engines on devices of their own. Raises ConfigError and ModelError."""
+def build_engines(config: EngineConfig, num_engines: int = 1, **of_each: Any) -> list[Engine]:
+    """Engines on devices of their own, with what else Engine takes ``of_each``. Raises ConfigError and ModelError."""
     # Imported late: jax takes seconds to load, and a port in use should be told before.
     started_seconds = time.monotonic()
     from jaxserve.engine.engine import Engine
     from jaxserve.engine.memory import claim_gpu_memory
-    from jaxserve.hosts.steps import Leader
     from jaxserve.sharding.mesh import make_meshes
 
-    make = partial(Engine, config, imports_seconds=time.monotonic() - started_seconds)
-    if followers is not None:
-        return [make(make_runner=partial(Leader, followers))]
+    make = partial(Engine, config, imports_seconds=time.monotonic() - started_seconds, **of_each)
     if num_engines == 1:
         return [make()]
     claim_gpu_memory(config.gpu_memory_utilization)
@@ -139,7 +129,8 @@ async def serve(
     started_seconds = time.monotonic()
     sys.setswitchinterval(SWITCH_SECONDS)
     stopped = stop_signal(of_terminal=socket is None)
-    server = GrpcServer(server_config, socket)
+    admission = Admission(server_config)
+    server = GrpcServer(server_config, admission, socket)
     await server.start()
     try:
         registry = None
@@ -154,15 +145,16 @@ async def serve(
             if registry is not None:
                 registries = [engine.metrics.registry for engine in engines]
                 registry.register(registries[0] if len(engines) == 1 else ReplicaMetrics(registries))
-            await server.set_ready(engines)
+            admission.open(engines)
+            await server.set_ready()
             if socket is None:
                 announce(engine_config, server.listener.address, started_seconds)
-            failing = asyncio.create_task(server.failed.wait())
+            failing = asyncio.create_task(admission.failed.wait())
             await asyncio.wait((failing, stopping), return_when=asyncio.FIRST_COMPLETED)
         logger.info("stopping: requests in flight have %g s to finish", server_config.drain_seconds)
     finally:
         await server.shutdown()
-    return int(server.failed.is_set())
+    return int(admission.failed.is_set())
 
 
 def announce(config: EngineConfig, address: str, started_seconds: float) -> None:

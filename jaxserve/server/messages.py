@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import TYPE_CHECKING
 
 from google.protobuf.message import Message
 
 from jaxserve.errors import RequestError
+from jaxserve.prompts import ParsedPrompt
 from jaxserve.request import MAX_STOP_STRINGS, FinishReason, Logprob, RequestDelta, SamplingParams
+from jaxserve.served_model import ServedModel, TokenLimit
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ MAX_TOKEN_ID_BYTES = 5
 MAX_CHARACTER_BYTES = 4
 MIN_REQUEST_BYTES = 1024 * 1024
 """What any request may hold, however short the prompts that are served."""
-MAX_TEXT_TOKENS = 128 * 1024
-"""What Tokenize and Detokenize take, or max_model_len where that is more."""
 RESPONSE_BYTES = 64 * 1024
 """Size at which an output is divided in any case: making one response must not hold up the others."""
 LARGEST_USAGE = pb.Usage(
@@ -43,14 +42,13 @@ LARGEST_USAGE = pb.Usage(
 )
 
 
-def sampling_params(message: pb.SamplingParams, engine: Engine, num_prompt_tokens: int) -> SamplingParams:
+def sampling_params(message: pb.SamplingParams, model: ServedModel, num_prompt_tokens: int) -> SamplingParams:
     """The fields that the caller set; the others have the model's defaults, or SamplingParams'. Raises RequestError."""
     if len(message.stop) > MAX_STOP_STRINGS:
         raise RequestError(f"stop must be at most {MAX_STOP_STRINGS} non-empty strings, got {len(message.stop)}")
-    if len(message.stop_token_ids) > engine.model_config.vocab_size:
+    if len(message.stop_token_ids) > model.vocab_size:
         raise RequestError(
-            f"stop_token_ids must be at most the vocabulary's {engine.model_config.vocab_size}, "
-            f"got {len(message.stop_token_ids)}"
+            f"stop_token_ids must be at most the vocabulary's {model.vocab_size}, got {len(message.stop_token_ids)}"
         )
     given = {field.name: value for field, value in message.ListFields()}
     for name in ("stop", "stop_token_ids"):
@@ -58,26 +56,24 @@ def sampling_params(message: pb.SamplingParams, engine: Engine, num_prompt_token
             given[name] = tuple(given[name])
     if given.get("max_tokens") == NO_TOKEN_LIMIT:
         given["max_tokens"] = None
-    return SamplingParams.with_defaults(given, engine.sampling_defaults, engine.max_model_len - num_prompt_tokens)
+    return model.sampling_params(given, num_prompt_tokens)
 
 
-def max_request_bytes(engine: Engine) -> int | None:
+def max_request_bytes(model: ServedModel) -> int | None:
     """Of a request that can be served; None where the tokenizer sets no bound."""
-    characters = engine.tokenizer.token_length.max_characters
+    characters = model.tokenizer.token_length.max_characters
     if characters is None:
         return None
     token_bytes = max(characters * MAX_CHARACTER_BYTES, MAX_TOKEN_ID_BYTES)
-    return max(engine.max_model_len * token_bytes, MIN_REQUEST_BYTES)
+    return max(model.max_model_len * token_bytes, MIN_REQUEST_BYTES)
 
 
-def prompt_limit(message: Message, engine: Engine) -> tuple[int, str]:
-    """Most tokens of the prompt or the ids in ``message``, and what sets that limit."""
-    if isinstance(message, pb.GenerateRequest) or engine.max_model_len > MAX_TEXT_TOKENS:
-        return engine.max_model_len, "max_model_len"
-    return MAX_TEXT_TOKENS, "the limit of"
+def token_limit(message: Message, model: ServedModel) -> TokenLimit:
+    """Of the prompt or the ids in ``message``."""
+    return model.prompt_limit if isinstance(message, pb.GenerateRequest) else model.text_limit
 
 
-def check_size(message: pb.GenerateRequest | pb.TokenizeRequest | pb.DetokenizeRequest, engine: Engine) -> None:
+def check_size(message: pb.GenerateRequest | pb.TokenizeRequest | pb.DetokenizeRequest, model: ServedModel) -> None:
     """Raise RequestError for more items than tokens may be, before anything is made of them."""
     match message:
         case pb.DetokenizeRequest():
@@ -86,37 +82,37 @@ def check_size(message: pb.GenerateRequest | pb.TokenizeRequest | pb.DetokenizeR
             name, number = "prompt", len(message.token_ids.ids)
         case _:
             name, number = "messages", len(message.chat.messages)
-    limit, limit_name = prompt_limit(message, engine)
-    if number > limit:
-        raise RequestError(f"{name} of {number} items exceeds {limit_name} {limit}")
+    limit = token_limit(message, model)
+    if number > limit.num_tokens:
+        raise RequestError(f"{name} of {number} items exceeds {limit.name} {limit.num_tokens}")
 
 
-def prompt_token_ids(message: pb.GenerateRequest | pb.TokenizeRequest, engine: Engine) -> list[int]:
+def prompt_token_ids(message: pb.GenerateRequest | pb.TokenizeRequest, model: ServedModel) -> list[int]:
     """The prompt as token ids, through tokenizer and chat template where needed. Raises RequestError."""
-    limit, limit_name = prompt_limit(message, engine)
-    encode = partial(engine.tokenizer.encode, max_tokens=limit, limit_name=limit_name)
     match message.WhichOneof("prompt"):
         case "text":
-            return encode(message.text)
+            prompt = ParsedPrompt(message.text)
         case "chat":
-            messages = [{"role": turn.role, "content": turn.content} for turn in message.chat.messages]
-            return encode(engine.tokenizer.apply_chat_template(messages), add_special_tokens=False)
+            turns = [{"role": turn.role, "content": turn.content} for turn in message.chat.messages]
+            prompt = ParsedPrompt(messages=turns)
         case "token_ids":
             assert isinstance(message, pb.GenerateRequest)
-            return list(message.token_ids.ids)
-    raise RequestError("prompt must be given, got none")
+            prompt = ParsedPrompt(token_ids=list(message.token_ids.ids))
+        case _:
+            raise RequestError("prompt must be given, got none")
+    return model.token_ids(prompt, token_limit(message, model))
 
 
-def text_of(message: pb.DetokenizeRequest, engine: Engine) -> str:
+def text_of(message: pb.DetokenizeRequest, model: ServedModel) -> str:
     """The text of the token ids. Raises RequestError."""
     # A model's vocabulary may be padded beyond its tokenizer's: such ids are sampled, and have no text.
-    limit = max(engine.tokenizer.vocab_size, engine.model_config.vocab_size)
+    limit = max(model.tokenizer.vocab_size, model.vocab_size)
     token_ids = list(message.token_ids)
     if token_ids and max(token_ids) >= limit:
         wrong = next(token_id for token_id in token_ids if token_id >= limit)
         raise RequestError(f"token_ids must be in [0, {limit - 1}], got {wrong}")
     skip = message.skip_special_tokens if message.HasField("skip_special_tokens") else True
-    return engine.tokenizer.decode(token_ids, skip_special_tokens=skip)
+    return model.tokenizer.decode(token_ids, skip_special_tokens=skip)
 
 
 def position_logprobs(position: dict[int, Logprob] | None) -> pb.PositionLogprobs:

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.registry import Collector
 
 from jaxserve.request import RequestDelta, SamplingParams
+from jaxserve.served_model import ServedModel
 from jaxserve.server.engine_thread import EngineThread
 
 if TYPE_CHECKING:
@@ -23,11 +24,9 @@ class Replicas:
 
     def __init__(self, engines: Sequence[Engine], on_death: Callable[[], None], step_timeout_seconds: float) -> None:
         self._threads = [EngineThread(engine, on_death, step_timeout_seconds) for engine in engines]
-
-    @property
-    def engine(self) -> Engine:
-        """Any of them: to tokenize, and to ask for what they have in common."""
-        return self._threads[0].engine
+        self.engine = engines[0]
+        """Any of them, to ask for what they have in common."""
+        self.model = ServedModel.of(engines[0])
 
     def generate(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from jaxserve.errors import RequestError
-from jaxserve.server.door import overloaded
+from jaxserve.server.errors import OverloadedError
 
+TIMEOUT_SECONDS = 30.0
 SHORT_BYTES = 16 * 1024
 """What takes milliseconds to tokenize."""
 SHORT_THREADS = 4
@@ -26,15 +27,15 @@ class TextThreads:
         self._short = ThreadPoolExecutor(SHORT_THREADS, thread_name_prefix="short-texts")
         self._long = ThreadPoolExecutor(LONG_THREADS, thread_name_prefix="long-texts")
 
-    async def run[Result](self, work: Callable[[], Result], num_bytes: int, timeout_seconds: float) -> Result:
+    async def run[Result](self, work: Callable[[], Result], num_bytes: int) -> Result:
         """The result of ``work`` on a text of about ``num_bytes``. Raises RequestError when it takes longer than
-        ``timeout_seconds``, and StatusError (RESOURCE_EXHAUSTED) when it has not begun by then.
+        TIMEOUT_SECONDS, and OverloadedError when it has not begun by then.
         """
         future = (self._short if num_bytes <= SHORT_BYTES else self._long).submit(work)
         try:
-            async with asyncio.timeout(timeout_seconds):
+            async with asyncio.timeout(TIMEOUT_SECONDS):
                 return await asyncio.wrap_future(future)
         except TimeoutError:
             if future.cancel() or future.cancelled():
-                raise overloaded(f"no thread was free to tokenize within {timeout_seconds:g} s") from None
-            raise RequestError(f"prompt must tokenize within {timeout_seconds:g} s, got no result") from None
+                raise OverloadedError(f"no thread was free to tokenize within {TIMEOUT_SECONDS:g} s") from None
+            raise RequestError(f"prompt must tokenize within {TIMEOUT_SECONDS:g} s, got no result") from None

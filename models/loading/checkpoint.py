@@ -13,7 +13,7 @@ import jax
 from jaxserve.errors import ModelError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.fields import Fields
-from jaxserve.models.loading import assemble, eos, generation, gguf_tokenizer, head, hf, orbax
+from jaxserve.models.loading import assemble, eos, generation, gguf_tokenizer, head, hf, hf_tokenizer, orbax
 from jaxserve.models.loading.dummy import random_parameters
 from jaxserve.models.loading.files import read_json
 from jaxserve.models.loading.gguf import GGUFSource
@@ -75,7 +75,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         return generation.from_hf(self.path / "generation_config.json")
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_folder(self.path)
+        return hf_tokenizer.load(self.path)
 
     @cached_property
     def _source(self) -> hf.SafetensorsSource:
@@ -102,7 +102,7 @@ class GGUFCheckpoint(Checkpoint):
         return generation.from_gguf(self.path, self._source.file.metadata)
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_gguf(self._source.file.metadata, self.path)
+        return gguf_tokenizer.load(self._source.file.metadata, self.path)
 
     def check(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> None:
         assemble.check(self.path, self._source, abstract, weights)
@@ -124,7 +124,7 @@ class OrbaxCheckpoint(Checkpoint):
         return orbax.sampling_defaults(self.path)
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_folder(self.path)
+        return hf_tokenizer.load(self.path)
 
     def check(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> None:
         orbax.check(self.path, abstract)
@@ -153,7 +153,7 @@ class DummyCheckpoint(Checkpoint):
         return generation.from_hf(self.path / "generation_config.json")
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_folder(self.path) if (self.path / "tokenizer.json").is_file() else Tokenizer.of_bytes()
+        return hf_tokenizer.load(self.path) if (self.path / "tokenizer.json").is_file() else Tokenizer.of_bytes()
 
     def check(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> None:
         """Everything fits."""

@@ -13,6 +13,7 @@ from jaxserve.errors import ModelError
 from jaxserve.models.fields import Fields
 from jaxserve.models.loading.eos import KNOWN_ENDS, Declared
 from jaxserve.models.loading.gguf_pretokenizers import PRE_TOKENIZERS, WHOLE_WORDS, pre_tokenizer
+from jaxserve.tokenizer import Tokenizer
 
 _PREFIX = "tokenizer.ggml."
 _NEEDED = {"gpt2": "merges", "llama": "scores"}
@@ -25,6 +26,12 @@ class _TokenType(IntEnum):
     UNKNOWN = 2
     CONTROL = 3
     USER_DEFINED = 4
+
+
+def load(metadata: Mapping[str, Any], where: object = "GGUF file") -> Tokenizer:
+    """The tokenizer of a GGUF file's metadata. Raises ModelError, with ``where`` in it, for what is not supported."""
+    template = Fields(metadata, where).text("tokenizer.chat_template")
+    return Tokenizer(build(metadata, where), special_tokens=special_tokens(metadata, where), chat_template=template)
 
 
 def special_tokens(metadata: Mapping[str, Any], where: object = "GGUF file") -> dict[str, str]:

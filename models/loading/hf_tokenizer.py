@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from jaxserve.errors import ModelError
 from jaxserve.models.fields import Fields
 from jaxserve.models.loading.eos import is_token_id
 from jaxserve.models.loading.files import read_json, read_text, unreadable
+from jaxserve.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -26,17 +26,7 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _TEMPLATE_FOLDER = "additional_chat_templates"
 
 
-@dataclass(frozen=True)
-class HuggingFaceTokenizer:
-    backend: tokenizers.Tokenizer
-    special_tokens: dict[str, str]
-    """bos_token, eos_token and so on -> the token."""
-    eos_tokens: tuple[str, ...]
-    """Each file's own eos_token."""
-    chat_template: str | None
-
-
-def read(folder: Path) -> HuggingFaceTokenizer:
+def load(folder: Path) -> Tokenizer:
     """From tokenizer.json, tokenizer_config.json, special_tokens_map.json, added_tokens.json and chat templates.
 
     Raises ModelError, naming the file and the key.
@@ -64,7 +54,8 @@ def read(folder: Path) -> HuggingFaceTokenizer:
     _report_moved(path, backend, listed)
     eos_tokens = [_token(fields, "eos_token").content for fields in (config, legacy) if fields.values.get("eos_token")]
     special = {name: token.content for name, token in named.items()}
-    return HuggingFaceTokenizer(backend, special, tuple(dict.fromkeys(eos_tokens)), _chat_template(folder, config))
+    template = _chat_template(folder, config)
+    return Tokenizer(backend, special_tokens=special, chat_template=template, eos_tokens=eos_tokens)
 
 
 def _fields(path: Path) -> Fields:

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from jaxserve.engine.output import OutputStream, logprob_entry
 from jaxserve.engine.sampler import TokenLogprobs
+from jaxserve.models.loading import gguf_tokenizer
 from jaxserve.models.loading.gguf_file import read_gguf
 from jaxserve.models.loading.hub import resolve
 from jaxserve.request import FinishReason, Logprob, Request, RequestMetrics, SamplingParams
-from jaxserve.tokenizer import Tokenizer
 from tests.test_tokenizer import sentencepiece
 
-TOKENIZER = Tokenizer.from_gguf(read_gguf(resolve("smollm2-135m")).metadata)
+TOKENIZER = gguf_tokenizer.load(read_gguf(resolve("smollm2-135m")).metadata)
 EOS = 2
 FAMILY = "👩‍👩‍👧‍👦"
 """Four people and three joiners: several tokens each."""

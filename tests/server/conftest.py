@@ -18,6 +18,7 @@ from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.errors import RequestError
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestMetrics, SamplingParams
+from jaxserve.server.admission import Admission
 from jaxserve.server.client import Client
 from jaxserve.server.grpc_server import GrpcServer
 
@@ -161,12 +162,13 @@ class RunningServer:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self.server = self.call(self._start(config))
+        self.admission = Admission(config)
+        self.server = self.call(self._start(config, self.admission))
         self.target = f"127.0.0.1:{self.server.listener.port}"
 
     @staticmethod
-    async def _start(config: ServerConfig) -> GrpcServer:
-        server = GrpcServer(config)
+    async def _start(config: ServerConfig, admission: Admission) -> GrpcServer:
+        server = GrpcServer(config, admission)
         await server.start()
         return server
 
@@ -177,7 +179,11 @@ class RunningServer:
         return self.submit(coroutine).result(timeout=30)
 
     def set_ready(self) -> None:
-        self.call(self.server.set_ready(self.engines))
+        self.call(self._set_ready())
+
+    async def _set_ready(self) -> None:
+        self.admission.open(self.engines)  # type: ignore[arg-type]
+        await self.server.set_ready()
 
     def close(self) -> None:
         self.call(self.server.shutdown())

@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
 from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestMetrics, SamplingParams
-from jaxserve.server import door, listener, messages, servicer
+from jaxserve.served_model import MAX_TEXT_TOKENS
+from jaxserve.server import door, listener, messages, text_threads
+from jaxserve.server.admission import Admission
 from jaxserve.server.client import AsyncClient, Client
 from jaxserve.server.grpc_server import GrpcServer
 from jaxserve.server.listener import LIVE, SERVICE_NAME
@@ -66,7 +68,7 @@ def test_defaults_are_those_of_sampling_params(client):
 
 
 def test_fields_left_out_have_the_models_defaults(server, client):
-    server.engine.sampling_defaults = {"temperature": 0.5, "top_k": 9, "max_tokens": 7}
+    server.engine.sampling_defaults |= {"temperature": 0.5, "top_k": 9, "max_tokens": 7}
     assert len(list(client.generate("abc"))) == 7
     assert len(list(client.generate([2] * 995))) == 5, "cut to what max_model_len leaves"
     stream = client.generate("abc", request_id="a", max_tokens=100, temperature=0.0)
@@ -240,7 +242,7 @@ def test_too_many_stops_are_refused_untouched(client, fails, sampling, message):
 def test_texts_beyond_the_window_can_be_tokenized(client, fails):
     text = "a" * 5000
     assert client.detokenize(client.tokenize(text)) == text
-    limit = messages.MAX_TEXT_TOKENS
+    limit = MAX_TEXT_TOKENS
     too_long = f"of {limit + 1} {{}} exceeds the limit of {limit}"
     message = fails(StatusCode.INVALID_ARGUMENT, lambda: client.tokenize("a" * (limit + 1)))
     assert message == "prompt " + too_long.format("tokens")
@@ -256,7 +258,7 @@ def test_a_request_that_is_no_message(client, fails):
 
 def test_short_texts_pass_long_ones(server, client, fails, monkeypatch):
     """However many long ones there are; those that get no turn are told to come back."""
-    monkeypatch.setattr(servicer, "TOKENIZE_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(text_threads, "TIMEOUT_SECONDS", 0.5)
     tokenizer, release = server.engine.tokenizer, threading.Event()
     encode = tokenizer.encode
 
@@ -339,7 +341,7 @@ def test_a_single_response_over_the_limit(make_server, fails, monkeypatch):
 
 
 def test_slow_tokenizer_neither_blocks_streams_nor_hangs(server, client, fails, monkeypatch):
-    monkeypatch.setattr(servicer, "TOKENIZE_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(text_threads, "TIMEOUT_SECONDS", 0.2)
     release = threading.Event()
     monkeypatch.setattr(server.engine.tokenizer, "apply_chat_template", lambda messages: release.wait(5) and "")
     stream = iter(client.generate("abc", max_tokens=None))
@@ -391,7 +393,7 @@ def test_storm_of_disconnects(server, client, eventually):
         with Client(server.target) as other:
             streams = [other.generate("abc", max_tokens=None) for _ in range(20)]
             next(iter(streams[0]))
-    eventually(lambda: not server.engine.has_unfinished() and not server.server._servicer.num_active)
+    eventually(lambda: not server.engine.has_unfinished() and not server.admission.num_active)
     assert len(list(client.generate("abc", max_tokens=3))) == 3
 
 
@@ -414,7 +416,7 @@ def test_queue_full(make_server, eventually):
         assert "max_waiting" in caught.value.details()
         assert int(dict(caught.value.trailing_metadata())["retry-after-ms"]) > 0
         streams[0].cancel()
-        eventually(lambda: server.server._servicer.num_active < 2)
+        eventually(lambda: server.admission.num_active < 2)
         assert list(client.generate("abc", max_tokens=1))
 
 
@@ -566,7 +568,8 @@ def test_pings_of_an_idle_client_are_welcome(server):
 
 def test_port_in_use():
     async def start(port: int) -> None:
-        await GrpcServer(ServerConfig(port=port)).start()
+        config = ServerConfig(port=port)
+        await GrpcServer(config, Admission(config)).start()
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -576,7 +579,8 @@ def test_port_in_use():
 
 def test_host_that_is_not_ours():
     async def start() -> None:
-        await GrpcServer(ServerConfig(host="192.0.2.1", port=0)).start()
+        config = ServerConfig(host="192.0.2.1", port=0)
+        await GrpcServer(config, Admission(config)).start()
 
     with pytest.raises(ConfigError, match=r"^cannot listen on 192\.0\.2\.1:0: "):
         asyncio.run(start())

@@ -11,7 +11,6 @@ import jax
 import pytest
 from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from tests.server.test_several_hosts import free_ports
 
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.errors import ConfigError
@@ -19,6 +18,7 @@ from jaxserve.server.client import Client
 from jaxserve.server.grpc_server import build_engines
 from jaxserve.server.process import running_server
 from jaxserve.server.replicas import ReplicaMetrics
+from tests.hosts.test_several_hosts import free_ports
 from tests.models.golden import Golden
 from tests.server.test_serve_process import SERVE
 
@@ -63,7 +63,7 @@ def test_the_death_of_one_engine_is_that_of_the_server(make_server, fails):
         next(iter(client.generate("abc", max_tokens=None)))
         server.engine.step_error = RuntimeError("secret of the device")
         fails(StatusCode.UNAVAILABLE, lambda: [list(client.generate("abc", max_tokens=None)) for _ in range(2)])
-        assert server.server.failed.is_set()
+        assert server.admission.failed.is_set()
 
 
 def test_metrics_tell_engines_apart():

@@ -1,0 +1,101 @@
+"""The model as every door sees it: from a prompt and what its caller says to token ids and sampling parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from jaxserve.errors import RequestError
+from jaxserve.prompts import ParsedPrompt
+from jaxserve.request import SamplingParams
+
+if TYPE_CHECKING:
+    from jaxserve.engine.engine import Engine
+    from jaxserve.tokenizer import Tokenizer
+
+MAX_TEXT_TOKENS = 128 * 1024
+"""What is tokenized or detokenized for its own sake, or max_model_len where that is more."""
+
+
+class UnknownModelError(RequestError):
+    """A request names another model than the one that is served."""
+
+
+class TokenLimit(NamedTuple):
+    """Most tokens of a text, and what errors call that limit."""
+
+    num_tokens: int
+    name: str
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One model's tokenizer, limits and sampling defaults. Its methods may be called from any thread."""
+
+    names: Sequence[str]
+    """What requests may call it; responses call it by the first."""
+    tokenizer: Tokenizer
+    max_model_len: int
+    vocab_size: int
+    sampling_defaults: Mapping[str, Any]
+    """The model's own, for fields that a request leaves open."""
+
+    @classmethod
+    def of(cls, engine: Engine, names: Sequence[str] = ()) -> Self:
+        """An engine's model; without ``names`` it has the one of the configuration."""
+        return cls(
+            names=names or (engine.config.model,),
+            tokenizer=engine.tokenizer,
+            max_model_len=engine.max_model_len,
+            vocab_size=engine.model_config.vocab_size,
+            sampling_defaults=engine.sampling_defaults,
+        )
+
+    @property
+    def prompt_limit(self) -> TokenLimit:
+        """Of a prompt to continue."""
+        return TokenLimit(self.max_model_len, "max_model_len")
+
+    @property
+    def text_limit(self) -> TokenLimit:
+        """Of a text that is only tokenized, or token ids that are only detokenized."""
+        return max(self.prompt_limit, TokenLimit(MAX_TEXT_TOKENS, "the limit of"))
+
+    def check_name(self, name: str) -> None:
+        """Raise UnknownModelError if a request means another model."""
+        if name not in self.names:
+            raise UnknownModelError(f"model must be {any_of(self.names)}, which is served here, got {name!r:.80}")
+
+    def token_ids(self, prompt: ParsedPrompt, limit: TokenLimit | None = None) -> list[int]:
+        """The prompt as token ids, through tokenizer and chat template where needed. Raises RequestError.
+
+        A text over ``limit`` is refused, where its length alone tells, before it is tokenized. Without one it is the
+        engine that refuses a prompt that is too long, as it does everything that tokens can be wrong in.
+        """
+        if prompt.token_ids is not None:
+            return prompt.token_ids
+        encode = self.tokenizer.encode
+        if limit is not None:
+            encode = partial(encode, max_tokens=limit.num_tokens, limit_name=limit.name)
+        if prompt.text is not None:
+            return encode(prompt.text)
+        # The template writes the special tokens itself.
+        return encode(self.tokenizer.apply_chat_template(prompt.messages), add_special_tokens=False)
+
+    def sampling_params(
+        self, given: Mapping[str, Any], num_prompt_tokens: int, defaults: Mapping[str, Any] | None = None
+    ) -> SamplingParams:
+        """The fields ``given`` by a request; the others have the model's defaults, then the door's ``defaults``, then
+        those of SamplingParams. Raises RequestError.
+
+        A max_tokens that is not given is cut to what max_model_len leaves after the prompt.
+        """
+        defaults = {**(defaults or {}), **self.sampling_defaults}
+        return SamplingParams.with_defaults(given, defaults, self.max_model_len - num_prompt_tokens)
+
+
+def any_of(values: Sequence[Any]) -> str:
+    """These values as errors list them."""
+    return " or ".join(map(repr, values))
