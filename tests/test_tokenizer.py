@@ -246,12 +246,12 @@ def test_pre_tokenizers(pre: str, expected: list[str]) -> None:
 
 def test_bos_and_eos_flags() -> None:
     flags = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
-    tokenizer = Tokenizer.from_gguf(METADATA | flags)
+    tokenizer = gguf_tokenizer.load(METADATA | flags)
     assert tokenizer.encode("a") == [1, 81, 2]
     assert tokenizer.encode("a", add_special_tokens=False) == TOKENIZER.encode("a") == [81]
     without = {k: v for k, v in METADATA.items() if k != "tokenizer.ggml.add_bos_token"}
-    assert Tokenizer.from_gguf(without).encode("a") == [81]
-    assert Tokenizer.from_gguf(without | {"tokenizer.ggml.pre": "llama-bpe"}).encode("a") == [1, 81]
+    assert gguf_tokenizer.load(without).encode("a") == [81]
+    assert gguf_tokenizer.load(without | {"tokenizer.ggml.pre": "llama-bpe"}).encode("a") == [1, 81]
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_bos_and_eos_flags() -> None:
 )
 def test_unsupported_gguf_tokenizer(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        Tokenizer.from_gguf(METADATA | change)
+        gguf_tokenizer.load(METADATA | change)
 
 
 def sentencepiece() -> Tokenizer:
@@ -280,7 +280,7 @@ def sentencepiece() -> Tokenizer:
         "eos_token_id": 2,
         "unknown_token_id": 0,
     }
-    return Tokenizer.from_gguf({f"tokenizer.ggml.{key}": value for key, value in metadata.items()})
+    return gguf_tokenizer.load({f"tokenizer.ggml.{key}": value for key, value in metadata.items()})
 
 
 def test_sentencepiece() -> None:
