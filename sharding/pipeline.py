@@ -19,7 +19,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.config import ConfigError
-from jaxserve.kernels.attention import AttentionInputs, KVCache, Rotation
+from jaxserve.kernels.cache import KVCache
+from jaxserve.kernels.inputs import AttentionInputs, Rotation
 from jaxserve.models.config import ModelError
 from jaxserve.models.decoder import Decoder, run_layer
 from jaxserve.models.packing import Parameter

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxserve.config import EngineConfig, ResolvedConfig, cache_dir
 from jaxserve.engine.compile import Programs, use_persistent_cache
 from jaxserve.engine.memory import claim_gpu_memory
-from jaxserve.engine.programs import DeviceState, StepOutputs
+from jaxserve.engine.programs import DeviceState, StepOutputs, StepPrograms
 from jaxserve.engine.sampler import TokenLogprobs
 from jaxserve.engine.startup import timed
 from jaxserve.engine.ticks import programs_of
@@ -77,7 +77,7 @@ class Executor:
                 self._parameters, self.weights_seconds = loading.result()
 
         _, self.loading_seconds = timed(load_and_compile)
-        self._state = _new_state(programs.abstract_state())
+        self._state = _new_state(programs)
         self._hidden: jax.Array | None = None
 
     def step(self, rows: int, ints: np.ndarray, floats: np.ndarray) -> StepOutputs:
@@ -123,7 +123,8 @@ def _put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def _new_state(state: DeviceState[jax.ShapeDtypeStruct]) -> DeviceState[jax.Array]:
-    """Made on the device: the host may not have as much memory."""
-    zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), state)
-    return zeros._replace(cache=zeros.cache._replace(scales=jnp.ones_like(zeros.cache.scales)))
+def _new_state(programs: StepPrograms) -> DeviceState[jax.Array]:
+    cache = programs.kv_cache.zeros(programs.num_blocks, programs.mesh)
+    _, *others = programs.abstract_state()
+    zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), others)
+    return DeviceState(cache, *zeros)

@@ -16,8 +16,11 @@ from jaxserve.engine.batch import StepLayout, plan_of, step_layouts
 from jaxserve.engine.compile import gpu_options
 from jaxserve.engine.memory import choose_num_blocks
 from jaxserve.engine.sampler import SamplingInputs, TokenLogprobs, optional_logprobs, sample, token_logprobs
-from jaxserve.kernels.attention import CACHE, AttentionInputs, KVCache
-from jaxserve.kernels.backend import AttentionShape, Target, choose_backend, has_native_kernels
+from jaxserve.kernels import native
+from jaxserve.kernels.backend import AttentionShape, Target
+from jaxserve.kernels.cache import KVCache, KVCacheShape, stored_dtype
+from jaxserve.kernels.inputs import AttentionInputs
+from jaxserve.kernels.registry import choose_backend
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.packing import Parameter, abstract_packed, limited, matrices, packed
@@ -64,8 +67,6 @@ class StepPrograms:
     ConfigError and ModelError.
     """
 
-    cache_specs: KVCache[PartitionSpec] = CACHE
-
     def __init__(
         self,
         config: ResolvedConfig,
@@ -87,22 +88,24 @@ class StepPrograms:
         self.abstract_parameters = self._take_apart(graph, state)
         """By path, as they are loaded, in the order in which the programs take them."""
         # Only on one device: a division of a packed matrix would have to follow its panels.
-        self._packed = matrices(state) if mesh.size == 1 and has_native_kernels(target, dtype) else {}
-        cache_dtype = jnp.dtype(jnp.float8_e4m3fn) if config.kv_cache_dtype == "fp8_e4m3" else dtype
+        self._packed = matrices(state) if mesh.size == 1 and native.serves(target, dtype) else {}
+        self.kv_cache = KVCacheShape(
+            self.num_cache_layers, model_config.num_held_kv_heads, model_config.head_dim, config.block_size,
+            stored_dtype(config.kv_cache_dtype, dtype),
+        )  # fmt: skip
         num_kv_heads = model_config.num_held_kv_heads // mesh.shape["tensor"]
         shape = AttentionShape(
             num_kv_heads * model_config.group_size, num_kv_heads, model_config.head_dim, config.block_size, dtype,
-            cache_dtype,
+            self.kv_cache.dtype,
         )  # fmt: skip
         try:
             self.backend = choose_backend(config.attention_backend, target, shape)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self.num_blocks = config.num_blocks or choose_num_blocks(
-            config, model_config, mesh, self.num_cache_layers, cache_dtype, self.abstract_parameters.values(),
-            gpu_memory_bytes,
+            config, model_config, mesh, self.kv_cache.block_bytes, self.abstract_parameters.values(), gpu_memory_bytes
         )  # fmt: skip
-        self._dtype, self._cache_dtype = dtype, cache_dtype
+        self._dtype = dtype
         self._compiler_options = gpu_options(config.gemm_backend) if self.uses_graphs else None
         self.layouts = step_layouts(config, self.num_blocks, self.backend.tiling, model_config.window)
         self.buckets = tuple(self.layouts)
@@ -129,19 +132,10 @@ class StepPrograms:
         """What the programs take, from the loaded ``parameters``; those of another layout are deleted."""
         return packed({name: parameters[name] for name in self.abstract_parameters}, self._packed)
 
-    def abstract_cache(self) -> KVCache[jax.ShapeDtypeStruct]:
-        model, config = self.model_config, self.config
-        shape = (self.num_cache_layers * self.num_blocks, config.block_size, model.num_held_kv_heads, model.head_dim)
-        k, v, scales = (NamedSharding(self.mesh, spec) for spec in self.cache_specs)
-        return KVCache(
-            jax.ShapeDtypeStruct(shape, self._cache_dtype, sharding=k),
-            jax.ShapeDtypeStruct(shape, self._cache_dtype, sharding=v),
-            jax.ShapeDtypeStruct((self.num_cache_layers, 2), jnp.float32, sharding=scales),
-        )
-
     def abstract_state(self) -> DeviceState[jax.ShapeDtypeStruct]:
         last_tokens = jax.ShapeDtypeStruct((self.config.max_num_seqs,), jnp.int32, sharding=self.replicated)
-        return DeviceState(self.abstract_cache(), last_tokens, self._abstract_activations())
+        cache = self.kv_cache.abstract(self.num_blocks, self.mesh)
+        return DeviceState(cache, last_tokens, self._abstract_activations())
 
     def lower_step(self, rows: int) -> jax.stages.Lowered:
         """Of parameters, the state (donated), and packed steps, for each stage its own; see StepLayout.
@@ -198,7 +192,7 @@ class StepPrograms:
         fields = layout.split(ints[0])
         model = self._model(self._limited(parameters, fields))
         token_ids = fed_back(fields, state.last_tokens)
-        inputs = self._attention_inputs(fields, self.mesh)
+        inputs = self._attention_inputs(layout, fields, self.mesh)
         hidden, cache = model(token_ids, fields["positions"], state.cache, inputs)
         logits = model.logits(hidden, fields["sample_rows"])
         tokens, logprobs, last_tokens = sample_step(logits, fields, floats, state.last_tokens, self.mesh)
@@ -206,15 +200,17 @@ class StepPrograms:
 
     def _limited(self, parameters: list[Parameter], fields: dict[str, jax.Array]) -> list[Parameter]:
         """Where native kernels do all work on padding rows, they leave it: nothing that counts reads those rows."""
-        if self.backend.name != "native":
+        if not self.backend.skips_padding:
             return parameters
         slots = fields["kv_slots"]
         is_token = slots >= self.config.block_size  # others write to the dummy page
         return limited(parameters, jnp.where(is_token, jnp.arange(len(slots), dtype=jnp.int32), -1))
 
-    def _attention_inputs(self, fields: dict[str, jax.Array], mesh: Mesh | AbstractMesh) -> AttentionInputs:
+    def _attention_inputs(
+        self, layout: StepLayout, fields: dict[str, jax.Array], mesh: Mesh | AbstractMesh
+    ) -> AttentionInputs:
         return AttentionInputs(
-            fields["kv_slots"], fields["block_tables"], plan_of(fields), self.num_blocks, self.backend, mesh
+            fields["kv_slots"], fields["block_tables"], plan_of(fields), layout.limits, self.backend, mesh
         )
 
     def _score(self, parameters: list[Parameter], hidden: jax.Array, targets: jax.Array) -> TokenLogprobs[jax.Array]:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxserve.engine.batch import StepLayout
 from jaxserve.engine.programs import STAGES, DeviceState, StepOutputs, StepPrograms, fed_back, sample_step
 from jaxserve.engine.sampler import TokenLogprobs, token_logprobs
-from jaxserve.kernels.attention import KVCache
+from jaxserve.kernels.cache import KVCache, cache_specs
 from jaxserve.models.packing import Parameter
 from jaxserve.models.weights import Weight
 from jaxserve.sharding.pipeline import StagedModel
@@ -35,11 +35,6 @@ class TickPrograms(StepPrograms):
     than the tick's bucket computes padding. Rows travel at the bucket's size; ``DeviceState.activations`` has room for
     the largest, and rows of no step are stale there, which is as good as any padding.
     """
-
-    cache_specs = KVCache(
-        k=PartitionSpec("pipe", None, "tensor"), v=PartitionSpec("pipe", None, "tensor"), scales=STAGES
-    )
-    """A stage has the pages of its own layers, with the slots' numbers as the layers'."""
 
     @property
     def num_cache_layers(self) -> int:
@@ -73,7 +68,7 @@ class TickPrograms(StepPrograms):
         tick = jax.shard_map(
             partial(self._tick, layout),
             mesh=self.mesh,
-            in_specs=(EVERYWHERE, STAGES, DeviceState(KVCache(STAGES, STAGES, STAGES), EVERYWHERE, STAGES), STAGES),
+            in_specs=(EVERYWHERE, STAGES, DeviceState(cache_specs(pipe="pipe"), EVERYWHERE, STAGES), STAGES),
             out_specs=(STAGES, STAGES, STAGES, EVERYWHERE),
             axis_names=manual,
             check_vma=False,
@@ -104,7 +99,7 @@ class TickPrograms(StepPrograms):
         entering = model.embed(fed_back(fields, state.last_tokens), fields["positions"])
         x = jnp.where(stage == 0, entering, state.activations[0, :num_rows])
         # Attention is manual over ``tensor`` as well, within what is manual over ``pipe`` already: so is its mesh.
-        inputs = self._attention_inputs(fields, jax.sharding.get_abstract_mesh())
+        inputs = self._attention_inputs(layout, fields, jax.sharding.get_abstract_mesh())
         x, cache = self._staged.run_stage(model, slots, x, fields["positions"], state.cache, inputs)
         sampling = jnp.concatenate([fields[name] for name in SAMPLING_FIELDS])
         leaving = jax.tree.map(
