@@ -16,8 +16,10 @@ import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from jaxserve.config import cache_dir
+from jaxserve.kernels.backend import Target
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,11 @@ ATTENTION, PACK, MULTIPLY, ROTATE_AND_WRITE = TARGETS = (
 COMPILERS = ("c++", "g++", "clang++")
 # Sums keep their order, so that they do not depend on the number of rows; ISO mode alone would not fuse them.
 FLAGS = "-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-w"
+
+
+def serves(target: Target, dtype: jnp.dtype) -> bool:
+    """Whether C++ computes in ``dtype`` on a device. Where it can be built, it is."""
+    return target.platform == "cpu" and dtype in (jnp.float32, jnp.bfloat16) and available()
 
 
 @functools.cache

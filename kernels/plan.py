@@ -41,7 +41,7 @@ UNCUT_EXCESS = 0.25
 """By how much of a part's length a tile may be longer without another cut."""
 
 
-class BusyItems(NamedTuple):
+class BusyPrograms(NamedTuple):
     """How many programs, of each kind, a device runs at once. An item takes one for each of ``kv_heads``."""
 
     decode: int
@@ -73,8 +73,8 @@ class Tiling:
     decode_tokens: int
     prefill_rows: int
     """Most query rows of one prefill item, in a batch that has as many."""
-    busy: BusyItems | None = None
-    fused: BusyItems | None = None
+    busy: BusyPrograms | None = None
+    fused: BusyPrograms | None = None
     """The same of a launch that takes items of both kinds, in batches that have both; None: there is none."""
 
     @property

@@ -1,259 +1,104 @@
-"""Paged attention on GPUs: the kernels of kernels/triton_kernels.py in jax programs.
-
-Three launches attend: prefill items, decode items, and what puts partial results together. The first two do not depend
-on each other, so that they can run at once. Each has as many programs as the device runs at once, which loop over what
-there is. Everything that varies from step to step or layer to layer reaches them in device memory, so that no small XLA
-operation stands between them.
-"""
+"""Paged attention on GPUs in Triton: the backend, whose kernels triton_launch.py launches."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
-import triton
-from triton.backends.nvidia import driver as nvidia_driver
 
-from jaxserve.kernels import triton_kernels, triton_pod
-from jaxserve.kernels.attention import AttentionInputs, KVCache, Rotation
-from jaxserve.kernels.plan import PlanLimits
+from jaxserve.kernels.backend import AttentionShape, Backend, Target
+from jaxserve.kernels.cache import KVCache
+from jaxserve.kernels.inputs import AttentionInputs, Rotation
+from jaxserve.kernels.plan import BusyPrograms, Tiling
 
-if not hasattr(nvidia_driver, "TMA_TF32"):
-    # jax-triton 0.4 imports this constant, which Triton before 3.7 lacks, for TMA descriptors, which are not used here.
-    nvidia_driver.TMA_TF32 = 12
-from jax_triton import triton_call
-
-DECODE, PREFILL = 0, 1
-"""Kinds of work items: where ``AttentionPlan.counts`` has their number."""
-SMALLEST_BLOCK = 16
-"""Rows and columns of the smallest product that Triton makes."""
-KV_TILE_TOKENS = 64
-"""Keys of one step: with 128 the scores of a prefill tile do not fit into registers beside its accumulators."""
-WARPGROUP_ROWS = 64
-"""Rows of a Hopper matrix product, which four warps make together."""
-WARPGROUP_ACCUMULATORS = 64 * 128
-"""Numbers that the registers of four warps have room for."""
-DECODE_STAGES = 5
-"""Finding a page before loading it takes two of them: five are needed to load one tile ahead."""
-PREFILL_STAGES = 3
-POD_PROGRAMS_PER_CORE, POD_WARPS = 2, 8
-COMBINE_PROGRAMS_PER_CORE = 4
-COMBINE_SHARES = 16
-"""Programs that share the results of one entry: enough to spread a single long decode, or a tile's many rows."""
-CORE_REGISTERS = 65536
-"""Of a multiprocessor."""
-REGISTERS = {DECODE: 144, PREFILL: 184}
-"""Of a thread: a program of prefill with eight warps and one of decode with four share a multiprocessor's."""
-ROTATE_ROWS = 16
-"""Rows of one program: enough to fill four warps with 16-byte loads, few enough to spread a small batch."""
-COMPILER_OPTIONS = {"enable_fp_fusion": True, "ptx_version": 86}
-"""Triton 3.10 no longer fuses by default. PTX 8.6 is what the assembler of any CUDA 12.7 or newer reads, which may be
-older than Triton's own."""
+SPLIT_TOKENS = 128
+"""KV tokens below which splitting costs a GPU more than it gains."""
+DECODE_PROGRAMS_PER_CORE = 3
+"""As many as fit into shared memory: of a multiprocessor's 227 KiB each takes 70."""
+PREFILL_PROGRAMS_PER_CORE = 1
+"""A prefill program's accumulators take all registers of a multiprocessor."""
 
 
-def rotate_and_write(
-    qkv: jax.Array, rotation: Rotation, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array
-) -> tuple[jax.Array, KVCache[jax.Array]]:
-    """See kernels.attention.rotate_and_write; one kernel, which writes the cache in place."""
-    rows, kv_heads, width, dim = qkv.shape
-    q, k, v = triton_call(
-        qkv, inputs.slots, layer, cache.scales, cache.k, cache.v, *(rotation or (None, None)),
-        kernel=triton_kernels.rotate_and_write,
-        out_type=(_struct((rows, kv_heads * (width - 2), dim), qkv.dtype), *map(_like, cache[:2])),
-        input_output_aliases={4: 1, 5: 2},
-        grid=(kv_heads * width, -(-rows // ROTATE_ROWS)),
-        num_warps=4,
-        compute_capability=inputs.backend.target.compute_capability,
-        backend_options=COMPILER_OPTIONS,
-        NUM_ROWS=rows,
-        KV_HEADS=kv_heads,
-        GROUP=width - 2,
-        HEAD_DIM=dim,
-        HALF=0 if rotation is None else rotation[0].shape[-1],
-        LAYER_SLOTS=inputs.num_pages * cache.k.shape[1],
-        QUANTISED=_quantised(cache),
-        BLOCK_ROWS=ROTATE_ROWS,
-        BLOCK_DIM=_block(dim),
-    )  # fmt: skip
-    return q, cache._replace(k=k, v=v)
+@dataclass(frozen=True)
+class Triton(Backend):
+    """Three launches attend: prefill items, decode items, and what puts partial results together."""
 
+    name = "triton"
 
-def paged_attention(
-    q: jax.Array,
-    cache: KVCache[jax.Array],
-    inputs: AttentionInputs,
-    layer: jax.Array,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> jax.Array:
-    """See kernels.attention.paged_attention; for plans whose tiling has ``busy``, which write every row."""
-    masking: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
-    prefill: Sequence[jax.Array]
-    if inputs.backend.name == "mosaic":
-        from jaxserve.kernels import mosaic_attention  # it needs packages that only Hopper GPUs do
+    @classmethod
+    def of(cls, target: Target, shape: AttentionShape) -> Self:
+        """A tile's rows are its queries times the query heads that share a KV head: 128 for two warpgroups' matrix
+        products, 64 where heads are so long that 128 rows of accumulators would spill."""
+        group = shape.num_heads // shape.num_kv_heads
+        tile = 128 if shape.head_dim <= 128 else 64
+        busy = BusyPrograms(
+            decode=target.num_cores * DECODE_PROGRAMS_PER_CORE,
+            prefill=target.num_cores * PREFILL_PROGRAMS_PER_CORE,
+            kv_heads=shape.num_kv_heads,
+        )
+        return cls(Tiling(SPLIT_TOKENS, max(1, tile // group), busy), target)
 
-        out, *prefill = mosaic_attention.paged_prefill(q, cache, inputs, layer, **masking)
-    else:
-        out, *prefill = _attend(PREFILL, q, cache, inputs, layer, **masking)
-    decode = _attend(DECODE, q, cache, inputs, layer, **masking)
-    if inputs.backend.name == "pod":
-        out, prefill, decode = _attend_both(q, cache, inputs, layer, out, prefill, decode, **masking)
-    return _combine(out, decode, prefill, inputs)
+    @staticmethod
+    def needs(target: Target, shape: AttentionShape) -> str | None:
+        if target.platform != "gpu":
+            return f"a GPU, got {target.platform}"
+        if target.compute_capability < 80:
+            return f"a GPU of compute capability 8.0 or newer, got {target.compute_capability / 10}"
+        if shape.page_size < 16:
+            return f"a block_size of at least 16, got {shape.page_size}"
+        missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
+        return f"the package {missing[0]}, which jaxserve's extras cuda12 and cuda13 install" if missing else None
 
+    def with_prefill_programs(self, programs: int) -> Self:
+        """``programs`` on a multiprocessor, which share its registers (triton_launch tells the compiler)."""
+        assert self.tiling.busy is not None
+        busy = self.tiling.busy._replace(prefill=programs * self.target.num_cores)
+        return replace(self, tiling=replace(self.tiling, busy=busy))
 
-def limits_of(q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs) -> PlanLimits:
-    """Those that the work list was made with, but for the window, which the sizes of GPUs' lists do not depend on."""
-    sequences, pages = inputs.block_tables.shape
-    page_size = cache.k.shape[1]
-    return PlanLimits(len(q), sequences, pages * page_size, page_size, inputs.num_pages, inputs.backend.tiling)
+    def rotate_and_write(
+        self,
+        qkv: jax.Array,
+        rotation: Rotation,
+        cache: KVCache[jax.Array],
+        inputs: AttentionInputs,
+        layer: jax.Array,
+    ) -> tuple[jax.Array, KVCache[jax.Array]]:
+        from jaxserve.kernels import triton_launch  # it needs packages that only GPUs do
 
+        return triton_launch.rotate_and_write(qkv, rotation, cache, inputs, layer)
 
-def _attend(
-    kind: int, q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array, **masking: Any
-) -> Sequence[jax.Array]:
-    """Work through the items of one kind: their partial results, and before these prefill's output."""
-    plan, limits, target = inputs.plan, limits_of(q, cache, inputs), inputs.backend.target
-    busy, decoding = inputs.backend.tiling.busy, kind == DECODE
-    assert busy is not None
-    num_partials = limits.max_decode_items if decoding else limits.max_prefill_partials
-    partial = tuple(_struct((num_partials, q.shape[1], size), jnp.float32) for size in (q.shape[2], 2))
-    programs = busy.decode if decoding else busy.prefill
-    constants = _constants(q, cache, inputs, **masking)
-    block_rows = _block_rows(kind, q, cache, inputs)
-    num_warps = _num_warps(block_rows, constants["BLOCK_DIM"])
-    limit = REGISTERS[kind] if constants["BLOCK_DIM"] <= 128 and num_warps == (4 if decoding else 8) else None
-    if not decoding and programs > target.num_cores:
-        limit = _share_of_registers(programs // target.num_cores, num_warps)
-    return triton_call(
-        q, cache.k, cache.v, inputs.block_tables, plan.decode if decoding else plan.prefill, plan.counts, layer,
-        cache.scales, *((None,) if decoding else ()),
-        kernel=triton_kernels.attend,
-        out_type=partial if decoding else (_like(q), *partial),
-        input_output_aliases={},
-        grid=(programs,),
-        name="decode" if decoding else "prefill",
-        num_warps=num_warps,
-        compute_capability=target.compute_capability,
-        backend_options=COMPILER_OPTIONS | {"maxnreg": limit},
-        KIND=kind,
-        PROGRAMS=programs,
-        # Starting a second loop empties the pipeline of loads, which only pays where masking is work.
-        UNMASKED=not decoding,
-        BLOCK_ROWS=block_rows,
-        STAGES=DECODE_STAGES if decoding else PREFILL_STAGES,
-        **constants,
-    )  # fmt: skip
+    def attend(
+        self,
+        q: jax.Array,
+        cache: KVCache[jax.Array],
+        inputs: AttentionInputs,
+        layer: jax.Array,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> jax.Array:
+        from jaxserve.kernels import triton_launch
 
+        results = self._results(q, cache, inputs, layer, scale=scale, window=window, softcap=softcap)
+        return triton_launch.combine(*results, inputs)
 
-def _attend_both(
-    q: jax.Array,
-    cache: KVCache[jax.Array],
-    inputs: AttentionInputs,
-    layer: jax.Array,
-    out: jax.Array,
-    prefill: Sequence[jax.Array],
-    decode: Sequence[jax.Array],
-    **masking: Any,
-) -> tuple[jax.Array, Sequence[jax.Array], Sequence[jax.Array]]:
-    """Work through the items of hybrid batches, which ``_attend`` finds none of: add their results to its own."""
-    plan, target = inputs.plan, inputs.backend.target
-    operands = (
-        q, cache.k, cache.v, inputs.block_tables, plan.decode, plan.prefill, plan.counts, layer, cache.scales,
-    )  # fmt: skip
-    changed = jnp.zeros(2 + target.num_cores, jnp.int32), out, *prefill, *decode
-    _, out, *partial = triton_call(
-        *operands, *changed,
-        kernel=triton_pod.attend_both,
-        out_type=tuple(map(_like, changed)),
-        input_output_aliases={len(operands) + i: i for i in range(len(changed))},
-        grid=(POD_PROGRAMS_PER_CORE * target.num_cores,),
-        num_warps=POD_WARPS,
-        compute_capability=target.compute_capability,
-        backend_options=COMPILER_OPTIONS | {"maxnreg": _share_of_registers(POD_PROGRAMS_PER_CORE, POD_WARPS)},
-        CORES=target.num_cores,
-        DECODE_ROWS=_block_rows(DECODE, q, cache, inputs),
-        PREFILL_ROWS=_block_rows(PREFILL, q, cache, inputs),
-        DECODE_STAGES=DECODE_STAGES,
-        PREFILL_STAGES=PREFILL_STAGES,
-        **_constants(q, cache, inputs, **masking),
-    )  # fmt: skip
-    return out, partial[:2], partial[2:]
+    def _results(
+        self, q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array, **masking: Any
+    ) -> tuple[jax.Array, Sequence[jax.Array], Sequence[jax.Array]]:
+        """The output as far as whole tiles write it, and the partial results of prefill and of decode."""
+        from jaxserve.kernels import triton_launch
 
+        out, *prefill = self._prefill(q, cache, inputs, layer, **masking)
+        return out, prefill, triton_launch.decode(q, cache, inputs, layer, **masking)
 
-def _constants(
-    q: jax.Array,
-    cache: KVCache[jax.Array],
-    inputs: AttentionInputs,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> dict[str, Any]:
-    """What kernels that attend know of a model when they are compiled."""
-    page_size, kv_heads = cache.k.shape[1:3]
-    heads, dim = q.shape[1:]
-    return {
-        "SCALE": scale, "WINDOW": window, "SOFTCAP": softcap,
-        "KV_HEADS": kv_heads, "GROUP": heads // kv_heads, "HEAD_DIM": dim, "BLOCK_DIM": _block(dim),
-        "PAGE_SIZE": page_size, "NUM_PAGES": inputs.num_pages, "TABLE_WIDTH": inputs.block_tables.shape[1],
-        "QUANTISED": _quantised(cache), "TILE": KV_TILE_TOKENS,
-    }  # fmt: skip
+    def _prefill(
+        self, q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array, **masking: Any
+    ) -> Sequence[jax.Array]:
+        """The output and the partial results of prefill items."""
+        from jaxserve.kernels import triton_launch
 
-
-def _block_rows(kind: int, q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs) -> int:
-    """Rows of a tile: queries times the heads that share a KV head."""
-    queries = 1 if kind == DECODE else inputs.backend.tiling.tile_rows(len(q))
-    return _block(queries * (q.shape[1] // cache.k.shape[2]))
-
-
-def _combine(
-    out: jax.Array, decode: Sequence[jax.Array], prefill: Sequence[jax.Array], inputs: AttentionInputs
-) -> jax.Array:
-    _, heads, dim = out.shape
-    target = inputs.backend.target
-    programs = COMBINE_PROGRAMS_PER_CORE * target.num_cores
-    return triton_call(
-        *decode, *prefill, inputs.plan.combine, inputs.plan.counts, out,
-        kernel=triton_kernels.combine,
-        out_type=_like(out),
-        input_output_aliases={6: 0},
-        grid=(programs,),
-        num_warps=4,
-        compute_capability=target.compute_capability,
-        backend_options=COMPILER_OPTIONS,
-        PROGRAMS=programs,
-        SHARES=COMBINE_SHARES,
-        PREFILL_PARTIAL=len(decode[0]),
-        HEADS=heads,
-        HEAD_DIM=dim,
-        BLOCK_DIM=_block(dim),
-    )  # fmt: skip
-
-
-def _share_of_registers(programs: int, num_warps: int) -> int:
-    """Of a thread, where ``programs`` are to run on a multiprocessor at once."""
-    return CORE_REGISTERS // (programs * num_warps * 32)
-
-
-def _num_warps(block_rows: int, block_dim: int) -> int:
-    return 8 if block_rows > WARPGROUP_ROWS or block_rows * block_dim > WARPGROUP_ACCUMULATORS else 4
-
-
-def _block(size: int) -> int:
-    return max(SMALLEST_BLOCK, triton.next_power_of_2(size))
-
-
-def _quantised(cache: KVCache[jax.Array]) -> bool:
-    return cache.k.dtype.itemsize == 1
-
-
-def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _like(array: jax.Array) -> jax.ShapeDtypeStruct:
-    return _struct(array.shape, array.dtype)
+        return triton_launch.prefill(q, cache, inputs, layer, **masking)

@@ -6,9 +6,14 @@ Softmax statistics are float32.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 
+from jaxserve.kernels.backend import AttentionShape, Backend, Target
+from jaxserve.kernels.cache import KVCache, is_quantised
+from jaxserve.kernels.inputs import AttentionInputs, Rotation
 from jaxserve.kernels.plan import AttentionPlan, Tiling
 
 DECODE_GROUP = 16
@@ -31,55 +36,67 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def rotate_and_write(
-    qkv: jax.Array,
-    rotation: tuple[jax.Array, jax.Array] | None,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    slots: jax.Array,
-    scales: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See kernels.attention.rotate_and_write; ``slots`` and ``scales`` are already the layer's."""
-    rows, kv_heads, width, dim = qkv.shape
-    q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
-    if rotation is not None:
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
-    if k_pages.dtype.itemsize == 1:
-        most = float(jnp.finfo(k_pages.dtype).max)
-        k, v = (jnp.clip(x / scale, -most, most) for x, scale in zip((k, v), scales, strict=True))
-    q = q.reshape(rows, kv_heads * (width - 2), dim)
-    return q, _write_rows(k_pages, k, slots), _write_rows(v_pages, v, slots)
+@dataclass(frozen=True)
+class Xla(Backend):
+    """Serves every device. What is masked is read all the same, and multiplied by 0."""
+
+    name = "xla"
+
+    @staticmethod
+    def needs(target: Target, shape: AttentionShape) -> str | None:
+        return None
+
+    def rotate_and_write(
+        self,
+        qkv: jax.Array,
+        rotation: Rotation,
+        cache: KVCache[jax.Array],
+        inputs: AttentionInputs,
+        layer: jax.Array,
+    ) -> tuple[jax.Array, KVCache[jax.Array]]:
+        rows, kv_heads, width, dim = qkv.shape
+        slots = inputs.slots + layer * inputs.limits.num_pages * cache.k.shape[1]
+        scales = cache.scales[layer]
+        q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if is_quantised(cache.k.dtype):
+            most = float(jnp.finfo(cache.k.dtype).max)
+            k, v = (jnp.clip(x / scale, -most, most) for x, scale in zip((k, v), scales, strict=True))
+        q = q.reshape(rows, kv_heads * (width - 2), dim)
+        return q, cache._replace(k=_write_rows(cache.k, k, slots), v=_write_rows(cache.v, v, slots))
+
+    def attend(
+        self,
+        q: jax.Array,
+        cache: KVCache[jax.Array],
+        inputs: AttentionInputs,
+        layer: jax.Array,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> jax.Array:
+        rows, heads, dim = q.shape
+        kv_heads, quantised, plan, tiling = (
+            cache.k.shape[2],
+            is_quantised(cache.k.dtype),
+            inputs.plan,
+            inputs.limits.tiling,
+        )
+        tables, scales = inputs.block_tables + layer * inputs.limits.num_pages, cache.scales[layer]
+        q = (q * (scale * scales[0] if quantised else scale)).astype(q.dtype)
+        q = q.reshape(rows, kv_heads, heads // kv_heads, dim)
+        decoded = _decode(q, cache.k, cache.v, tables, plan, tiling, window, softcap)
+        out = jnp.zeros_like(q).at[plan.combine[:, 0]].set(decoded, mode="drop")
+        out = _prefill(q, cache.k, cache.v, tables, plan, tiling, out, window, softcap)
+        return (out * scales[1] if quantised else out).astype(q.dtype).reshape(rows, heads, dim)
 
 
 def _write_rows(pages: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
     """Scatter ``rows`` ``[T, kv_heads, head_dim]`` into ``pages`` ``[pages, page_size, kv_heads, head_dim]``."""
     flat = pages.reshape(-1, *pages.shape[2:])
     return flat.at[slots].set(rows.astype(pages.dtype)).reshape(pages.shape)
-
-
-def paged_attention(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    tables: jax.Array,
-    scales: jax.Array,
-    plan: AttentionPlan[jax.Array],
-    *,
-    tiling: Tiling,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> jax.Array:
-    """See kernels.attention.paged_attention; ``tables`` and ``scales`` are already the layer's."""
-    rows, heads, dim = q.shape
-    kv_heads = k_pages.shape[2]
-    quantised = k_pages.dtype.itemsize == 1
-    q = (q * (scale * scales[0] if quantised else scale)).astype(q.dtype)
-    q = q.reshape(rows, kv_heads, heads // kv_heads, dim)
-    decoded = _decode(q, k_pages, v_pages, tables, plan, tiling, window, softcap)
-    out = jnp.zeros_like(q).at[plan.combine[:, 0]].set(decoded, mode="drop")
-    out = _prefill(q, k_pages, v_pages, tables, plan, tiling, out, window, softcap)
-    return (out * scales[1] if quantised else out).astype(q.dtype).reshape(rows, heads, dim)
 
 
 def _visible(keys: jax.Array, queries: jax.Array, window: int | None) -> jax.Array:

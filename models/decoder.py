@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxserve.kernels.attention import AttentionInputs, KVCache, Rotation
+from jaxserve.kernels.cache import KVCache
+from jaxserve.kernels.inputs import AttentionInputs, Rotation
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import MLP, Attention, GatedMLP, linear, lookup, make_norm, matrix, parameter
 from jaxserve.models.moe import MoE

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxserve.kernels.attention import AttentionInputs, KVCache, Rotation
+from jaxserve.kernels.cache import KVCache
+from jaxserve.kernels.inputs import AttentionInputs, Rotation
 from jaxserve.models import llama
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder, make_mlp

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxserve.kernels.attention import AttentionInputs, KVCache, Rotation, paged_attention, rotate_and_write
+from jaxserve.kernels.attention import paged_attention, rotate_and_write
+from jaxserve.kernels.cache import KVCache
 from jaxserve.kernels.cpu_gemm import GATES, PackedMatrix
+from jaxserve.kernels.inputs import AttentionInputs, Rotation
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.weights import Part, Weight, unchanged, whole
 

@@ -19,7 +19,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.errors import ConfigError, ModelError
-from jaxserve.kernels.attention import AttentionInputs, KVCache, Rotation
+from jaxserve.kernels.cache import KVCache
+from jaxserve.kernels.inputs import AttentionInputs, Rotation
 from jaxserve.models.decoder import Decoder, run_layer
 from jaxserve.models.packing import Parameter
 from jaxserve.models.weights import Part, Weight

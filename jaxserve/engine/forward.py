@@ -15,8 +15,9 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.engine.step import StepLayout, plan_of
-from jaxserve.kernels.attention import CACHE, AttentionInputs, KVCache
 from jaxserve.kernels.backend import Backend
+from jaxserve.kernels.cache import KVCache, cache_specs
+from jaxserve.kernels.inputs import AttentionInputs
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.packing import Parameter, limited
@@ -86,7 +87,6 @@ class Forward(Protocol):
     """By path, as they are loaded, in the order in which the programs take them."""
     num_cache_layers: int
     """Of all stages together."""
-    cache_specs: KVCache[PartitionSpec]
 
     def assembled(self, weights: Mapping[str, Weight]) -> Mapping[str, Weight]:
         """How the parameters are assembled, from how the whole model's are."""
@@ -126,8 +126,6 @@ class Forward(Protocol):
 
 class WholeForward:
     """Every device has a share of every layer, and all work on one step."""
-
-    cache_specs = CACHE
 
     def __init__(
         self, graph: nnx.GraphDef, state: nnx.State, mesh: Mesh, config: ModelConfig, backend: Backend
@@ -180,7 +178,7 @@ class WholeForward:
 
     def _limited(self, parameters: list[Parameter], is_token: jax.Array) -> list[Parameter]:
         """Where native kernels do all work on padding rows, they leave it: nothing that counts reads those rows."""
-        if self._backend.name != "native":
+        if not self._backend.skips_padding:
             return parameters
         return limited(parameters, jnp.where(is_token, jnp.arange(len(is_token), dtype=jnp.int32), -1))
 
@@ -192,11 +190,6 @@ class StagedForward:
     than the bucket computes padding. Rows travel at the bucket's size; ``ModelState.activations`` has room for the
     largest, and rows of no step are stale there, which is as good as any padding.
     """
-
-    cache_specs = KVCache(
-        k=PartitionSpec("pipe", None, "tensor"), v=PartitionSpec("pipe", None, "tensor"), scales=STAGES
-    )
-    """A stage has the pages of its own layers, with the places' numbers as the layers'."""
 
     def __init__(
         self, graph: nnx.GraphDef, state: nnx.State, mesh: Mesh, config: ModelConfig, backend: Backend
@@ -240,7 +233,7 @@ class StagedForward:
         run = jax.shard_map(
             partial(self._run_stage, layout),
             mesh=self._mesh,
-            in_specs=(EVERYWHERE, STAGES, ModelState(KVCache(STAGES, STAGES, STAGES), STAGES), EVERYWHERE, STAGES),
+            in_specs=(EVERYWHERE, STAGES, ModelState(cache_specs(pipe="pipe"), STAGES), EVERYWHERE, STAGES),
             out_specs=(STAGES, STAGES, EVERYWHERE),
             axis_names=manual,
             check_vma=False,
@@ -281,5 +274,4 @@ class StagedForward:
 def _attention_inputs(
     layout: StepLayout, fields: dict[str, jax.Array], rows: Rows, backend: Backend, mesh: Mesh | AbstractMesh
 ) -> AttentionInputs:
-    num_pages = layout.limits.num_pages
-    return AttentionInputs(rows.kv_slots, fields["block_tables"], plan_of(fields), num_pages, backend, mesh)
+    return AttentionInputs(rows.kv_slots, fields["block_tables"], plan_of(fields), layout.limits, backend, mesh)

@@ -72,22 +72,19 @@ def choose_num_blocks(
     config: ResolvedConfig,
     model: ModelConfig,
     mesh: Mesh,
-    num_cache_layers: int,
-    cache_dtype: jnp.dtype,
+    block_bytes: int,
     parameters: Iterable[jax.ShapeDtypeStruct],
     gpu_memory_bytes: int | None = None,
 ) -> int:
     """What the memory holds besides the parameters, at most what all sequences can use. Raises ConfigError.
 
-    num_cache_layers: of all devices of the mesh's axis ``pipe`` together.
+    block_bytes: of a block of the KV cache, on all devices of the mesh together.
     gpu_memory_bytes: that each GPU of the mesh has for the engine; found out from its first one by default.
     """
-    values_per_block = 2 * num_cache_layers * config.block_size * model.num_held_kv_heads * model.head_dim
-    per_block_bytes = values_per_block * cache_dtype.itemsize
     blocks_per_seq = config.blocks_per_seq
     device = mesh.local_devices[0]
     if device.platform == "cpu":
-        memory_bytes = max(CPU_KV_CACHE_BYTES, (1 + blocks_per_seq) * per_block_bytes)
+        memory_bytes = max(CPU_KV_CACHE_BYTES, (1 + blocks_per_seq) * block_bytes)
     else:
         if gpu_memory_bytes is None:
             stats = device.memory_stats()
@@ -97,12 +94,12 @@ def choose_num_blocks(
         weight_bytes = sum(math.prod(p.sharding.shard_shape(p.shape)) * p.dtype.itemsize for p in parameters)
         cache_bytes = gpu_memory_bytes - weight_bytes - working_bytes(config, model)
         memory_bytes = max(0, cache_bytes // KV_CACHE_STEP_BYTES * KV_CACHE_STEP_BYTES) * mesh.size
-    num_blocks = min(memory_bytes // per_block_bytes, 1 + config.max_num_seqs * blocks_per_seq)
+    num_blocks = min(memory_bytes // block_bytes, 1 + config.max_num_seqs * blocks_per_seq)
     if jax.process_count() > 1:  # hosts may have different memory left
         num_blocks = int(multihost_utils.process_allgather(np.int32(num_blocks)).min())
     if num_blocks < 1 + blocks_per_seq:
         raise ConfigError(
-            f"max_model_len {config.max_model_len} needs {(1 + blocks_per_seq) * per_block_bytes} bytes of KV cache, "
+            f"max_model_len {config.max_model_len} needs {(1 + blocks_per_seq) * block_bytes} bytes of KV cache, "
             f"the device has {memory_bytes} left"
         )
     return num_blocks

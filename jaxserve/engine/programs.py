@@ -26,9 +26,11 @@ from jaxserve.engine.memory import choose_num_blocks
 from jaxserve.engine.sampler import SamplingInputs, TokenLogprobs, optional_logprobs, sample, token_logprobs
 from jaxserve.engine.step import StepLayout, StepOutputs, step_layouts
 from jaxserve.errors import ConfigError
-from jaxserve.kernels.attention import KVCache
-from jaxserve.kernels.backend import AttentionShape, Target, choose_backend, has_native_kernels
+from jaxserve.kernels import native
+from jaxserve.kernels.backend import AttentionShape, Target
+from jaxserve.kernels.cache import KVCacheShape, stored_dtype
 from jaxserve.kernels.cpu_gemm import PackedMatrix
+from jaxserve.kernels.registry import choose_backend
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.packing import Parameter, abstract_packed, matrices, packed
 from jaxserve.models.registry import family_of
@@ -62,7 +64,7 @@ class StepPrograms:
         self.replicated, self.staged = NamedSharding(mesh, EVERYWHERE), NamedSharding(mesh, STAGES)
         dtype = jnp.dtype(config.dtype)
         target = target or Target.of(mesh.devices.flat[0])
-        cache_dtype = jnp.dtype(jnp.float8_e4m3fn) if config.kv_cache_dtype == "fp8_e4m3" else dtype
+        cache_dtype = stored_dtype(config.kv_cache_dtype, dtype)
         num_kv_heads = model_config.num_held_kv_heads // mesh.shape["tensor"]
         shape = AttentionShape(
             num_kv_heads * model_config.group_size, num_kv_heads, model_config.head_dim, config.block_size, dtype,
@@ -78,12 +80,14 @@ class StepPrograms:
         self.forward: Forward = make_forward(graph, state, mesh, model_config, self.backend)
         self.abstract_parameters = self.forward.abstract_parameters
         # Only on one device: a division of a packed matrix would have to follow its panels.
-        self._packed = matrices(state) if mesh.size == 1 and has_native_kernels(target, dtype) else {}
-        self.num_blocks = config.num_blocks or choose_num_blocks(
-            config, model_config, mesh, self.forward.num_cache_layers, cache_dtype, self.abstract_parameters.values(),
-            gpu_memory_bytes,
+        self._packed = matrices(state) if mesh.size == 1 and native.serves(target, dtype) else {}
+        self.kv_cache = KVCacheShape(
+            self.forward.num_cache_layers, model_config.num_held_kv_heads, model_config.head_dim, config.block_size,
+            cache_dtype,
         )  # fmt: skip
-        self._cache_dtype = cache_dtype
+        self.num_blocks = config.num_blocks or choose_num_blocks(
+            config, model_config, mesh, self.kv_cache.block_bytes, self.abstract_parameters.values(), gpu_memory_bytes
+        )
         self._options = gpu_options(config.gemm_backend) if self.uses_graphs else None
         self.layouts = step_layouts(config, self.num_blocks, self.backend.tiling, model_config.window)
         self.buckets = tuple(self.layouts)
@@ -108,18 +112,17 @@ class StepPrograms:
         """What the programs take, from the loaded ``parameters``; those of another layout are deleted."""
         return packed({name: parameters[name] for name in self.abstract_parameters}, self._packed)
 
-    def abstract_cache(self) -> KVCache[jax.ShapeDtypeStruct]:
-        model, config, layers = self.model_config, self.config, self.forward.num_cache_layers
-        shape = (layers * self.num_blocks, config.block_size, model.num_held_kv_heads, model.head_dim)
-        k, v, scales = (NamedSharding(self.mesh, spec) for spec in self.forward.cache_specs)
-        return KVCache(
-            jax.ShapeDtypeStruct(shape, self._cache_dtype, sharding=k),
-            jax.ShapeDtypeStruct(shape, self._cache_dtype, sharding=v),
-            jax.ShapeDtypeStruct((layers, 2), jnp.float32, sharding=scales),
-        )
-
     def abstract_state(self) -> ModelState[jax.ShapeDtypeStruct]:
-        return ModelState(self.abstract_cache(), self.forward.abstract_activations(self.buckets[-1]))
+        cache = self.kv_cache.abstract(self.num_blocks, self.mesh)
+        return ModelState(cache, self.forward.abstract_activations(self.buckets[-1]))
+
+    def new_state(self) -> ModelState[jax.Array]:
+        activations = self.abstract_state().activations
+        cache = self.kv_cache.zeros(self.num_blocks, self.mesh)
+        return ModelState(cache, None if activations is None else zeros(activations))
+
+    def new_sequences(self) -> SequenceState[jax.Array]:
+        return jax.tree.map(zeros, self.abstract_sequences())
 
     def abstract_sequences(self) -> SequenceState[jax.ShapeDtypeStruct]:
         slots, longest = self.config.max_num_seqs, self.config.max_model_len
@@ -194,6 +197,11 @@ class StepPrograms:
     def _score(self, outside: list[Parameter], hidden: jax.Array, targets: jax.Array) -> TokenLogprobs[jax.Array]:
         model = self.forward.head(outside)
         return over_rows(token_logprobs, self.mesh, model.logits(self.forward.normed(model, hidden)), targets)
+
+
+def zeros(abstract: jax.ShapeDtypeStruct) -> jax.Array:
+    """Made on the device: the host may not have as much memory."""
+    return jnp.zeros(abstract.shape, abstract.dtype, device=abstract.sharding)
 
 
 def _admit(sequences: SequenceState[jax.Array], new: jax.Array) -> SequenceState[jax.Array]:

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxserve.config import EngineConfig, ResolvedConfig, cache_dir
 from jaxserve.engine.compile import CompiledPrograms, use_persistent_cache
-from jaxserve.engine.forward import Drawn, ModelState, SequenceState
+from jaxserve.engine.forward import Drawn
 from jaxserve.engine.memory import claim_gpu_memory
 from jaxserve.engine.programs import StepPrograms
 from jaxserve.engine.sampler import TokenLogprobs
@@ -97,10 +96,7 @@ class ModelRunner:
 
         _, self.loading_seconds = timed(load_and_compile)
         self._outside = programs.forward.outside(self._parameters)
-        self._state: ModelState[jax.Array] = _zeros(programs.abstract_state())
-        cache = self._state.cache
-        self._state = self._state._replace(cache=cache._replace(scales=jnp.ones_like(cache.scales)))
-        self._sequences: SequenceState[jax.Array] = _zeros(programs.abstract_sequences())
+        self._state, self._sequences = programs.new_state(), programs.new_sequences()
         self._drawn: Drawn
         """By the last forward pass."""
         smallest = self._layouts[self.buckets[0]]
@@ -222,8 +218,3 @@ def _put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
         return jax.device_put(array, sharding)
     # device_put would ask all processes whether they put the same.
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-def _zeros(abstract: Any) -> Any:
-    """Made on the device: the host may not have as much memory."""
-    return jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), abstract)

@@ -169,7 +169,7 @@ def _compile(
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
     assert text is not None
-    pages = _shard(programs.abstract_cache().k)
+    pages = _shard(programs.abstract_state().cache.k)
     return ProgramReport(
         kind=kind,
         rows=rows,

@@ -5,6 +5,7 @@ A batch is a sequence of (context, rows): ``rows`` query rows after ``context`` 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.evaluation.device_bench import Work
-from jaxserve.kernels.attention import AttentionInputs, KVCache, Rotation, paged_attention, rotate_and_write
+from jaxserve.kernels.attention import paged_attention, rotate_and_write
 from jaxserve.kernels.backend import AttentionShape, Backend
+from jaxserve.kernels.cache import KVCache, KVCacheShape, is_quantised
+from jaxserve.kernels.inputs import AttentionInputs, Rotation
 from jaxserve.kernels.plan import PlanLimits, make_plan, new_plan
 from jaxserve.scheduler.buckets import bucket_of, token_buckets
 from jaxserve.scheduler.step_time import num_seen_keys
@@ -102,16 +105,18 @@ def random_batch(
     query_lens = np.array([rows for _, rows in sequences])
     make_plan(limits, np.arange(len(sequences)), query_lens, lengths, plan)
     on_device = jax.device_put((slots, tables, plan))
-    inputs = AttentionInputs(on_device[0], on_device[1], on_device[2], num_pages, backend)
+    inputs = AttentionInputs(on_device[0], on_device[1], on_device[2], limits, backend, mesh=None)
 
     kv_heads, dim = shape.num_kv_heads, shape.head_dim
-    layer_bytes = 2 * num_pages * page_size * kv_heads * dim * shape.cache_dtype.itemsize
-    num_layers = min(max(2, -(-cache_bytes // layer_bytes)), MOST_LAYERS)
+    one_layer = KVCacheShape(1, kv_heads, dim, page_size, shape.cache_dtype)
+    num_layers = min(max(2, -(-cache_bytes // (num_pages * one_layer.block_bytes))), MOST_LAYERS)
     keys = jax.random.split(jax.random.key(seed), 4)
     qkv = jax.random.normal(keys[0], (num_rows, kv_heads, shape.num_heads // kv_heads + 2, dim), shape.dtype)
     angles = jax.random.uniform(keys[1], (num_rows, (dim if rotated is None else rotated) // 2), maxval=2 * math.pi)
     rotation = (jnp.cos(angles), jnp.sin(angles)) if angles.size else None
-    cache = _random_cache(keys[2], num_layers, num_pages, shape, math.sqrt(int(lengths.min()) / (2 * math.e)))
+    cache_shape = dataclasses.replace(one_layer, num_layers=num_layers)
+    value_width = math.sqrt(int(lengths.min()) / (2 * math.e))
+    cache = _random_cache(keys[2], cache_shape, num_pages, shape.dtype, value_width)
     if poison is not None:
         everywhere = jnp.tile(owned.reshape(num_pages, page_size), (num_layers, 1))[:, :, None, None]
         k, v = (jnp.where(everywhere, pages, jnp.asarray(poison, pages.dtype)) for pages in cache[:2])
@@ -120,20 +125,20 @@ def random_batch(
 
 
 def _random_cache(
-    key: jax.Array, num_layers: int, num_pages: int, shape: AttentionShape, value_width: float
+    key: jax.Array, shape: KVCacheShape, num_pages: int, dtype: jnp.dtype, value_width: float
 ) -> KVCache[jax.Array]:
     """Keys of standard deviation 1; values so wide that a call's output, the next one's queries, does not fade away."""
-    size = (num_layers * num_pages, shape.page_size, shape.num_kv_heads, shape.head_dim)
     widths, scales = (1.0, value_width), (1.0, 1.0)
-    if shape.cache_dtype.itemsize == 1:
+    if is_quantised(shape.dtype):
         widths, scales = scales, widths
 
     @partial(jax.jit, static_argnums=1)
     def make(key: jax.Array, width: float) -> jax.Array:
-        return (jax.random.normal(key, size, shape.dtype) * jnp.asarray(width, shape.dtype)).astype(shape.cache_dtype)
+        values = jax.random.normal(key, shape.pages_shape(num_pages), dtype) * jnp.asarray(width, dtype)
+        return values.astype(shape.dtype)
 
     k, v = (make(key, width) for key, width in zip(jax.random.split(key), widths, strict=True))
-    return KVCache(k, v, jnp.tile(jnp.array(scales, jnp.float32), (num_layers, 1)))
+    return KVCache(k, v, jnp.tile(jnp.array(scales, jnp.float32), (shape.num_layers, 1)))
 
 
 def attention_work(sequences: Sequence[tuple[int, int]], shape: AttentionShape, window: int | None = None) -> Work:
@@ -186,7 +191,7 @@ def rotation_error(batch: RandomBatch) -> float:
     layer, rows = batch.num_layers - 1, batch.num_rows
     rotate = jax.jit(partial(rotate_and_write, layer=jnp.int32(layer)))
     q, cache = rotate(batch.qkv, batch.rotation, batch.cache, batch.inputs)
-    slots = batch.inputs.slots + layer * batch.inputs.num_pages * batch.shape.page_size
+    slots = batch.inputs.slots + layer * batch.inputs.limits.num_pages * batch.shape.page_size
     written = []
     for before, after, scale in zip(batch.cache[:2], cache[:2], batch.cache.scales[layer], strict=True):
         flat_before, flat_after = (pages.reshape(-1, *pages.shape[2:]) for pages in (before, after))
@@ -262,7 +267,7 @@ def rotation_chain(batch: RandomBatch, num_calls: int) -> Callable[[], list[jax.
 def _exact_attention(batch: RandomBatch, q: jax.Array, layer: int) -> jax.Array:
     """``float64[num_rows, heads, head_dim]``. Decodes share one program and chunks another: compiling is what takes
     long."""
-    pages = batch.inputs.block_tables + layer * batch.inputs.num_pages
+    pages = batch.inputs.block_tables + layer * batch.inputs.limits.num_pages
     length = max(context + rows for context, rows in batch.sequences)
     most_rows = max(rows for _, rows in batch.sequences)
     q = jnp.concatenate((q, jnp.zeros((most_rows, *q.shape[1:]), q.dtype)))

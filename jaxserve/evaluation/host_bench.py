@@ -17,15 +17,15 @@ from jaxserve.config import EngineConfig, ResolvedConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.metrics import StepRecord
 from jaxserve.engine.step import Step, StepLayout, StepOutputs, step_layouts
-from jaxserve.kernels.plan import BusyItems, Tiling, make_plan, new_plan
+from jaxserve.kernels.plan import BusyPrograms, Tiling, make_plan, new_plan
 from jaxserve.models.loading.checkpoint import Checkpoint
 from jaxserve.request import SamplingParams
 from jaxserve.scheduler import Chunk
 from jaxserve.scheduler.buckets import bucket_of
 from jaxserve.server.grpc_server import freeze_start_up
 
-TILING = Tiling(decode_tokens=128, prefill_rows=32, busy=BusyItems(decode=396, prefill=132, kv_heads=8))
-"""Of Mistral-7B on an H100 (kernels/backend.py)."""
+TILING = Tiling(decode_tokens=128, prefill_rows=32, busy=BusyPrograms(decode=396, prefill=132, kv_heads=8))
+"""Of Mistral-7B on an H100 (kernels/triton_attention.py)."""
 LENGTHS = (400, 1000)
 """Least and most tokens of a prompt, and of its output: contexts are of about 1,000."""
 WARM_STEPS = 200

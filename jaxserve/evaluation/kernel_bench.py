@@ -39,7 +39,8 @@ from jaxserve.evaluation.device_bench import (
     time_launches,
     write_results,
 )
-from jaxserve.kernels.backend import GPU_BACKENDS, AttentionShape, Backend, Target, choose_backend
+from jaxserve.kernels.backend import AttentionShape, Backend, Target
+from jaxserve.kernels.registry import GPU_BACKENDS, choose_backend
 
 BACKENDS = (*GPU_BACKENDS, "xla")
 BFLOAT16, FLOAT8 = jnp.dtype("bfloat16"), jnp.dtype(jnp.float8_e4m3fn)
@@ -87,6 +88,14 @@ class Case:
     """Also with other page sizes and cache types."""
     rotates: bool = False
     """Times rotate_and_write instead of attention."""
+
+    @property
+    def kind(self) -> str:
+        """One of kernels.backend.BATCH_KINDS."""
+        decodes = [rows == 1 for _, rows in self.sequences]
+        if self.rotates:
+            return "rotation"
+        return "decodes" if all(decodes) else "hybrid" if any(decodes) else "chunks"
 
     def work(self, shape: AttentionShape, window: int | None = None) -> Work:
         if self.rotates:
@@ -154,31 +163,24 @@ class Row:
         return self.variant.plain
 
 
-def has_own_kernels(backend: str, case: Case) -> bool:
-    """Whether the case runs other kernels under ``backend`` than under triton; under that itself, all do."""
-    decodes = [rows == 1 for _, rows in case.sequences]
-    if backend == "pod":
-        return any(decodes) and not all(decodes)
-    return backend != "mosaic" or not (case.rotates or all(decodes))
-
-
 def variants(case: Case, backend: Backend, shape: AttentionShape, window: int = WINDOW) -> Iterator[Variant]:
     """All that are measured, the plain ones first. Tilings are varied where the backend splits work by how many
     programs the device runs at once; two prefill programs on a multiprocessor share its registers."""
-    if not has_own_kernels(backend.name, case):
+    if case.kind not in backend.own_kernels:
         return
     yield Variant("", shape, plain=True)
     if not case.rotates:
         yield Variant(f"window {window}", shape, window, plain=True)
-    if case.swept and backend.name != "mosaic":
-        for page_size in (16, 32, 64, 128):
-            if page_size != shape.page_size:
-                yield Variant(f"page {page_size}", shape._replace(page_size=page_size))
-        yield Variant("fp8 KV", shape._replace(cache_dtype=FLOAT8))
-    busy, one_row = backend.tiling.busy, all(rows == 1 for _, rows in case.sequences)
+    if case.swept:
+        others = [Variant(f"page {size}", shape._replace(page_size=size)) for size in (16, 32, 64, 128)]
+        others.append(Variant("fp8 KV", shape._replace(cache_dtype=FLOAT8)))
+        for other in others:
+            if other.shape != shape and not backend.needs(backend.target, other.shape):
+                yield other
+    busy = backend.tiling.busy
     if busy is None or case.rotates or case.sum_of:
         return
-    if not one_row:
+    if case.kind == "chunks":
         tile_rows = backend.tiling.prefill_rows // 2
         yield Variant(f"tiles of {tile_rows} rows", shape, change=_with(prefill_rows=tile_rows))
         for programs in (busy.prefill // 2, 2 * busy.prefill):

@@ -153,7 +153,7 @@ class StepBench:
 
     def measure(self, case: StepCase) -> StepRow:
         num_rows = bucket_of(case.num_tokens, self.runner.buckets)
-        cache_dtype = self._programs.abstract_cache().k.dtype
+        cache_dtype = self._programs.kv_cache.dtype
         work = step_work(self.runner.model_config, self._programs.abstract_parameters, case.spans, cache_dtype)
         seconds = time_launches(self._launcher(case), self._effort)
         return StepRow(case, num_rows, seconds, work, self._launches[num_rows])

@@ -21,8 +21,9 @@ from jaxserve.engine.memory import working_bytes
 from jaxserve.errors import ConfigError
 from jaxserve.evaluation.aot import DEVICES, absent_mesh
 from jaxserve.evaluation.compiled import computations, moved_bytes
-from jaxserve.kernels.backend import AttentionShape, choose_backend
+from jaxserve.kernels.backend import AttentionShape
 from jaxserve.kernels.plan import PlanLimits
+from jaxserve.kernels.registry import choose_backend
 from jaxserve.models.loading.checkpoint import open_checkpoint
 from tests import gpu_packages
 

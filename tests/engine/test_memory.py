@@ -40,7 +40,7 @@ def cache_bytes(fraction: float, in_use_bytes: int = 0, **settings: Any) -> int:
     )
     resolved = config.resolve(model_max_len=32768, on_gpu=True)
     model = open_checkpoint("mistral-7b", "dummy").config
-    return BLOCK_BYTES * choose_num_blocks(resolved, model, mesh, 32, jnp.dtype("bfloat16"), [weights])
+    return BLOCK_BYTES * choose_num_blocks(resolved, model, mesh, BLOCK_BYTES, [weights])
 
 
 def test_an_engine_uses_the_card(caplog: pytest.LogCaptureFixture) -> None:

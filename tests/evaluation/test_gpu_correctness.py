@@ -9,13 +9,14 @@ import pytest
 from jaxserve.evaluation.attention_batch import attention_errors, random_batch, rotation_error
 from jaxserve.evaluation.attention_variants import VARIANTS, Variant
 from jaxserve.evaluation.gpu_check import correctness
-from jaxserve.kernels import triton_attention
-from jaxserve.kernels.backend import Backend, Target
-from jaxserve.kernels.plan import BusyItems, Tiling
+from jaxserve.kernels import triton_launch
+from jaxserve.kernels.backend import Target
+from jaxserve.kernels.plan import BusyPrograms, Tiling
+from jaxserve.kernels.triton_attention import Triton
 from tests.kernels import triton_interpreter
 
 HOPPER = Target("gpu", 90, 132)
-MANY_SPLITS = Backend("triton", Tiling(16, 4, BusyItems(40, 20)), Target("gpu", 90, 4))
+MANY_SPLITS = Triton(Tiling(16, 4, BusyPrograms(40, 20)), Target("gpu", 90, 4))
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ MANY_SPLITS = Backend("triton", Tiling(16, 4, BusyItems(40, 20)), Target("gpu", 
     ids=["window, soft cap, part rotated", "float8 KV, not rotated"],
 )
 def test_right_kernels_pass(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_attention, "triton_call", triton_interpreter.triton_call)
+    monkeypatch.setattr(triton_launch, "triton_call", triton_interpreter.triton_call)
     batch = random_batch(
         correctness.TINY_SEQUENCES, variant.shape, MANY_SPLITS, window=variant.window, softcap=variant.softcap,
         rotated=variant.rotated, poison=math.nan, cache_bytes=0,

@@ -31,11 +31,13 @@ from jaxserve.evaluation.device_bench import (
     time_launches,
 )
 from jaxserve.evaluation.kernel_bench import CASES, SHAPE, TINY_SHAPE, KernelBench, Row, Variant, bounds
-from jaxserve.kernels import attention
-from jaxserve.kernels.backend import Backend
-from jaxserve.kernels.plan import BusyItems, Tiling
+from jaxserve.kernels.backend import CPU_TILING, Target
+from jaxserve.kernels.plan import BusyPrograms, Tiling
+from jaxserve.kernels.triton_attention import Triton
+from jaxserve.kernels.xla import Xla
 
 BENCH = Path(__file__).parents[2] / "scripts" / "bench.py"
+XLA = Xla(CPU_TILING, Target("cpu"))
 H100 = Ceilings(3.0e12, 798e12)
 """As measured on one."""
 
@@ -73,7 +75,7 @@ MIXED = ((40, 1), (0, 1), (70, 20), (0, 33))
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_right_kernels_pass(page_size: int, cache_dtype: str) -> None:
     shape = TINY_SHAPE._replace(page_size=page_size, cache_dtype=jnp.dtype(cache_dtype))
-    batch = random_batch(MIXED, shape, Backend("xla"), cache_bytes=0)
+    batch = random_batch(MIXED, shape, XLA, cache_bytes=0)
     assert 0 < attention_error(batch) < kernel_bench.MOST_ERROR
     if cache_dtype == "bfloat16":
         assert 0 < rotation_error(batch) < kernel_bench.MOST_ERROR
@@ -84,27 +86,25 @@ def test_what_is_special_about_a_layer_is_in_the_reference(
     window: int | None, softcap: float | None, rotated: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = random_batch(
-        MIXED, TINY_SHAPE, Backend("xla"), window=window, softcap=softcap, rotated=rotated, poison=400.0, cache_bytes=0
+        MIXED, TINY_SHAPE, XLA, window=window, softcap=softcap, rotated=rotated, poison=400.0, cache_bytes=0
     )
     errors = attention_errors(batch, 3)
     assert errors == [errors[0]] * 3
     assert 0 < errors[0] < kernel_bench.MOST_ERROR
     assert 0 <= rotation_error(batch) < kernel_bench.MOST_ERROR
-    right = attention.xla.paged_attention
+    right = Xla.attend
     for name, value in (("window", window), ("softcap", softcap)):
-        monkeypatch.setattr(
-            attention.xla, "paged_attention", lambda *args, name=name, **kwargs: right(*args, **kwargs | {name: None})
-        )
+        monkeypatch.setattr(Xla, "attend", lambda *args, name=name, **kwargs: right(*args, **kwargs | {name: None}))
         assert (attention_error(batch) < kernel_bench.MOST_ERROR) == (value is None)
 
 
 def test_wrong_kernels_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row too few, the wrong keys, not a number, and writing where nothing should be written."""
-    batch = random_batch(MIXED, TINY_SHAPE, Backend("xla"))
-    right = attention.xla.paged_attention
+    batch = random_batch(MIXED, TINY_SHAPE, XLA)
+    right = Xla.attend
 
     def broken(change):
-        monkeypatch.setattr(attention.xla, "paged_attention", lambda *args, **kwargs: change(right(*args, **kwargs)))
+        monkeypatch.setattr(Xla, "attend", lambda *args, **kwargs: change(right(*args, **kwargs)))
         return attention_error(batch)
 
     assert broken(lambda out: out) < kernel_bench.MOST_ERROR
@@ -112,24 +112,24 @@ def test_wrong_kernels_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     assert broken(lambda out: jnp.roll(out, 1, axis=1)) > 0.5
     assert not broken(lambda out: out.at[3, 0, 0].set(jnp.nan)) < kernel_bench.MOST_ERROR
     assert not broken(lambda out: out.at[-1].set(1)) < kernel_bench.MOST_ERROR
-    rotate = attention.xla.rotate_and_write
+    rotate = Xla.rotate_and_write
     monkeypatch.setattr(
-        attention.xla, "rotate_and_write",
-        lambda *args: (lambda q, k, v: (q, k.at[0, 1].add(1), v))(*rotate(*args)),
+        Xla, "rotate_and_write",
+        lambda *args: (lambda q, cache: (q, cache._replace(k=cache.k.at[0, 1].add(1))))(*rotate(*args)),
     )  # fmt: skip
     assert not rotation_error(batch) < kernel_bench.MOST_ERROR
 
 
 def test_variants_change_one_thing() -> None:
-    backend = Backend("triton", Tiling(256, 32, BusyItems(396, 132, 8)))
+    backend = Triton(Tiling(256, 32, BusyPrograms(396, 132, 8)), Target("gpu", 90, 132))
     found = {v.name: v for v in kernel_bench.variants(CASES["decode-64x4k"], backend, SHAPE)}
     assert list(found) == [
         "", "window 4096", "page 16", "page 32", "page 128", "fp8 KV", "split 128", "split 512",
         "132 programs", "264 programs", "792 programs",
     ]  # fmt: skip
     assert [name for name, variant in found.items() if variant.plain] == ["", "window 4096"]
-    assert found["132 programs"].change(backend).tiling == Tiling(256, 32, BusyItems(132, 132, 8))
-    assert found["split 512"].change(backend).tiling == Tiling(512, 32, BusyItems(396, 132, 8))
+    assert found["132 programs"].change(backend).tiling == Tiling(256, 32, BusyPrograms(132, 132, 8))
+    assert found["split 512"].change(backend).tiling == Tiling(512, 32, BusyPrograms(396, 132, 8))
     assert found["page 16"].change(backend) == backend
     chunks = [v.name for v in kernel_bench.variants(CASES["prefill-2048-at-16k"], backend, SHAPE)]
     assert chunks == ["", "window 4096", "tiles of 16 rows", "66 programs", "264 programs"]
@@ -192,7 +192,7 @@ def test_a_kernel_that_fails_leaves_a_row(monkeypatch: pytest.MonkeyPatch, tmp_p
     def fails(*args: object, **kwargs: object) -> jax.Array:
         raise RuntimeError("out of registers\nand a long log")
 
-    monkeypatch.setattr(attention.xla, "paged_attention", fails)
+    monkeypatch.setattr(Xla, "attend", fails)
     tiny = KernelBench(["xla"], tiny=True, quick=True)
     rows = list(tiny.rows(["decode-8x4k", "rotate-64"], plain=True))
     assert [row.failure for row in rows] == [*["RuntimeError: out of registers"] * 2, None]

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.evaluation.aot import DEVICES, absent_mesh
 from jaxserve.evaluation.attention_variants import MISTRAL, Variant
-from jaxserve.kernels.mosaic_attention import paged_prefill
+from jaxserve.kernels.mosaic_prefill import paged_prefill
 from tests.kernels.variants import ROWS, cache_and_inputs
 
 VARIANTS = {

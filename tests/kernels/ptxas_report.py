@@ -25,8 +25,10 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
 from jaxserve.evaluation.attention_variants import VARIANTS, Variant
-from jaxserve.kernels import triton_attention
-from jaxserve.kernels.attention import AttentionInputs, KVCache, paged_attention, rotate_and_write
+from jaxserve.kernels import triton_launch
+from jaxserve.kernels.attention import paged_attention, rotate_and_write
+from jaxserve.kernels.cache import KVCache
+from jaxserve.kernels.inputs import AttentionInputs
 from tests.kernels.variants import ROWS, cache_and_inputs
 
 TRITON_TYPES = {
@@ -118,7 +120,7 @@ def launches(variant: Variant, backend: str) -> list[Launch]:
         found.append(Launch(kernel, label, (*signature.items(),), (*constants.items(),), num_warps, options))
         return jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), out_type)
 
-    with mock.patch.object(triton_attention, "triton_call", triton_call):
+    with mock.patch.object(triton_launch, "triton_call", triton_call):
         jax.eval_shape(*program(variant, backend))
     return found
 

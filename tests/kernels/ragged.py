@@ -8,12 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from jaxserve.kernels.attention import AttentionInputs, KVCache, paged_attention, rotate_and_write
-from jaxserve.kernels.backend import Backend
+from jaxserve.kernels.attention import paged_attention, rotate_and_write
+from jaxserve.kernels.backend import CPU_TILING, Backend, Target
+from jaxserve.kernels.cache import KVCache
+from jaxserve.kernels.cpu_attention import Native
+from jaxserve.kernels.inputs import AttentionInputs
 from jaxserve.kernels.plan import AttentionPlan, PlanLimits, make_plan, new_plan
+from jaxserve.kernels.xla import Xla
 
 LAYERS, LAYER = 2, 1
-FLOAT32, XLA = jnp.dtype("float32"), Backend("xla")
+CPU, FLOAT32 = Target("cpu"), jnp.dtype("float32")
+XLA, NATIVE = Xla(CPU_TILING, CPU), Native(CPU_TILING, CPU)
 MAX_LEN = 700
 POISON = 400.0
 """Finite in every type that a cache may have."""
@@ -59,6 +64,23 @@ def stored(values: np.ndarray, dtype: jnp.dtype, cache_dtype: jnp.dtype, scale: 
     return np.asarray(jnp.asarray(jnp.asarray(values / scale, dtype), cache_dtype), np.float32) * scale
 
 
+def inputs_for(
+    limits: PlanLimits,
+    backend: Backend,
+    *,
+    slots: np.ndarray | None = None,
+    tables: np.ndarray | None = None,
+    plan: AttentionPlan[np.ndarray] | None = None,
+) -> AttentionInputs:
+    """Without what is not given: rows that are padding, sequences that have no pages, nothing to attend to."""
+    if slots is None:
+        slots = np.zeros(limits.num_rows, np.int32)
+    if tables is None:
+        tables = np.zeros((limits.max_num_seqs, -(-limits.max_model_len // limits.page_size)), np.int32)
+    plan = AttentionPlan(*map(jnp.asarray, plan or new_plan(limits)))
+    return AttentionInputs(jnp.asarray(slots, jnp.int32), jnp.asarray(tables), plan, limits, backend, mesh=None)
+
+
 def run_batch(
     rng: np.random.Generator,
     sequences: list[tuple[int, int]],
@@ -73,21 +95,23 @@ def run_batch(
     scales: tuple[float, float] = (1.0, 1.0),
     backend: Backend = XLA,
     masking: Masking = Masking(),
-    planned_pages: int | None = None,
+    shared_pages: int = 0,
 ) -> float:
     """Largest error over a batch of (context, query length) sequences whose earlier tokens are already cached.
 
-    ``scales``: of keys and values in a cache of another type than ``dtype``. ``planned_pages``: what the work list is
-    sized for, as if sequences shared pages.
+    ``scales``: of keys and values in a cache of another type than ``dtype``. ``shared_pages``: which sequences whose
+    context fills them have in common; they come first.
     """
     cache_dtype = cache_dtype or dtype
     heads, slots = kv_heads * group, len(sequences) + 2
     pages_per_seq = -(-MAX_LEN // page_size)
-    num_pages = 1 + sum(-(-(c + n) // page_size) for c, n in sequences) + 3
-    limits = PlanLimits(
-        num_rows, slots, MAX_LEN, page_size, planned_pages or num_pages, backend.tiling, masking.plan_window
-    )
+    shared_tokens = shared_pages * page_size
+    own_pages = [-(-(c + n) // page_size) - shared_pages * (c >= shared_tokens) for c, n in sequences]
+    num_pages = 1 + shared_pages + sum(own_pages) + 3
+    limits = PlanLimits(num_rows, slots, MAX_LEN, page_size, num_pages, backend.tiling, masking.plan_window)
     free = list(rng.permutation(np.arange(1, num_pages)))
+    prefix_pages = [free.pop() for _ in range(shared_pages)]
+    prefix = rng.normal(size=(2, shared_tokens, kv_heads, dim)).astype(np.float32)
     slot_of = rng.permutation(slots)[: len(sequences)]
     tables = np.zeros((slots, pages_per_seq), np.int32)
     qkv = rng.normal(size=(num_rows, kv_heads, group + 2, dim)).astype(np.float32)
@@ -96,12 +120,15 @@ def run_batch(
     # Poisoned: what nobody wrote must not be read.
     cache = np.full((2, LAYERS * num_pages, page_size, kv_heads, dim), POISON, np.float32)
     row, expected = 0, np.zeros((num_rows, heads, dim))
-    for slot, (context, length) in zip(slot_of, sequences, strict=True):
+    for slot, (context, length), count in zip(slot_of, sequences, own_pages, strict=True):
         total = context + length
-        pages = [free.pop() for _ in range(-(-total // page_size))]
+        pages = [free.pop() for _ in range(count)]
+        own = set(pages)
+        history = rng.normal(size=(2, context, kv_heads, dim)).astype(np.float32)
+        if context >= shared_tokens:
+            pages, history[:, :shared_tokens] = prefix_pages + pages, prefix
         tables[slot, : len(pages)] = pages
         places = np.array(pages)[np.arange(total) // page_size] * page_size + np.arange(total) % page_size
-        history = rng.normal(size=(2, context, kv_heads, dim)).astype(np.float32)
         flat = cache.reshape(2, -1, kv_heads, dim)
         rows = slice(row, row + length)
         kv_slots[rows] = places[context:]
@@ -114,14 +141,12 @@ def run_batch(
         if masking.plan_window is not None:
             freed = max(context - masking.plan_window + 1, 0) // page_size
             tables[slot, :freed] = 0
-            cache[:, LAYER * num_pages + np.array(pages[:freed], int)] = POISON
+            cache[:, LAYER * num_pages + np.array([page for page in pages[:freed] if page in own], int)] = POISON
         row += length
     plan = new_plan(limits)
     context, lengths = np.array(sequences).T
     make_plan(limits, slot_of, lengths, context + lengths, plan)
-    inputs = AttentionInputs(
-        jnp.asarray(kv_slots), jnp.asarray(tables), AttentionPlan(*map(jnp.asarray, plan)), num_pages, backend
-    )
+    inputs = inputs_for(limits, backend, slots=kv_slots, tables=tables, plan=plan)
     layer = jnp.int32(LAYER)
     pages = KVCache(*jnp.asarray(jnp.asarray(cache, dtype), cache_dtype), jnp.tile(jnp.asarray(scales), (LAYERS, 1)))
     rotated, pages = rotate_and_write(jnp.asarray(qkv, dtype), None, pages, inputs, layer)

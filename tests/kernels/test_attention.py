@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.kernels import native, xla
+from jaxserve.kernels import native
 from jaxserve.kernels.backend import Backend
-from jaxserve.kernels.plan import Tiling
-from tests.kernels.ragged import Masking, batches, maskings, rows_for, run_batch
+from jaxserve.kernels.cache import KVCache
+from jaxserve.kernels.plan import PlanLimits, Tiling
+from jaxserve.kernels.xla import Xla
+from tests.kernels.ragged import CPU, NATIVE, XLA, Masking, batches, inputs_for, maskings, rows_for, run_batch
 
-BACKENDS = [Backend("xla"), Backend("native")] if native.available() else [Backend("xla")]
-BACKENDS = [pytest.param(backend, id=backend.name) for backend in BACKENDS]
+BACKENDS = [pytest.param(one, id=one.name) for one in ((XLA, NATIVE) if native.available() else (XLA,))]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -25,6 +26,7 @@ BACKENDS = [pytest.param(backend, id=backend.name) for backend in BACKENDS]
     st.sampled_from([8, 16, 64, 128]),
     st.sampled_from([(1, 4), (3, 3), (4, 1)]),
     maskings(),
+    st.integers(0, 20),
     st.integers(0, 999),
 )
 def test_any_mix_of_chunks_and_decodes(
@@ -33,13 +35,14 @@ def test_any_mix_of_chunks_and_decodes(
     page_size: int,
     heads: tuple[int, int],
     masking: Masking,
+    shared_pages: int,
     seed: int,
 ) -> None:
     kv_heads, group = heads
     error = run_batch(
         np.random.default_rng(seed), sequences,
         kv_heads=kv_heads, group=group, dim=16, page_size=page_size, num_rows=rows_for(sequences), backend=backend,
-        masking=masking,
+        masking=masking, shared_pages=shared_pages,
     )  # fmt: skip
     assert error < 2e-5
 
@@ -80,7 +83,7 @@ def test_native_bfloat16_rounds_the_result_only(dim: int) -> None:
     sequences = [(200, 1), (0, 1), (130, 70), (255, 1), (0, 33)]
     error = run_batch(
         np.random.default_rng(dim), sequences, kv_heads=2, group=3, dim=dim, page_size=16, num_rows=128,
-        dtype=jnp.dtype("bfloat16"), backend=Backend("native"), masking=Masking(90, 30.0),
+        dtype=jnp.dtype("bfloat16"), backend=NATIVE, masking=Masking(90, 30.0),
     )  # fmt: skip
     assert error < 1.6e-2  # half of bfloat16's step between 4 and 8
 
@@ -110,7 +113,7 @@ def test_more_decode_items_than_a_cache_of_shared_pages_has(backend: Backend) ->
     sequences = [(600, 1), (580, 1), (610, 1), (0, 5), (500, 1)]
     error = run_batch(
         np.random.default_rng(0), sequences, kv_heads=1, group=2, dim=8, page_size=8, num_rows=16, backend=backend,
-        planned_pages=32,
+        shared_pages=62,
     )  # fmt: skip
     assert error < 2e-5
 
@@ -130,8 +133,10 @@ def test_float8_caches_clip_what_they_cannot_hold() -> None:
     """A plain conversion would store NaN."""
     qkv = jnp.full((1, 1, 3, 8), 1e6)
     pages = jnp.zeros((2, 8, 1, 8), jnp.float8_e4m3fn)
-    _, k, v = xla.rotate_and_write(qkv, None, pages, pages, jnp.array([9]), jnp.array([1.0, 10.0]))
-    assert float(k[1, 1, 0, 0]) == float(v[1, 1, 0, 0]) == 448
+    cache = KVCache(pages, pages, jnp.array([[1.0, 10.0]]))
+    inputs = inputs_for(PlanLimits(1, 1, 8, 8, 2, XLA.tiling), XLA, slots=np.array([9]))
+    _, cache = XLA.rotate_and_write(qkv, None, cache, inputs, jnp.int32(0))
+    assert float(cache.k[1, 1, 0, 0]) == float(cache.v[1, 1, 0, 0]) == 448
 
 
 @pytest.mark.parametrize("tiling", [Tiling(16, 64), Tiling(48, 5), Tiling(1024, 200)], ids=str)
@@ -139,7 +144,7 @@ def test_any_tiling(tiling: Tiling) -> None:
     sequences = [(600, 1), (130, 70), (0, 1), (255, 1), (0, 33)]
     error = run_batch(
         np.random.default_rng(0), sequences, kv_heads=2, group=3, dim=16, page_size=16, num_rows=128,
-        backend=Backend("xla", tiling),
+        backend=Xla(tiling, CPU),
     )  # fmt: skip
     assert error < 2e-5
 
@@ -150,9 +155,12 @@ def test_rotation(half: int) -> None:
     rng = np.random.default_rng(0)
     qkv, angles = rng.normal(size=(5, 2, 5, 16)), rng.uniform(0, 6, size=(5, half))
     pages = jnp.zeros((3, 8, 2, 16))
-    slots = jnp.array([8, 9, 20, 11, 16])
+    slots = np.array([8, 9, 20, 11, 16])
     rotation = jnp.cos(angles), jnp.sin(angles)
-    q, k, v = xla.rotate_and_write(jnp.asarray(qkv), rotation, pages, pages, slots, jnp.ones(2))
+    inputs = inputs_for(PlanLimits(5, 1, 8, 8, 3, XLA.tiling), XLA, slots=slots)
+    q, (k, v, _) = XLA.rotate_and_write(
+        jnp.asarray(qkv), rotation, KVCache(pages, pages, jnp.ones((1, 2))), inputs, jnp.int32(0)
+    )
     turned = (qkv[..., :half] + 1j * qkv[..., half : 2 * half]) * np.exp(1j * angles)[:, None, None]
     expected = np.concatenate([turned.real, turned.imag, qkv[..., 2 * half :]], axis=-1)
     np.testing.assert_allclose(q.reshape(5, 2, 3, 16), expected[:, :, :3], atol=1e-5)

@@ -8,8 +8,10 @@ import logging
 import jax.numpy as jnp
 import pytest
 
+from jaxserve.config import ATTENTION_BACKENDS
 from jaxserve.kernels import native
-from jaxserve.kernels.backend import AttentionShape, Target, choose_backend, gpu_variants
+from jaxserve.kernels.backend import AttentionShape, Target
+from jaxserve.kernels.registry import BACKENDS, choose_backend, gpu_variants
 
 CPU, H100, A100, V100 = Target("cpu"), Target("gpu", 90, 132), Target("gpu", 80, 108), Target("gpu", 70, 80)
 BFLOAT16 = jnp.dtype("bfloat16")
@@ -23,6 +25,10 @@ def without(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else found(name) or object())
     return missing
+
+
+def test_the_configuration_knows_every_backend() -> None:
+    assert ("auto", *BACKENDS) == ATTENTION_BACKENDS
 
 
 def test_the_platform_chooses(without: set[str]) -> None:

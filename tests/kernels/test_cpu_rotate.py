@@ -7,26 +7,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.kernels import cpu_attention, native
+from jaxserve.kernels import native
+from jaxserve.kernels.cache import KVCache
+from jaxserve.kernels.plan import PlanLimits
+from tests.kernels.ragged import NATIVE, inputs_for
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="needs a C++ compiler")
 DTYPES = ("float32", "bfloat16")
 ROUNDING = {"float32": 2.0**-22, "bfloat16": 2.0**-8}
-
-rotate_and_write = jax.jit(cpu_attention.rotate_and_write)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("dim", "rotated"), [(64, 64), (80, 32), (96, 96), (20, 10), (16, 0)])
 def test_tokens_are_rotated_and_stored_and_padding_is_left_out(dim: int, rotated: int, dtype: str) -> None:
     rng = np.random.default_rng(dim)
-    rows, kv_heads, group, page_size, layer_page, half = 50, 2, 3, 8, 9, rotated // 2
+    rows, kv_heads, group, page_size, num_pages, half = 50, 2, 3, 8, 11, rotated // 2
     qkv = jnp.asarray(rng.normal(size=(rows, kv_heads, group + 2, dim)), dtype)
     angles = rng.uniform(0, 100, (rows, half)).astype(np.float32)
     rotation = (jnp.cos(angles), jnp.sin(angles)) if rotated else None
-    pages = [jnp.asarray(rng.normal(size=(20, page_size, kv_heads, dim)), dtype) for _ in "kv"]
+    pages = [jnp.asarray(rng.normal(size=(2 * num_pages, page_size, kv_heads, dim)), dtype) for _ in "kv"]
     slots = np.where(np.arange(rows) < 40, page_size + rng.permutation(10 * page_size)[:rows], 0)
-    q, k_pages, v_pages = rotate_and_write(qkv, rotation, *pages, jnp.asarray(slots, jnp.int32), jnp.int32(layer_page))
+    inputs = inputs_for(PlanLimits(rows, 1, 8, page_size, num_pages, NATIVE.tiling), NATIVE, slots=slots)
+    cache = KVCache(*pages, jnp.ones((2, 2)))
+    q, cache = jax.jit(NATIVE.rotate_and_write)(qkv, rotation, cache, inputs, jnp.int32(1))
 
     values = np.asarray(qkv, np.float64)
     rotating, v = values[:, :, :-1], values[:, :, -1]
@@ -39,8 +42,8 @@ def test_tokens_are_rotated_and_stored_and_padding_is_left_out(dim: int, rotated
     np.testing.assert_allclose(
         np.asarray(q[:40], np.float64), rotating[:40, :, :-1].reshape(40, -1, dim), **tolerance
     )  # fmt: skip
-    places = layer_page * page_size + slots[:40]
-    for before, after, new in zip(pages, (k_pages, v_pages), (rotating[:, :, -1], v), strict=True):
+    places = num_pages * page_size + slots[:40]
+    for before, after, new in zip(pages, cache[:2], (rotating[:, :, -1], v), strict=True):
         before, after = (np.asarray(array, np.float64).reshape(-1, kv_heads, dim) for array in (before, after))
         np.testing.assert_allclose(after[places], new[:40], **tolerance)
         np.testing.assert_array_equal(np.delete(after, places, axis=0), np.delete(before, places, axis=0))

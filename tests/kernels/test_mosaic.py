@@ -17,17 +17,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.kernels.attention import AttentionInputs, KVCache
-from jaxserve.kernels.backend import Backend
-from jaxserve.kernels.mosaic_attention import MASKED, PAGE_SIZE, paged_prefill
-from jaxserve.kernels.plan import AttentionPlan, BusyItems, PlanLimits, Tiling, make_plan, new_plan
+from jaxserve.kernels.backend import Target
+from jaxserve.kernels.cache import KVCache
+from jaxserve.kernels.mosaic_attention import Mosaic
+from jaxserve.kernels.mosaic_prefill import MASKED, PAGE_SIZE, paged_prefill
+from jaxserve.kernels.plan import AttentionPlan, BusyPrograms, PlanLimits, Tiling, make_plan, new_plan
 from tests import gpu_packages
 from tests.kernels.mosaic_interpreter import interpreted
-from tests.kernels.ragged import LAYER, LAYERS, POISON, Masking, dense_attention
+from tests.kernels.ragged import LAYER, LAYERS, POISON, Masking, dense_attention, inputs_for
 
 NUM_ROWS, MAX_SEQS, MAX_LEN = 64, 4, 320
 PAGES_PER_SEQ = MAX_LEN // PAGE_SIZE
 NUM_PAGES = 1 + MAX_SEQS * PAGES_PER_SEQ
+HOPPER = Target("gpu", 90, 132)
 BOUND = {"bfloat16": 3e-2, "float16": 4e-3}
 PLAIN = Masking()
 
@@ -44,7 +46,7 @@ class Case:
 
     @property
     def tiling(self) -> Tiling:
-        return Tiling(decode_tokens=64, prefill_rows=128 // self.group, busy=BusyItems(decode=2, prefill=9))
+        return Tiling(decode_tokens=64, prefill_rows=128 // self.group, busy=BusyPrograms(decode=2, prefill=9))
 
 
 CASES = [
@@ -133,10 +135,7 @@ def run(case: Case, sequences: list[tuple[int, int]], seed: int) -> Batch:
     plan = new_plan(limits)
     contexts, lengths = np.array(sequences).T
     make_plan(limits, slots, lengths, contexts + lengths, plan)
-    inputs = AttentionInputs(
-        jnp.zeros(NUM_ROWS, jnp.int32), jnp.asarray(tables), AttentionPlan(*map(jnp.asarray, plan)), NUM_PAGES,
-        Backend("mosaic", case.tiling),
-    )  # fmt: skip
+    inputs = inputs_for(limits, Mosaic(case.tiling, HOPPER), tables=tables, plan=plan)
     pages = KVCache(*jnp.asarray(cache, dtype), jnp.ones((LAYERS, 2)))
     with interpreted():
         found = kernel(case)(jnp.asarray(q, dtype), pages, inputs, jnp.int32(LAYER))
@@ -180,14 +179,10 @@ def test_parts_before_the_window_are_empty() -> None:
 
 
 def test_tiles_of_more_rows_than_the_warpgroups_have() -> None:
-    tiling = Tiling(64, 33, BusyItems(1, 1))
+    tiling = Tiling(64, 33, BusyPrograms(1, 1))
     limits = PlanLimits(NUM_ROWS, 1, MAX_LEN, PAGE_SIZE, NUM_PAGES, tiling)
     pages = jnp.zeros((LAYERS * NUM_PAGES, PAGE_SIZE, 1, 64), jnp.bfloat16)
-    plan = AttentionPlan(*map(jnp.asarray, new_plan(limits)))
-    inputs = AttentionInputs(
-        jnp.zeros(NUM_ROWS, jnp.int32), jnp.zeros((1, PAGES_PER_SEQ), jnp.int32), plan, NUM_PAGES,
-        Backend("mosaic", tiling),
-    )  # fmt: skip
+    inputs = inputs_for(limits, Mosaic(tiling, HOPPER))
     with pytest.raises(ValueError, match="tile_rows 33 times 4 query heads for each KV head must be at most 128"):
         paged_prefill(
             jnp.zeros((NUM_ROWS, 4, 64), jnp.bfloat16), KVCache(pages, pages, jnp.ones((LAYERS, 2))), inputs,

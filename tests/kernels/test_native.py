@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import pytest
 
 from jaxserve.kernels import native
-from jaxserve.kernels.backend import AttentionShape, Target, choose_backend
+from jaxserve.kernels.backend import AttentionShape, Target
+from jaxserve.kernels.registry import choose_backend
 
 CPU = Target("cpu")
 

@@ -10,17 +10,34 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.kernels.backend import CPU_TILING, AttentionShape, Target, choose_backend
-from jaxserve.kernels.plan import AttentionPlan, BusyItems, PlanLimits, Tiling, make_plan, new_plan
+from jaxserve.kernels.backend import CPU_TILING, AttentionShape, Target
+from jaxserve.kernels.plan import AttentionPlan, BusyPrograms, PlanLimits, Tiling, make_plan, new_plan
+from jaxserve.kernels.registry import choose_backend
 from tests.kernels.ragged import MAX_LEN
 
 PAGE_SIZE, MAX_NUM_SEQS = 16, 8
-busy_items = st.builds(BusyItems, st.integers(1, 60), st.integers(1, 40), st.integers(1, 9))
+busy_programs = st.builds(BusyPrograms, st.integers(1, 60), st.integers(1, 40), st.integers(1, 9))
 tilings = st.one_of(
     st.just(CPU_TILING),
-    st.builds(Tiling, st.integers(1, 300), st.integers(1, 40), busy_items, st.one_of(st.none(), busy_items)),
+    st.builds(Tiling, st.integers(1, 300), st.integers(1, 40), busy_programs, st.one_of(st.none(), busy_programs)),
 )
-batches = st.lists(st.tuples(st.integers(0, 600), st.integers(1, 64)), min_size=1, max_size=MAX_NUM_SEQS)
+decode, chunk = (st.tuples(st.integers(0, 600), rows) for rows in (st.just(1), st.integers(1, 64)))
+batches = st.lists(st.one_of(decode, decode, chunk), min_size=1, max_size=MAX_NUM_SEQS)
+forks = st.lists(
+    st.tuples(st.integers(0, MAX_NUM_SEQS - 1), st.integers(0, 42) | st.just(42)),
+    min_size=MAX_NUM_SEQS,
+    max_size=MAX_NUM_SEQS,
+)
+"""Of each sequence: from which one, counted among those before it, it has how many pages."""
+
+
+def tables_of(num_held: list[int], forks: list[tuple[int, int]]) -> list[list[int]]:
+    """The pages of each sequence. A forked one begins with pages of another's, as far as both have so many."""
+    tables: list[list[int]] = []
+    for i, (held, (other, num_shared)) in enumerate(zip(num_held, forks, strict=False)):
+        shared = tables[other % i][: min(num_shared, held)] if i else []
+        tables.append(shared + [1000 * (1 + i) + j for j in range(held - len(shared))])
+    return tables
 
 
 def plan_of(limits: PlanLimits, sequences: list[tuple[int, int]]) -> AttentionPlan[np.ndarray]:
@@ -37,9 +54,13 @@ def items_of(plan: AttentionPlan[np.ndarray], kind: int) -> np.ndarray:
 
 
 @settings(max_examples=300, deadline=None)
-@given(batches, tilings, st.one_of(st.none(), st.integers(1, 700)), st.integers(0, 50), st.floats(0, 1))
+@given(batches, tilings, st.one_of(st.none(), st.integers(1, 700)), st.integers(0, 50), forks)
 def test_every_row_sees_each_visible_page_once(
-    sequences: list[tuple[int, int]], tiling: Tiling, window: int | None, padding: int, shared: float
+    sequences: list[tuple[int, int]],
+    tiling: Tiling,
+    window: int | None,
+    padding: int,
+    forks: list[tuple[int, int]],
 ) -> None:
     """Also in batches of more work than the device likes, and where sequences share pages, so that the cache has fewer
     than they see: nothing is left out, and nothing outgrows its array."""
@@ -49,8 +70,10 @@ def test_every_row_sees_each_visible_page_once(
     def first_page(position: int) -> int:
         return 0 if window is None else max(0, position - window + 1) // PAGE_SIZE
 
-    pages_held = sum(-(-(c + n) // PAGE_SIZE) - first_page(c) for c, n in sequences)
-    num_pages = 1 + int((1 - shared) * pages_held)
+    num_held = [-(-(c + n) // PAGE_SIZE) for c, n in sequences]
+    tables = tables_of(num_held, forks)
+    held = [page for table, (c, _) in zip(tables, sequences, strict=True) for page in table[first_page(c) :]]
+    num_pages, shared = 1 + len(set(held)), len(set(held)) < len(held)
     limits = PlanLimits(used + padding, MAX_NUM_SEQS, MAX_LEN, PAGE_SIZE, num_pages, tiling, window)
     plan = plan_of(limits, sequences)
     sequence_of = np.repeat(np.arange(len(sequences)), lengths)
@@ -91,7 +114,7 @@ def test_every_row_sees_each_visible_page_once(
 
 @given(batches)
 def test_hybrid_batches_have_one_launch_where_there_is_one(sequences: list[tuple[int, int]]) -> None:
-    tiling = Tiling(16, 8, BusyItems(6, 3), fused=BusyItems(4, 2))
+    tiling = Tiling(16, 8, BusyPrograms(6, 3), fused=BusyPrograms(4, 2))
     limits = PlanLimits(sum(n for _, n in sequences), MAX_NUM_SEQS, MAX_LEN, PAGE_SIZE, 10**6, tiling)
     counts = plan_of(limits, sequences).counts
     hybrid = len({n == 1 for _, n in sequences}) == 2
@@ -104,7 +127,7 @@ def test_the_longest_items_come_first(
     sequences: list[tuple[int, int]], decode_tokens: int, programs: int, kv_heads: int
 ) -> None:
     """And no part is shorter than allowed."""
-    tiling = Tiling(decode_tokens, 16, BusyItems(programs, programs, kv_heads))
+    tiling = Tiling(decode_tokens, 16, BusyPrograms(programs, programs, kv_heads))
     limits = PlanLimits(sum(n for _, n in sequences), MAX_NUM_SEQS, MAX_LEN, PAGE_SIZE, 10**6, tiling)
     plan = plan_of(limits, sequences)
     ends = np.cumsum([n for _, n in sequences])

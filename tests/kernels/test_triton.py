@@ -13,14 +13,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.kernels import triton_attention, triton_pod
-from jaxserve.kernels.attention import AttentionInputs, KVCache, paged_attention, rotate_and_write
+from jaxserve.kernels import triton_launch, triton_pod
+from jaxserve.kernels.attention import paged_attention, rotate_and_write
 from jaxserve.kernels.backend import Backend, Target
-from jaxserve.kernels.plan import AttentionPlan, BusyItems, PlanLimits, Tiling, make_plan, new_plan
+from jaxserve.kernels.cache import KVCache
+from jaxserve.kernels.inputs import AttentionInputs
+from jaxserve.kernels.plan import BusyPrograms, PlanLimits, Tiling, make_plan, new_plan
+from jaxserve.kernels.pod_attention import Pod
+from jaxserve.kernels.triton_attention import Triton
 from tests.kernels import ragged, triton_interpreter
-from tests.kernels.ragged import Masking, maskings, rows_for, run_batch
+from tests.kernels.ragged import XLA, Masking, inputs_for, maskings, rows_for, run_batch
 
-FEW_SPLITS, MANY_SPLITS = BusyItems(4, 2), BusyItems(40, 20)
+FEW_SPLITS, MANY_SPLITS = BusyPrograms(4, 2), BusyPrograms(40, 20)
 FLOAT8 = jnp.dtype(jnp.float8_e4m3fn)
 MIXED = [(200, 1), (0, 1), (70, 50), (130, 1), (0, 33)]
 """(context, query length): decodes with and without context, chunks of begun and of new prompts."""
@@ -30,13 +34,13 @@ MIXED = [(200, 1), (0, 1), (70, 50), (130, 1), (0, 33)]
 def interpreted() -> Iterator[None]:
     """Kernels run in the interpreter; what they must not read is not a number, of which no multiple is 0."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_attention, "triton_call", triton_interpreter.triton_call)
+        patch.setattr(triton_launch, "triton_call", triton_interpreter.triton_call)
         patch.setattr(ragged, "POISON", float("nan"))
         yield
 
 
-def triton(decode_tokens: int = 64, tile_rows: int = 16, busy: BusyItems = FEW_SPLITS) -> Backend:
-    return Backend("triton", Tiling(decode_tokens, tile_rows, busy), Target("gpu", 90, 4))
+def triton(decode_tokens: int = 64, tile_rows: int = 16, busy: BusyPrograms = FEW_SPLITS) -> Backend:
+    return Triton(Tiling(decode_tokens, tile_rows, busy), Target("gpu", 90, 4))
 
 
 @st.composite
@@ -60,7 +64,7 @@ def test_any_mix_of_chunks_and_decodes(
     page_size: int,
     heads: tuple[int, int],
     masking: Masking,
-    tiling: tuple[int, int, BusyItems],
+    tiling: tuple[int, int, BusyPrograms],
     seed: int,
 ) -> None:
     kv_heads, group = heads
@@ -135,8 +139,8 @@ def test_float8_caches(scales: tuple[float, float], dtype: jnp.dtype, bound: flo
     assert error < bound * scales[1]
 
 
-def pod(busy: BusyItems = FEW_SPLITS) -> Backend:
-    return Backend("pod", Tiling(16, 8, busy, fused=BusyItems(6, 3)), Target("gpu", 90, 4))
+def pod(busy: BusyPrograms = FEW_SPLITS) -> Backend:
+    return Pod(Tiling(16, 8, busy, fused=BusyPrograms(6, 3)), Target("gpu", 90, 4))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -188,10 +192,7 @@ def inputs_of(backend: Backend, sequences: list[tuple[int, int]], num_rows: int,
     tables = np.zeros((len(sequences), -(-ragged.MAX_LEN // page_size)), np.int32)
     for table, first, count in zip(tables, 1 + np.cumsum(held) - held, held, strict=True):
         table[:count] = first + np.arange(count)
-    slots = np.zeros(num_rows, np.int32)
-    return AttentionInputs(
-        jnp.asarray(slots), jnp.asarray(tables), AttentionPlan(*map(jnp.asarray, plan)), num_pages, backend
-    )
+    return inputs_for(limits, backend, tables=tables, plan=plan)
 
 
 def test_the_twin_in_xla_agrees_in_a_compiled_program() -> None:
@@ -199,9 +200,9 @@ def test_the_twin_in_xla_agrees_in_a_compiled_program() -> None:
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.normal(size=(112, 6, 32)), jnp.float32)
     outputs = []
-    for backend in (triton(16, 16, MANY_SPLITS), Backend("xla")):
+    for backend in (triton(16, 16, MANY_SPLITS), XLA):
         inputs = inputs_of(backend, MIXED, num_rows=112, page_size=32)
-        cache = np.random.default_rng(1).normal(size=(2, 2 * inputs.num_pages, 32, 2, 32))
+        cache = np.random.default_rng(1).normal(size=(2, 2 * inputs.limits.num_pages, 32, 2, 32))
         pages = KVCache(*jnp.asarray(cache, jnp.float32), jnp.ones((2, 2)))
 
         @jax.jit
@@ -232,12 +233,11 @@ def test_rotating_and_writing(rotated: int, dtype: str, cache_dtype: str) -> Non
     slots[:real] = rng.permutation(np.arange(page_size, num_pages * page_size))[:real]
     pages = jnp.asarray(rng.normal(size=(2, 3 * num_pages, page_size, kv_heads, dim)), cache_dtype)
     cache = KVCache(*pages, jnp.asarray([[1, 1], [0.004, 0.5], [1, 1]], jnp.float32))
-    inputs = inputs_of(triton(), [(0, 1)], rows, page_size)
-    inputs = replace(inputs, slots=jnp.asarray(slots), num_pages=num_pages)
+    inputs = inputs_for(PlanLimits(rows, 1, 32, page_size, num_pages, triton().tiling), triton(), slots=slots)
 
     ours, theirs = (
         jax.jit(rotate_and_write)(qkv, rotation, cache, replace(inputs, backend=backend), jnp.int32(1))
-        for backend in (inputs.backend, Backend("xla"))
+        for backend in (inputs.backend, XLA)
     )
     steps = {"float32": 1e-6, "bfloat16": 2**-7, "float8_e4m3fn": 2**-3}
     np.testing.assert_allclose(*(np.asarray(q, np.float32) for q in (ours[0], theirs[0])), rtol=steps[dtype], atol=1e-6)

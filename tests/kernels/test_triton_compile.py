@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jaxserve.kernels.backend import DECODE_PROGRAMS_PER_CORE, PREFILL_PROGRAMS_PER_CORE
+from jaxserve.kernels.triton_attention import DECODE_PROGRAMS_PER_CORE, PREFILL_PROGRAMS_PER_CORE
 from tests import gpu_packages
 
 ROOT = Path(__file__).parents[2]

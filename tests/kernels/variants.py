@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from jaxserve.evaluation.attention_variants import Variant
-from jaxserve.kernels.attention import AttentionInputs, KVCache
-from jaxserve.kernels.backend import Target, gpu_variants
+from jaxserve.kernels.backend import Target
+from jaxserve.kernels.cache import KVCache, KVCacheShape
+from jaxserve.kernels.inputs import AttentionInputs
 from jaxserve.kernels.plan import AttentionPlan, PlanLimits, plan_shapes
+from jaxserve.kernels.registry import gpu_variants
 
 LAYERS, ROWS, SEQUENCES, MAX_LEN, NUM_PAGES = 32, 2048, 64, 32768, 4096
 
@@ -26,13 +28,14 @@ def cache_and_inputs(
     def array(*size: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
 
-    size = LAYERS * NUM_PAGES, variant.page_size, variant.kv_heads, variant.head_dim
-    pages = array(*size, dtype=variant.shape.cache_dtype)
+    shape = KVCacheShape(LAYERS, variant.kv_heads, variant.head_dim, variant.page_size, variant.shape.cache_dtype)
+    pages = array(*shape.pages_shape(NUM_PAGES), dtype=shape.dtype)
     inputs = AttentionInputs(
         slots=array(ROWS),
         block_tables=array(SEQUENCES, -(-MAX_LEN // variant.page_size)),
         plan=AttentionPlan(**{name: array(*size) for name, size in plan_shapes(limits).items()}),
-        num_pages=NUM_PAGES,
+        limits=limits,
         backend=chosen,
+        mesh=None,
     )
     return KVCache(pages, pages, array(LAYERS, 2, dtype=jnp.float32)), inputs

@@ -13,9 +13,11 @@ from flax import nnx
 
 from jaxserve.engine.forward import SequenceState, rows_of
 from jaxserve.engine.step import Packer, StepLayout, plan_of
-from jaxserve.kernels.attention import AttentionInputs, KVCache
-from jaxserve.kernels.backend import CPU_TILING
+from jaxserve.kernels.backend import CPU_TILING, Target
+from jaxserve.kernels.cache import KVCache, KVCacheShape
+from jaxserve.kernels.inputs import AttentionInputs
 from jaxserve.kernels.plan import PlanLimits
+from jaxserve.kernels.xla import Xla
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.registry import family_of
@@ -27,6 +29,7 @@ from jaxserve.sharding.rules import abstract_model, abstract_parameters
 
 FOLDER = Path(__file__).parents[1] / "golden"
 PAGE_SIZE, NUM_PAGES, NUM_ROWS = 8, 20, 64
+XLA = Xla(CPU_TILING, Target("cpu"))
 
 
 class Golden:
@@ -87,7 +90,7 @@ def _run(
     fields = layout.split(ints)
     lengths = jnp.full(len(history), history.shape[1], jnp.int32)
     rows = rows_of(fields, SequenceState(history, lengths), PAGE_SIZE)
-    inputs = AttentionInputs(rows.kv_slots, fields["block_tables"], plan_of(fields), NUM_PAGES)
+    inputs = AttentionInputs(rows.kv_slots, fields["block_tables"], plan_of(fields), layout.limits, XLA, mesh=None)
     hidden, cache = model(rows.token_ids, rows.positions, cache, inputs)
     return model.logits(hidden), cache
 
@@ -95,10 +98,9 @@ def _run(
 def paged_logits(model: Decoder, token_ids: list[int], chunk_sizes: Sequence[int]) -> np.ndarray:
     """``float32[len(token_ids), vocab]`` of a sequence computed in chunks of the given sizes."""
     config = model.config
-    shape = (config.num_layers * NUM_PAGES, PAGE_SIZE, config.num_kv_heads, config.head_dim)
+    shape = KVCacheShape(config.num_layers, config.num_kv_heads, config.head_dim, PAGE_SIZE, jnp.dtype("float32"))
     # Placed like the weights: otherwise the first step would be compiled for itself.
-    pages, scales = jnp.zeros((2, *shape)), jnp.ones((config.num_layers, 2))
-    cache = KVCache(*(jax.device_put(array, jax.devices()[0]) for array in (*pages, scales)))
+    cache = jax.device_put(shape.zeros(NUM_PAGES, make_mesh()), jax.devices()[0])
     blocks = BlockManager(NUM_PAGES, PAGE_SIZE, 3, max(len(token_ids), 17))
     blocks.grow(0, 17)  # so that pages are not simply 1, 2, 3
     packer = Packer(blocks)

@@ -165,7 +165,7 @@ def test_a_device_holds_its_own_layers() -> None:
     qkv = made.abstract_parameters["layers.1.attention.qkv"]
     assert qkv.shape[0] == 2
     assert qkv.sharding.shard_shape(qkv.shape)[:2] == (1, 1)
-    cache = made.abstract_cache()
+    cache = made.abstract_state().cache
     pages, _, heads, _ = cache.k.sharding.shard_shape(cache.k.shape)
     assert (pages, heads) == (2 * 20, 1)
 

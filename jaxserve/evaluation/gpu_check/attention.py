@@ -9,7 +9,8 @@ import jax
 from jaxserve.errors import ConfigError
 from jaxserve.evaluation.gpu_check.stage import Context, StageFailed
 from jaxserve.evaluation.kernel_bench import SHAPE, KernelBench, Row, to_json
-from jaxserve.kernels.backend import GPU_BACKENDS, Target, gpu_variants
+from jaxserve.kernels.backend import Target
+from jaxserve.kernels.registry import GPU_BACKENDS, gpu_variants
 
 PLAIN = ("decode-64x4k", "prefill-512-at-8k", "prefill-2048-at-16k", "hybrid", "decode-8x4k", "decode-1x32k",
          "rotate-64", "rotate-512", "rotate-2048")  # fmt: skip

@@ -16,7 +16,9 @@ from jaxserve.evaluation.attention_batch import attention_errors, random_batch, 
 from jaxserve.evaluation.attention_variants import VARIANTS
 from jaxserve.evaluation.gpu_check.stage import Context, StageFailed
 from jaxserve.evaluation.kernel_bench import MOST_ERROR
-from jaxserve.kernels.backend import GPU_BACKENDS, Backend, Target, choose_backend
+from jaxserve.kernels.backend import Backend, Target
+from jaxserve.kernels.cache import is_quantised
+from jaxserve.kernels.registry import GPU_BACKENDS, choose_backend
 
 RUNS = 3
 MOST_FLOAT8_ERROR = 5e-2
@@ -76,7 +78,7 @@ def _check(context: Context, backend: str, name: str) -> bool:
     except Exception as failure:  # whatever a kernel does, the others must be checked
         record(failure=f"{type(failure).__name__}: {failure}"[:500])
         return False
-    most = MOST_FLOAT8_ERROR if VARIANTS[name].shape.cache_dtype.itemsize == 1 else MOST_ERROR
+    most = MOST_FLOAT8_ERROR if is_quantised(VARIANTS[name].shape.cache_dtype) else MOST_ERROR
     right = max(errors) <= MOST_ERROR and rotation <= most and len(set(errors)) == 1
     finite = [error if math.isfinite(error) else None for error in (*errors, rotation)]  # None: rows left out
     record(errors=finite[:-1], rotation_error=finite[-1], right=right, seconds=round(time.monotonic() - start, 1))
@@ -93,8 +95,7 @@ def _measure(backend: str, name: str, *, tiny: bool) -> tuple[list[float], float
         window=variant.window,
         softcap=variant.softcap,
         rotated=variant.rotated,
-        # xla reads what it masks, and multiplies it by 0.
-        poison=100.0 if backend == "xla" else math.nan,
+        poison=100.0 if tiny else math.nan,  # xla reads what it masks, and multiplies it by 0
         cache_bytes=0,
         seed=list(VARIANTS).index(name),
     )

@@ -14,7 +14,8 @@ import jax
 from jaxserve.evaluation.attention_batch import attention_chain, random_batch
 from jaxserve.evaluation.gpu_check.stage import Context, StageFailed
 from jaxserve.evaluation.kernel_bench import CASES, SHAPE, WINDOW
-from jaxserve.kernels.backend import Target, choose_backend
+from jaxserve.kernels.backend import Target
+from jaxserve.kernels.registry import choose_backend
 
 KERNELS = "attend|combine"
 """Prefill and decode are one function, compiled twice."""

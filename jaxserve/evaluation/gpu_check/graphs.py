@@ -13,7 +13,8 @@ from jaxserve.engine.sampler import SamplingInputs, sample
 from jaxserve.evaluation.attention_batch import NO_GRAPHS, attention_chain, random_batch
 from jaxserve.evaluation.gpu_check.stage import Context, StageFailed
 from jaxserve.evaluation.kernel_bench import SHAPE, TINY_SHAPE
-from jaxserve.kernels.backend import Target, choose_backend
+from jaxserve.kernels.backend import Target
+from jaxserve.kernels.registry import choose_backend
 
 RUNS = 3
 """Launch by launch, captured, replayed."""

@@ -17,9 +17,9 @@ from jaxserve.evaluation.gpu_check.records import Record
 from jaxserve.evaluation.gpu_check.server import POLICIES
 from jaxserve.evaluation.gpu_check.stages import STAGES
 from jaxserve.evaluation.gpu_check.wheels import SITE, carry_commands
-from jaxserve.evaluation.kernel_bench import CASES, MOST_ERROR, SHAPE, WINDOW, has_own_kernels
+from jaxserve.evaluation.kernel_bench import CASES, MOST_ERROR, SHAPE, WINDOW
 from jaxserve.evaluation.step_bench import step_cases
-from jaxserve.kernels.backend import GPU_BACKENDS
+from jaxserve.kernels.registry import GPU_BACKENDS
 
 BUDGET_SECONDS = 470
 RUN = (
@@ -153,8 +153,8 @@ def _attention(records: Sequence[Record]) -> list[str]:
     }
     rows = []
     for case in PLAIN:
-        for backend in GPU_BACKENDS:
-            if not has_own_kernels(backend, CASES[case]):
+        for backend, kernels in GPU_BACKENDS.items():
+            if CASES[case].kind not in kernels.own_kernels:
                 continue
             for window in (None,) if CASES[case].rotates else (None, WINDOW):
                 rows.append(_attention_row(case, backend, window, found.get((case, backend, window), {})))

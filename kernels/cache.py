@@ -1,0 +1,85 @@
+"""The paged KV cache: its shape, type and bytes, how it lies on a mesh, and how it begins."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+class KVCache[Array](NamedTuple):
+    """Keys and values of all layers, ``[layers * pages, page_size, kv_heads, head_dim]`` each.
+
+    Page ``p`` of layer ``l`` is row ``l * pages + p``, so a layer is an offset and no slice is ever copied. Page 0 of
+    each layer is the dummy page that padding rows write to.
+    """
+
+    k: Array
+    v: Array
+    scales: Array
+    """``float32[layers, 2]``: what a layer's stored keys and values stand for is so many times as large. Read where
+    ``is_quantised``."""
+
+
+def is_quantised(stored: jnp.dtype) -> bool:
+    """Whether keys and values of this type, float8_e4m3fn, are to be multiplied by scales."""
+    return stored.itemsize == 1
+
+
+def stored_dtype(kv_cache_dtype: str, dtype: jnp.dtype) -> jnp.dtype:
+    """What config.KV_CACHE_DTYPES' ``kv_cache_dtype`` stores of keys and values that are computed in ``dtype``."""
+    return jnp.dtype(jnp.float8_e4m3fn) if kv_cache_dtype == "fp8_e4m3" else dtype
+
+
+def cache_specs(*, pipe: str | None = None, tensor: str | None = None) -> KVCache[PartitionSpec]:
+    """How a cache is divided: layers over the mesh axis ``pipe``, KV heads over ``tensor``."""
+    pages = PartitionSpec(pipe, None, tensor)
+    return KVCache(k=pages, v=pages, scales=PartitionSpec(pipe))
+
+
+@dataclass(frozen=True)
+class KVCacheShape:
+    """What a sequence's keys and values are; all numbers are those of all devices together."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    dtype: jnp.dtype
+    """As stored."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a block, which is a page of every layer, its keys and its values."""
+        return 2 * math.prod(self.pages_shape(1)) * self.dtype.itemsize
+
+    def pages_shape(self, num_pages: int) -> tuple[int, int, int, int]:
+        """Of the keys, and of the values, with ``num_pages`` in each layer."""
+        return self.num_layers * num_pages, self.page_size, self.num_kv_heads, self.head_dim
+
+    def abstract(self, num_pages: int, mesh: Mesh) -> KVCache[jax.ShapeDtypeStruct]:
+        """The cache of ``num_pages`` in each layer, divided over ``mesh``: over its stages and over its KV heads.
+
+        A stage has the pages of its own layers, as if there were no others.
+        """
+        pipe = "pipe" if mesh.shape["pipe"] > 1 else None
+        k, v, scales = (NamedSharding(mesh, spec) for spec in cache_specs(pipe=pipe, tensor="tensor"))
+        shape = self.pages_shape(num_pages)
+        return KVCache(
+            k=jax.ShapeDtypeStruct(shape, self.dtype, sharding=k),
+            v=jax.ShapeDtypeStruct(shape, self.dtype, sharding=v),
+            scales=jax.ShapeDtypeStruct((self.num_layers, 2), jnp.float32, sharding=scales),
+        )
+
+    def zeros(self, num_pages: int, mesh: Mesh) -> KVCache[jax.Array]:
+        """The same without keys and values, made on the devices: the host may not have as much memory. Scales are 1."""
+        k, v, scales = self.abstract(num_pages, mesh)
+        return KVCache(
+            k=jnp.zeros(k.shape, k.dtype, device=k.sharding),
+            v=jnp.zeros(v.shape, v.dtype, device=v.sharding),
+            scales=jnp.ones(scales.shape, scales.dtype, device=scales.sharding),
+        )

@@ -1,0 +1,39 @@
+"""The KV cache: what it takes of a device, and how it begins."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.kernels.cache import KVCacheShape, stored_dtype
+from jaxserve.sharding.mesh import make_mesh
+
+SHAPE = KVCacheShape(num_layers=4, num_kv_heads=2, head_dim=8, page_size=16, dtype=jnp.dtype("bfloat16"))
+
+
+@pytest.mark.parametrize(("tensor", "pipe"), [(1, 1), (2, 1), (1, 2), (2, 4)])
+def test_devices_share_layers_and_heads(tensor: int, pipe: int) -> None:
+    """Each has an equal part of every block's bytes, and all scales of its layers."""
+    cache = SHAPE.abstract(10, make_mesh(tensor, pipe))
+    for pages in (cache.k, cache.v):
+        assert pages.sharding.shard_shape(pages.shape) == (4 // pipe * 10, 16, 2 // tensor, 8)
+    assert cache.scales.sharding.shard_shape(cache.scales.shape) == (4 // pipe, 2)
+    num_bytes = sum(pages.size * pages.dtype.itemsize for pages in (cache.k, cache.v))
+    assert num_bytes == 10 * SHAPE.block_bytes == 10 * 4 * 16 * 2 * 2 * 8 * 2
+
+
+def test_it_begins_with_nothing_and_scales_of_one() -> None:
+    mesh = make_mesh(2, 2)
+    cache, abstract = SHAPE.zeros(3, mesh), SHAPE.abstract(3, mesh)
+    for made, planned in zip(cache, abstract, strict=True):
+        assert (made.shape, made.dtype, made.sharding) == (planned.shape, planned.dtype, planned.sharding)
+    assert not np.asarray(cache.k, np.float32).any()
+    assert not np.asarray(cache.v, np.float32).any()
+    assert (np.asarray(cache.scales) == 1).all()
+
+
+def test_what_is_stored() -> None:
+    bfloat16 = jnp.dtype("bfloat16")
+    assert stored_dtype("auto", bfloat16) == bfloat16
+    assert stored_dtype("fp8_e4m3", bfloat16) == jnp.dtype(jnp.float8_e4m3fn)
