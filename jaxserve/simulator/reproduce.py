@@ -254,7 +254,7 @@ def reproduce(run: Reproduction, page: Path) -> str:
         "# The Sarathi-Serve paper's results, simulated\n\n"
         "Made by `make reproduce` (scripts/reproduce.py); nothing here was measured on a GPU by us. The engine's own "
         "schedulers serve the\npaper's workloads on a virtual clock, over the cost model of jaxserve/simulator "
-        '(architecture.md, "Simulator"). No constant of it\nis fitted to these results.\n\n'
+        '(evaluation.md, "Simulator"). No constant of it\nis fitted to these results.\n\n'
         f"A trial is of arrivals for {durations}, at least {run.min_requests} of them\n(the paper: 2048); "
         f"one trial per rate, capacities within {run.tolerance:.0%}. Took {seconds:.0f} s on one core.\n"
     )

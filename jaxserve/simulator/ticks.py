@@ -1,4 +1,4 @@
-"""The engine's own pipeline (engine/ticks.py): stages move together, in ticks of one padded size."""
+"""The engine's own pipeline (engine/forward.py): stages move together, in ticks of one padded size."""
 
 from __future__ import annotations
 
