@@ -80,12 +80,7 @@ class Backend(ABC):
 
     @abstractmethod
     def rotate_and_write(
-        self,
-        qkv: jax.Array,
-        rotation: Rotation,
-        cache: KVCache[jax.Array],
-        inputs: AttentionInputs,
-        layer: jax.Array,
+        self, qkv: jax.Array, rotation: Rotation, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array
     ) -> tuple[jax.Array, KVCache[jax.Array]]:
         """See kernels.attention.rotate_and_write."""
 

@@ -41,12 +41,7 @@ class Native(Backend):
         )
 
     def rotate_and_write(
-        self,
-        qkv: jax.Array,
-        rotation: Rotation,
-        cache: KVCache[jax.Array],
-        inputs: AttentionInputs,
-        layer: jax.Array,
+        self, qkv: jax.Array, rotation: Rotation, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array
     ) -> tuple[jax.Array, KVCache[jax.Array]]:
         rows, kv_heads, width, dim = qkv.shape
         first_page = layer * inputs.limits.num_pages

@@ -59,12 +59,7 @@ class Triton(Backend):
         return replace(self, tiling=replace(self.tiling, busy=busy))
 
     def rotate_and_write(
-        self,
-        qkv: jax.Array,
-        rotation: Rotation,
-        cache: KVCache[jax.Array],
-        inputs: AttentionInputs,
-        layer: jax.Array,
+        self, qkv: jax.Array, rotation: Rotation, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array
     ) -> tuple[jax.Array, KVCache[jax.Array]]:
         from jaxserve.kernels import triton_launch  # it needs packages that only GPUs do
 
@@ -93,7 +88,7 @@ class Triton(Backend):
         from jaxserve.kernels import triton_launch
 
         out, *prefill = self._prefill(q, cache, inputs, layer, **masking)
-        return out, prefill, triton_launch.decode(q, cache, inputs, layer, **masking)
+        return out, prefill, triton_launch.attend(triton_launch.DECODE, q, cache, inputs, layer, **masking)
 
     def _prefill(
         self, q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array, **masking: Any
@@ -101,4 +96,4 @@ class Triton(Backend):
         """The output and the partial results of prefill items."""
         from jaxserve.kernels import triton_launch
 
-        return triton_launch.prefill(q, cache, inputs, layer, **masking)
+        return triton_launch.attend(triton_launch.PREFILL, q, cache, inputs, layer, **masking)

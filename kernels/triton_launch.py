@@ -1,9 +1,9 @@
 """The Triton kernels of paged attention in jax programs.
 
-Three launches attend: ``prefill``, ``decode``, and ``combine``, which puts partial results together. The first two do
-not depend on each other, so that they can run at once. Each has as many programs as the device runs at once, which loop
-over what there is. Everything that varies from step to step or layer to layer reaches them in device memory, so that no
-small XLA operation stands between them.
+Three launches attend: ``attend`` prefill items, ``attend`` decode items, and ``combine``. The first two do not depend
+on each other, so that they can run at once. Each has as many programs as the device runs at once, which loop over what
+there is. Everything that varies from step to step or layer to layer reaches them in device memory, so that no small XLA
+operation stands between them.
 """
 
 from __future__ import annotations
@@ -80,27 +80,15 @@ def rotate_and_write(
     return q, cache._replace(k=k, v=v)
 
 
-def prefill(
-    q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array, **masking: Any
-) -> Sequence[jax.Array]:
-    """Work through the prefill items of a plan whose tiling has ``busy``: the output, and partial results.
-
-    masking: as kernels.attention.paged_attention has it. Partial results are values ``float32[n, heads, head_dim]`` and
-    stats ``float32[n, heads, 2]``.
-    """
-    return _attend(PREFILL, q, cache, inputs, layer, **masking)
-
-
-def decode(
-    q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array, **masking: Any
-) -> Sequence[jax.Array]:
-    """The same of decode items, which all have partial results and write no output."""
-    return _attend(DECODE, q, cache, inputs, layer, **masking)
-
-
-def _attend(
+def attend(
     kind: int, q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array, **masking: Any
 ) -> Sequence[jax.Array]:
+    """Work through the items of one kind, DECODE or PREFILL, of a plan whose tiling has ``busy``: partial results, and
+    before these prefill's output.
+
+    masking: as of kernels.attention.paged_attention. Partial results are unnormalised values ``float32[n, heads,
+    head_dim]`` and stats ``float32[n, heads, 2]``.
+    """
     plan, limits, target = inputs.plan, inputs.limits, inputs.backend.target
     busy, decoding = limits.tiling.busy, kind == DECODE
     assert busy is not None
@@ -144,8 +132,7 @@ def attend_both(
     decode: Sequence[jax.Array],
     **masking: Any,
 ) -> tuple[jax.Array, Sequence[jax.Array], Sequence[jax.Array]]:
-    """Work through the items of hybrid batches, of which ``prefill`` and ``decode`` find none, and add the output and
-    partial results to theirs."""
+    """Work through the items of hybrid batches, of which ``attend`` finds none, and add to its results."""
     plan, target = inputs.plan, inputs.backend.target
     operands = (
         q, cache.k, cache.v, inputs.block_tables, plan.decode, plan.prefill, plan.counts, layer, cache.scales,
@@ -199,7 +186,7 @@ def _block_rows(kind: int, q: jax.Array, cache: KVCache[jax.Array], inputs: Atte
 def combine(
     out: jax.Array, prefill: Sequence[jax.Array], decode: Sequence[jax.Array], inputs: AttentionInputs
 ) -> jax.Array:
-    """The output with the rows whose results are partial."""
+    """Put partial results together: the output with the rows that have such."""
     _, heads, dim = out.shape
     target = inputs.backend.target
     programs = COMBINE_PROGRAMS_PER_CORE * target.num_cores

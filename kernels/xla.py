@@ -47,12 +47,7 @@ class Xla(Backend):
         return None
 
     def rotate_and_write(
-        self,
-        qkv: jax.Array,
-        rotation: Rotation,
-        cache: KVCache[jax.Array],
-        inputs: AttentionInputs,
-        layer: jax.Array,
+        self, qkv: jax.Array, rotation: Rotation, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array
     ) -> tuple[jax.Array, KVCache[jax.Array]]:
         rows, kv_heads, width, dim = qkv.shape
         slots = inputs.slots + layer * inputs.limits.num_pages * cache.k.shape[1]

@@ -28,6 +28,8 @@ the memory's rate, for an H100: 64 x 4k 390 - 410 us, 8 x 4k 58 - 62, 1 x 32k 57
 PREFILL_FLOPS = {
     ("triton", False): 420e12,
     ("triton", True): 400e12,
+    ("pod", False): 420e12,
+    ("pod", True): 400e12,
     ("mosaic", False): 550e12,
     ("mosaic", True): 500e12,
 }
@@ -49,8 +51,7 @@ def attention_seconds(case: str, backend: str, window: int | None, ceilings: Cei
     """Of one call of SHAPE."""
     found = CASES[case]
     if found.sum_of is not None:
-        kernels = "triton" if backend == "pod" else backend
-        return HYBRID[backend] * sum(attention_seconds(part, kernels, window, ceilings) for part in found.sum_of)
+        return HYBRID[backend] * sum(attention_seconds(part, backend, window, ceilings) for part in found.sum_of)
     work = found.work(SHAPE, window)
     if found.rotates:
         return work.floor_seconds(ceilings) + LAUNCH_SECONDS
