@@ -11,12 +11,12 @@ from flax import nnx
 
 from jaxserve.kernels.cache import KVCache
 from jaxserve.kernels.inputs import AttentionInputs, Rotation
-from jaxserve.models import llama
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder, make_mlp
 from jaxserve.models.family import Family
 from jaxserve.models.hf_config import RawConfig
-from jaxserve.models.layers import Attention, fused_qkv, make_norm, norm_weights, split_heads
+from jaxserve.models.layers import Attention, make_norm
+from jaxserve.models.reshape import fused_qkv, norm_weights, outer_weights, split_heads
 from jaxserve.models.weights import Weight, whole
 
 
@@ -73,7 +73,7 @@ def read(raw: RawConfig) -> ModelConfig:
 
 
 def weights(config: ModelConfig) -> dict[str, Weight]:
-    found = llama.outer_weights(config, embedding="transformer.word_embeddings", norm="transformer.ln_f")
+    found = outer_weights(config, embedding="transformer.word_embeddings", norm="transformer.ln_f")
     for i in range(config.num_layers):
         ours, theirs = f"layers.{i}", f"transformer.h.{i}"
         if config.num_parallel_norms == 2:

@@ -6,11 +6,10 @@ import re
 
 import numpy as np
 
-from jaxserve.models import llama
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.family import Family
 from jaxserve.models.hf_config import RawConfig
-from jaxserve.models.layers import consecutive_qkv, norm_weights, split_heads
+from jaxserve.models.reshape import consecutive_qkv, norm_weights, outer_weights, split_heads
 from jaxserve.models.weights import Weight, whole
 
 
@@ -47,7 +46,7 @@ def weights(config: ModelConfig) -> dict[str, Weight]:
     def out_projection(tensor: np.ndarray) -> np.ndarray:
         return split_heads(config, tensor.T)
 
-    found = llama.outer_weights(config, embedding="transformer.wte", norm="transformer.ln_f")
+    found = outer_weights(config, embedding="transformer.wte", norm="transformer.ln_f")
     found["positions"] = whole("transformer.wpe.weight")
     for i in range(config.num_layers):
         ours, theirs = f"layers.{i}", f"transformer.h.{i}"

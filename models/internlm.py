@@ -8,7 +8,7 @@ from jaxserve.models import llama
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.family import Family
 from jaxserve.models.hf_config import RawConfig
-from jaxserve.models.layers import fused_qkv, norm_weights, split_heads
+from jaxserve.models.reshape import fused_qkv, norm_weights, outer_weights, split_heads
 from jaxserve.models.weights import Weight, stacked, whole
 
 
@@ -18,7 +18,7 @@ def read(raw: RawConfig) -> ModelConfig:
 
 
 def weights(config: ModelConfig) -> dict[str, Weight]:
-    found = llama.outer_weights(config, embedding="model.tok_embeddings", head="output")
+    found = outer_weights(config, embedding="model.tok_embeddings", head="output")
     for i in range(config.num_layers):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
         attention, mlp = f"{theirs}.attention", f"{theirs}.feed_forward"

@@ -9,7 +9,7 @@ from typing import Any
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.family import Family
 from jaxserve.models.hf_config import RawConfig
-from jaxserve.models.layers import norm_weights, separate_qkv, split_heads
+from jaxserve.models.reshape import norm_weights, outer_weights, separate_qkv, split_heads
 from jaxserve.models.weights import Weight, stacked, whole
 
 DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
@@ -54,16 +54,6 @@ def read_windowed(raw: RawConfig) -> ModelConfig:
 
 LayerWeights = Callable[[ModelConfig, int, str, str], dict[str, Weight]]
 """The weights of a part of layer number ``int``, from our path of the part and the layer's prefix in the file."""
-
-
-def outer_weights(
-    config: ModelConfig, *, embedding: str = "model.embed_tokens", norm: str = "model.norm", head: str = "lm_head"
-) -> dict[str, Weight]:
-    """Everything but the layers, from the tensors of these names."""
-    found = {"embedding": whole(f"{embedding}.weight"), **norm_weights(config, "norm", norm)}
-    if not config.tie_word_embeddings:
-        found["lm_head"] = whole(f"{head}.weight")
-    return found
 
 
 def attention_weights(config: ModelConfig, layer: int, ours: str, theirs: str) -> dict[str, Weight]:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxserve.models import llama
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.family import Family
-from jaxserve.models.layers import consecutive_qkv, split_heads
+from jaxserve.models.reshape import consecutive_qkv, split_heads
 from jaxserve.models.weights import Weight, whole
 
 

@@ -1,0 +1,102 @@
+"""From the tensors of a checkpoint to the parameters that layers have: other shapes, other orders, views all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.weights import Part, Weight, unchanged, whole
+
+
+def outer_weights(
+    config: ModelConfig, *, embedding: str = "model.embed_tokens", norm: str = "model.norm", head: str = "lm_head"
+) -> dict[str, Weight]:
+    """Everything but the layers, from the tensors of these names."""
+    found = {"embedding": whole(f"{embedding}.weight"), **norm_weights(config, "norm", norm)}
+    if not config.tie_word_embeddings:
+        found["lm_head"] = whole(f"{head}.weight")
+    return found
+
+
+def norm_weights(config: ModelConfig, ours: str, theirs: str) -> dict[str, Weight]:
+    """The weights of a norm at ``ours`` from tensors named ``theirs``."""
+    kinds = ("weight", "bias") if config.norm == "layer" else ("weight",)
+    return {f"{ours}.{kind}": whole(f"{theirs}.{kind}") for kind in kinds}
+
+
+def separate_qkv(config: ModelConfig, prefix: str, kind: str = "weight") -> Weight:
+    """Attention.qkv, or its bias, from ``{prefix}.q_proj``, ``k_proj`` and ``v_proj``."""
+    names = (f"{prefix}.{part}_proj.{kind}" for part in "qkv")
+    return _qkv(config, *((name, unchanged) for name in names))
+
+
+def consecutive_qkv(config: ModelConfig, name: str, outputs_last: bool = False) -> Weight:
+    """Attention.qkv, or its bias, from one tensor of all query rows, then all key rows, then all value rows."""
+    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+
+    def rows(begin: int, end: int, tensor: np.ndarray) -> np.ndarray:
+        tensor = tensor.T if outputs_last else tensor
+        if len(tensor) != q_rows + 2 * kv_rows:
+            raise ValueError(f"{len(tensor)} rows, expected {q_rows + 2 * kv_rows}")
+        return tensor[begin:end]
+
+    ends = q_rows, q_rows + kv_rows, q_rows + 2 * kv_rows
+    return _qkv(config, *((name, partial(rows, begin, end)) for begin, end in pairwise((0, *ends))))
+
+
+def fused_qkv(config: ModelConfig, name: str) -> Weight:
+    """Attention.qkv, or its bias, from one tensor that is ordered by KV head already: query rows, key, value."""
+    group = config.num_heads // config.num_kv_heads
+    split = partial(_by_head, config.num_kv_heads * (group + 2), config.head_dim)
+    if config.kv_copies == 1:
+        return whole(name, lambda tensor: _grouped(config.num_kv_heads, split(tensor)))
+
+    def heads(first: int, count: int, tensor: np.ndarray) -> np.ndarray:
+        return split(tensor)[None, first : first + count]
+
+    parts = []
+    for held in range(config.num_held_kv_heads):
+        head, copy = divmod(held, config.kv_copies)
+        begin, share = head * (group + 2), config.group_size
+        parts.append(Part(name, partial(heads, begin + copy * share, share), (held, 0)))
+        parts.append(Part(name, partial(heads, begin + group, 2), (held, share)))
+    return tuple(parts)
+
+
+def _qkv(config: ModelConfig, *tensors: tuple[str, Callable[[np.ndarray], np.ndarray]]) -> Weight:
+    """From tensors of query, key and value rows, each by its name and the view of it that holds the rows."""
+    (q_name, q_rows), *others = tensors
+    held, group, dim = config.num_held_kv_heads, config.group_size, config.head_dim
+
+    def queries(tensor: np.ndarray) -> np.ndarray:
+        return _grouped(held, _by_head(config.num_heads, dim, q_rows(tensor)))
+
+    def heads(rows: Callable[[np.ndarray], np.ndarray], picked: slice, tensor: np.ndarray) -> np.ndarray:
+        return _by_head(config.num_kv_heads, dim, rows(tensor))[picked, None]
+
+    parts = [Part(q_name, queries)]
+    for column, (name, rows) in enumerate(others, start=group):
+        if config.kv_copies == 1:
+            parts.append(Part(name, partial(heads, rows, slice(None)), (0, column)))
+        else:
+            for place in range(held):
+                head = place // config.kv_copies
+                parts.append(Part(name, partial(heads, rows, slice(head, head + 1)), (place, column)))
+    return tuple(parts)
+
+
+def split_heads(config: ModelConfig, out: np.ndarray) -> np.ndarray:
+    """Hugging Face's o_proj ``[hidden, heads * head_dim]`` as Attention.out."""
+    return out.reshape(-1, config.num_held_kv_heads, config.group_size, config.head_dim)
+
+
+def _by_head(num_heads: int, head_dim: int, rows: np.ndarray) -> np.ndarray:
+    return rows.reshape(num_heads, head_dim, *rows.shape[1:])
+
+
+def _grouped(num_groups: int, heads: np.ndarray) -> np.ndarray:
+    return heads.reshape(num_groups, -1, *heads.shape[1:])
