@@ -1,4 +1,4 @@
-"""From the tensors of a checkpoint to the parameters that layers have: other shapes, other orders, views all of them."""
+"""From the tensors of a checkpoint to the parameters that layers have: other shapes and orders, views all of them."""
 
 from __future__ import annotations
 
