@@ -5,9 +5,6 @@ XLA's float32 products of a few rows take twice as long as reading the weights, 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,57 +17,32 @@ GATES = ("silu", "gelu_tanh")
 """Activations that a product can end with, in the order of cpu_gemm.cc's Gate, from 1 on."""
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class PackedMatrix:
-    """A matrix ``[outputs, inputs]`` as the product reads it, float32 or bfloat16; only where native.available()."""
+def pack(weight: jax.Array) -> jax.Array:
+    """``[outputs, inputs]`` as the product reads it; only where native.available().
 
-    panels: jax.Array
-    """``[outputs / PANEL, inputs, PANEL]`` of float32, ``[outputs / PANEL, inputs / 2, PANEL, 2]`` of bfloat16; both
-    divisions are rounded up, and what is not in the matrix is zero."""
-    num_outputs: int = field(metadata={"static": True})
-    num_inputs: int = field(metadata={"static": True})
-    gate: str | None = field(default=None, metadata={"static": True})
-    """One of GATES: there are two matrices, and the product is ``gate(x @ first.T) * (x @ second.T)``."""
-    wanted: jax.Array | None = None
-    """``int32[R]``: which rows of x to multiply, see ``multiply``. None: all."""
-
-    @classmethod
-    def of(cls, weight: jax.Array, num_output_axes: int = 1, gate: str | None = None) -> PackedMatrix:
-        """``[out..., in...]``, the first ``num_output_axes`` of which are outputs; with a gate ``[2, out, in]``."""
-        outputs = math.prod(weight.shape[:num_output_axes])
-        weight = weight.reshape(outputs, -1)
-        inputs = weight.shape[1]
-        if gate is not None:
-            outputs //= 2
-            weight = _paired(weight.reshape(2, outputs, inputs))
-        num_panels = -(-len(weight) // PANEL)
-        shape = (num_panels, -(-inputs // 2), PANEL, 2) if weight.dtype == jnp.bfloat16 else (num_panels, inputs, PANEL)
-        pack = jax.ffi.ffi_call(PACK, jax.ShapeDtypeStruct(shape, weight.dtype))
-        return cls(pack(weight), outputs, inputs, gate)
-
-    def limited_to(self, wanted: jax.Array) -> PackedMatrix:
-        return replace(self, wanted=wanted)
-
-    def multiply(self, x: jax.Array, out_dtype: jnp.dtype | None = None, wanted: jax.Array | None = None) -> jax.Array:
-        """``x[wanted] @ matrix.T``: ``[T, inputs]`` of the matrix's type -> ``[R, outputs]`` of it, or of float32.
-
-        wanted: ``int32[R]``; where it is negative the result is whatever was in memory. Sums are float32, and a row's
-        do not depend on the other rows.
-        """
-        wanted = self.wanted if wanted is None else wanted
-        wanted = jnp.arange(len(x), dtype=jnp.int32) if wanted is None else wanted
-        call = jax.ffi.ffi_call(MULTIPLY, jax.ShapeDtypeStruct((len(wanted), self.num_outputs), out_dtype or x.dtype))
-        return call(x, self.panels, wanted, gate=np.int64(0 if self.gate is None else 1 + GATES.index(self.gate)))
-
-    def rows(self, numbers: jax.Array) -> jax.Array:
-        """Rows ``numbers`` ``int32[T]`` of the matrix, ``[T, inputs]``: of an embedding that is the output head too."""
-        found = self.panels[numbers // PANEL, :, numbers % PANEL]
-        return found.reshape(len(numbers), -1)[:, : self.num_inputs]
+    ``[outputs / PANEL, inputs, PANEL]`` of float32, ``[outputs / PANEL, inputs / 2, PANEL, 2]`` of bfloat16; both
+    divisions are rounded up, and what is not in the matrix is zero.
+    """
+    outputs, inputs = weight.shape
+    num_panels = -(-outputs // PANEL)
+    shape = (num_panels, -(-inputs // 2), PANEL, 2) if weight.dtype == jnp.bfloat16 else (num_panels, inputs, PANEL)
+    return jax.ffi.ffi_call(PACK, jax.ShapeDtypeStruct(shape, weight.dtype))(weight)
 
 
-def _paired(weight: jax.Array) -> jax.Array:
-    """``[2, out, in]`` -> ``[2 * out, in]``: half a panel of the first matrix, then half a panel of the second."""
+def pack_pairs(weight: jax.Array) -> jax.Array:
+    """Two matrices ``[2, outputs, inputs]``, for a product that ends with a gate: half a panel of each in turn."""
     half = PANEL // 2
     padded = jnp.pad(weight, ((0, 0), (0, -weight.shape[1] % half), (0, 0)))
-    return padded.reshape(2, -1, half, weight.shape[2]).swapaxes(0, 1).reshape(-1, weight.shape[2])
+    return pack(padded.reshape(2, -1, half, weight.shape[2]).swapaxes(0, 1).reshape(-1, weight.shape[2]))
+
+
+def multiply(
+    x: jax.Array, panels: jax.Array, rows: jax.Array, num_outputs: int, out_dtype: jnp.dtype, gate: str | None
+) -> jax.Array:
+    """``x[rows] @ matrix.T``: ``[T, inputs]`` of the matrix's type -> ``[R, num_outputs]`` of it, or of float32.
+
+    rows: ``int32[R]``; where it is negative the result is whatever was in memory. Sums are float32, and a row's do not
+    depend on the other rows. gate: one of GATES, of panels from ``pack_pairs``: ``gate(x @ first.T) * (x @ second.T)``.
+    """
+    call = jax.ffi.ffi_call(MULTIPLY, jax.ShapeDtypeStruct((len(rows), num_outputs), out_dtype))
+    return call(x, panels, rows, gate=np.int64(0 if gate is None else 1 + GATES.index(gate)))

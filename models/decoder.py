@@ -11,7 +11,7 @@ from flax import nnx
 from jaxserve.kernels.cache import KVCache
 from jaxserve.kernels.inputs import AttentionInputs, Rotation
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import MLP, Attention, GatedMLP, linear, lookup, make_norm, matrix, parameter
+from jaxserve.models.layers import MLP, Attention, GatedMLP, make_norm, matrix, parameter
 from jaxserve.models.moe import MoE
 from jaxserve.models.rope import rope_frequencies, rope_tables
 
@@ -33,23 +33,30 @@ class DecoderLayer(nnx.Module):
         self.mlp = make_mlp(config, layer, dtype, rngs)
 
     def __call__(
-        self, x: jax.Array, rope: Rotation, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array
+        self,
+        x: jax.Array,
+        rows: jax.Array | None,
+        rope: Rotation,
+        cache: KVCache[jax.Array],
+        inputs: AttentionInputs,
+        layer: jax.Array,
     ) -> tuple[jax.Array, KVCache[jax.Array]]:
-        attended, cache = self.attention(self.attention_norm(x), rope, cache, inputs, layer)
+        attended, cache = self.attention(self.attention_norm(x), rows, rope, cache, inputs, layer)
         x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), cache
+        return x + self.mlp(self.mlp_norm(x), rows), cache
 
 
 @jax.jit
 def run_layer(
     layer: nnx.Module,
     x: jax.Array,
+    rows: jax.Array | None,
     rope: Rotation,
     cache: KVCache[jax.Array],
     inputs: AttentionInputs,
     index: jax.Array,
 ) -> tuple[jax.Array, KVCache[jax.Array]]:
-    return layer(x, rope, cache, inputs, index)
+    return layer(x, rows, rope, cache, inputs, index)
 
 
 class Decoder(nnx.Module):
@@ -71,28 +78,37 @@ class Decoder(nnx.Module):
         self.lm_head = None if tied else matrix((vocab, hidden), ("vocab", "embed"), dtype, rngs)
 
     def __call__(
-        self, token_ids: jax.Array, positions: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs
+        self,
+        token_ids: jax.Array,
+        positions: jax.Array,
+        rows: jax.Array | None,
+        cache: KVCache[jax.Array],
+        inputs: AttentionInputs,
     ) -> tuple[jax.Array, KVCache[jax.Array]]:
-        """Run a flat batch: token ids and positions ``int32[T]`` -> normed hidden states ``[T, hidden]``, new cache."""
+        """Run a flat batch: token ids and positions ``int32[T]`` -> normed hidden states ``[T, hidden]``, new cache.
+
+        rows: which of them count, as a Matrix takes it: a row's number, or -1 where nobody reads it.
+        """
         x = self.embed(token_ids, positions)
         rotations = self.rotations(positions)
         # Unrolled: a scan would copy each layer's weights and, on GPUs, break the CUDA graph. Traced once all the same:
         # layers of one structure reuse the first one's trace, and XLA inlines the calls.
         for index, layer in enumerate(self.layers):
-            x, cache = run_layer(layer, x, self.layer_rotation(index, rotations), cache, inputs, jnp.int32(index))
+            x, cache = run_layer(layer, x, rows, self.layer_rotation(index, rotations), cache, inputs, jnp.int32(index))
         return self.norm(x), cache
 
     def embed(self, token_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """``int32[T]`` each -> what the first layer takes, ``[T, hidden]``."""
-        x = lookup(self.embedding, token_ids)
+        table = self.embedding.get_value()
+        x = table.lookup(token_ids) if self.lm_head is None else table[token_ids]
         if self.config.embedding_scale != 1:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         return x if self.positions is None else x + self.positions[...][positions]
 
     def logits(self, hidden: jax.Array, rows: jax.Array | None = None) -> jax.Array:
-        """``[T, hidden]`` -> ``float32[T, vocab]``, or of the ``rows`` ``int32[R]`` only, as linear takes them."""
+        """``[T, hidden]`` -> ``float32[T, vocab]``, or of the ``rows`` ``int32[R]`` only, as a Matrix takes them."""
         head = self.embedding if self.lm_head is None else self.lm_head
-        logits = linear(hidden, head, jnp.dtype("float32"), rows)
+        logits = head.get_value().multiply(hidden, rows, jnp.dtype("float32"))
         cap = self.config.logits_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

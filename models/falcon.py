@@ -30,12 +30,18 @@ class FalconLayer(nnx.Module):
         self.mlp = make_mlp(config, layer, dtype, rngs)
 
     def __call__(
-        self, x: jax.Array, rope: Rotation, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array
+        self,
+        x: jax.Array,
+        rows: jax.Array | None,
+        rope: Rotation,
+        cache: KVCache[jax.Array],
+        inputs: AttentionInputs,
+        layer: jax.Array,
     ) -> tuple[jax.Array, KVCache[jax.Array]]:
         normed = self.attention_norm(x)
-        attended, cache = self.attention(normed, rope, cache, inputs, layer)
+        attended, cache = self.attention(normed, rows, rope, cache, inputs, layer)
         # Added up first: under tensor parallelism both are partial sums, which one all-reduce then completes.
-        return x + (attended + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))), cache
+        return x + (attended + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x), rows)), cache
 
 
 class Falcon(Decoder):

@@ -32,11 +32,17 @@ class Gemma2Layer(nnx.Module):
         self.mlp_post_norm = make_norm(config, dtype)
 
     def __call__(
-        self, x: jax.Array, rope: Rotation, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array
+        self,
+        x: jax.Array,
+        rows: jax.Array | None,
+        rope: Rotation,
+        cache: KVCache[jax.Array],
+        inputs: AttentionInputs,
+        layer: jax.Array,
     ) -> tuple[jax.Array, KVCache[jax.Array]]:
-        attended, cache = self.attention(self.attention_norm(x), rope, cache, inputs, layer)
+        attended, cache = self.attention(self.attention_norm(x), rows, rope, cache, inputs, layer)
         x = x + self.attention_post_norm(attended)
-        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x))), cache
+        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x), rows)), cache
 
 
 class Gemma2(Decoder):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -12,9 +11,10 @@ from flax import nnx
 
 from jaxserve.kernels.attention import paged_attention, rotate_and_write
 from jaxserve.kernels.cache import KVCache
-from jaxserve.kernels.cpu_gemm import GATES, PackedMatrix
+from jaxserve.kernels.cpu_gemm import GATES
 from jaxserve.kernels.inputs import AttentionInputs, Rotation
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.matrix import MatrixLayout
 
 Axes = tuple[str | None, ...]
 
@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def parameter(
-    shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs, **metadata: int | str | None
+    shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs, **metadata: MatrixLayout
 ) -> nnx.Param:
     """A normally distributed parameter whose dimensions carry logical axis names (sharding/rules.py maps them)."""
     values = jax.random.normal(rngs.params(), shape, dtype) * 0.02
@@ -40,37 +40,10 @@ def matrix(
     rngs: nnx.Rngs,
     num_outputs: int = 1,
     gate: str | None = None,
+    is_divided: bool = False,
 ) -> nnx.Param:
-    """A parameter for ``linear``: its first ``num_outputs`` dimensions are outputs, the others inputs.
-
-    gate: of a matrix of two halves, one of cpu_gemm.GATES: native kernels multiply by both and join the results.
-    """
-    return parameter(shape, axes, dtype, rngs, num_outputs=num_outputs, gate=gate)
-
-
-def linear(
-    x: jax.Array, weight: nnx.Param, out_dtype: jnp.dtype | None = None, rows: jax.Array | None = None
-) -> jax.Array:
-    """``[T, in]`` by a ``matrix`` -> ``[T, out]``, in the operands' type or ``out_dtype``.
-
-    rows: ``int32[R]``, of x those to multiply, -> ``[R, out]``; for a negative number the result is anything.
-
-    Weights stay as Hugging Face stores them, outputs first: nothing is transposed at load, XLA's CPU products of few
-    rows are up to 1.4 times faster than with ``[in, out]``, and GPU libraries take either. Where native kernels
-    multiply, they are packed (models/packing.py).
-    """
-    value = weight.get_value()
-    if isinstance(value, PackedMatrix):
-        return value.multiply(x, out_dtype, rows)
-    value = value.reshape(math.prod(value.shape[: weight.get_metadata("num_outputs")]), -1)
-    x = x if rows is None else x[rows]
-    return jax.lax.dot_general(x, value, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype)
-
-
-def lookup(table: nnx.Param, numbers: jax.Array) -> jax.Array:
-    """Rows ``numbers`` ``int32[T]`` of ``[vocab, hidden]`` -> ``[T, hidden]``."""
-    value = table.get_value()
-    return value.rows(numbers) if isinstance(value, PackedMatrix) else value[numbers]
+    """A parameter that programs take as a Matrix; for the last three arguments see MatrixLayout."""
+    return parameter(shape, axes, dtype, rngs, layout=MatrixLayout(num_outputs, gate, is_divided))
 
 
 class RMSNorm(nnx.Module):
@@ -133,15 +106,19 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
+        rows: jax.Array | None,
         rope: Rotation,
         cache: KVCache[jax.Array],
         inputs: AttentionInputs,
         layer: jax.Array,
     ) -> tuple[jax.Array, KVCache[jax.Array]]:
-        """``[T, hidden]`` -> ``[T, hidden]`` and the cache with this step's keys and values of ``layer``."""
-        c, rows = self.config, x.shape[0]
-        qkv = linear(x, self.qkv)
-        qkv = qkv.reshape(rows, c.num_held_kv_heads, c.group_size + 2, c.head_dim)
+        """``[T, hidden]`` -> ``[T, hidden]`` and the cache with this step's keys and values of ``layer``.
+
+        rows: which of them count, as a Matrix takes it.
+        """
+        c = self.config
+        qkv = self.qkv.get_value().multiply(x, rows)
+        qkv = qkv.reshape(len(x), c.num_held_kv_heads, c.group_size + 2, c.head_dim)
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...]
         if self.q_norm is not None and self.k_norm is not None:
@@ -152,7 +129,7 @@ class Attention(nnx.Module):
             q, cache, inputs, layer,
             scale=c.attention_scale or c.head_dim**-0.5, window=self.window, softcap=c.attention_softcap,
         )  # fmt: skip
-        y = linear(attended.reshape(rows, -1), self.out)
+        y = self.out.get_value().multiply(attended.reshape(len(x), -1), rows)
         return (y if self.out_bias is None else y + self.out_bias[...]), cache
 
 
@@ -160,34 +137,22 @@ class GatedMLP(nnx.Module):
     """``down(act(gate(x)) * up(x))`` (arXiv 2002.05202); gate and up are one matrix ``[2, inner, hidden]``."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.is_divided = config.tensor_parallel > 1
         self.activation = config.activation
-        hidden, inner = config.hidden_size, config.intermediate_size
-        bias = config.mlp_bias
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         gate = config.activation if config.activation in GATES and not bias else None
-        self.gate_up = matrix((2, inner, hidden), (None, "mlp", "embed"), dtype, rngs, num_outputs=2, gate=gate)
+        self.gate_up = matrix(
+            (2, inner, hidden), (None, "mlp", "embed"), dtype, rngs, 2, gate, is_divided=config.tensor_parallel > 1
+        )
         self.down = matrix((hidden, inner), ("embed", "mlp"), dtype, rngs)
         self.gate_up_bias = parameter((2, inner), (None, "mlp"), dtype, rngs) if bias else None
         self.down_bias = parameter((hidden,), ("embed",), dtype, rngs) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = linear(self._gated(x), self.down)
+    def __call__(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
+        """``[T, hidden]`` -> the same. rows: which of them count, as a Matrix takes it."""
+        bias = None if self.gate_up_bias is None else self.gate_up_bias[...]
+        inner = self.gate_up.get_value().gated(x, rows, ACTIVATIONS[self.activation], bias)
+        y = self.down.get_value().multiply(inner, rows)
         return y if self.down_bias is None else y + self.down_bias[...]
-
-    def _gated(self, x: jax.Array) -> jax.Array:
-        """``act(gate(x)) * up(x)``, ``[T, inner]``."""
-        value = self.gate_up.get_value()
-        if isinstance(value, PackedMatrix) and value.gate is not None:
-            return value.multiply(x)
-        if self.is_divided:
-            # Not as one matrix: each device holds a share of both halves.
-            gate_up = jnp.einsum("th,gih->tgi", x, value)
-        else:
-            # As one matrix: of three dimensions, XLA on CPUs transposes the weights in every step.
-            gate_up = linear(x, self.gate_up).reshape(len(x), 2, -1)
-        if self.gate_up_bias is not None:
-            gate_up = gate_up + self.gate_up_bias[...]
-        return ACTIVATIONS[self.activation](gate_up[:, 0]) * gate_up[:, 1]
 
 
 class MLP(nnx.Module):
@@ -201,7 +166,9 @@ class MLP(nnx.Module):
         self.up_bias = parameter((inner,), ("mlp",), dtype, rngs) if config.mlp_bias else None
         self.down_bias = parameter((hidden,), ("embed",), dtype, rngs) if config.mlp_bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        up = linear(x, self.up)
-        y = linear(ACTIVATIONS[self.activation](up if self.up_bias is None else up + self.up_bias[...]), self.down)
+    def __call__(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
+        """As GatedMLP's."""
+        up = self.up.get_value().multiply(x, rows)
+        inner = ACTIVATIONS[self.activation](up if self.up_bias is None else up + self.up_bias[...])
+        y = self.down.get_value().multiply(inner, rows)
         return y if self.down_bias is None else y + self.down_bias[...]

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import ACTIVATIONS, linear, matrix, parameter
+from jaxserve.models.layers import ACTIVATIONS, matrix, parameter
 from jaxserve.models.weights import Part, Weight, whole
 
 
@@ -29,9 +29,9 @@ class MoE(nnx.Module):
         self.gate_up = parameter((2, count, hidden, inner), (None, "experts", "embed", "mlp"), dtype, rngs)
         self.down = parameter((count, inner, hidden), ("experts", "mlp", "embed"), dtype, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
         count, per_token = self.experts.count, self.experts.per_token
-        shares = jax.nn.softmax(linear(x, self.router, out_dtype=jnp.dtype("float32")))
+        shares = jax.nn.softmax(self.router.get_value().multiply(x, rows, jnp.dtype("float32")))
         weights, chosen = jax.lax.top_k(shares, per_token)
         if self.experts.normalise:
             weights = weights / weights.sum(axis=-1, keepdims=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from jaxserve.errors import ConfigError, ModelError
 from jaxserve.kernels.cache import KVCache
 from jaxserve.kernels.inputs import AttentionInputs, Rotation
 from jaxserve.models.decoder import Decoder, run_layer
-from jaxserve.models.packing import Parameter
+from jaxserve.models.matrix import Parameter
 from jaxserve.models.weights import Part, Weight
 from jaxserve.sharding.rules import abstract_parameters
 
@@ -114,10 +113,9 @@ class StagedModel:
             )
         return stacked
 
-    def split(self, parameters: Sequence[Parameter]) -> tuple[list[jax.Array], list[jax.Array]]:
+    def split(self, parameters: list[Parameter]) -> tuple[list[Parameter], list[Parameter]]:
         """Those outside the layers, and the slots'."""
-        arrays = cast(list[jax.Array], parameters)  # they are packed on a single device only
-        return arrays[: self.num_outside], arrays[self.num_outside :]
+        return parameters[: self.num_outside], parameters[self.num_outside :]
 
     def outside(self, parameters: Sequence[Parameter]) -> Decoder:
         """The model without its layers."""
@@ -126,7 +124,7 @@ class StagedModel:
     def run_stage(
         self,
         model: Decoder,
-        parameters: list[jax.Array],
+        parameters: list[Parameter],
         x: jax.Array,
         positions: jax.Array,
         cache: KVCache[jax.Array],
@@ -141,7 +139,8 @@ class StagedModel:
         rotations = model.rotations(positions)
         leaves = iter(parameters)
         for number, slot in enumerate(self._slots):
-            mine = [next(leaves)[0] for _ in range(slot.kinds[0].tree.num_leaves)]
+            places = [next(leaves) for _ in range(slot.kinds[0].tree.num_leaves)]
+            mine = jax.tree.map(lambda array: array[0], places)
             num_used = self.stages.num_used(number)
             used = stage < num_used
             # What an unused slot computes goes to the dummy page, and its rows pass it by.
@@ -187,7 +186,7 @@ class StagedModel:
 
 def _run_kind(
     model: Decoder,
-    parameters: list[jax.Array],
+    parameters: list[Parameter],
     rotations: tuple[Rotation, Rotation],
     index: jax.Array,
     kind: _Kind,
@@ -196,7 +195,7 @@ def _run_kind(
     inputs: AttentionInputs,
 ) -> tuple[jax.Array, KVCache[jax.Array]]:
     layer = nnx.merge(kind.graph, jax.tree.unflatten(kind.tree, parameters))
-    return run_layer(layer, x, model.layer_rotation(kind.layer, rotations), cache, inputs, index)
+    return run_layer(layer, x, None, model.layer_rotation(kind.layer, rotations), cache, inputs, index)
 
 
 def _lead(part: Part, tensor: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from jaxserve.kernels.cache import KVCache, cache_specs
 from jaxserve.kernels.inputs import AttentionInputs
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder
-from jaxserve.models.packing import Parameter, limited
+from jaxserve.models.matrix import Matrix, Parameter
 from jaxserve.models.weights import Weight
 from jaxserve.sharding.pipeline import StagedModel
 from jaxserve.sharding.rules import abstract_parameters
@@ -128,9 +128,15 @@ class WholeForward:
     """Every device has a share of every layer, and all work on one step."""
 
     def __init__(
-        self, graph: nnx.GraphDef, state: nnx.State, mesh: Mesh, config: ModelConfig, backend: Backend
+        self,
+        graph: nnx.GraphDef,
+        state: nnx.State,
+        mesh: Mesh,
+        config: ModelConfig,
+        backend: Backend,
+        kind: type[Matrix],
     ) -> None:
-        self._mesh, self._config, self._backend = mesh, config, backend
+        self._mesh, self._config, self._backend, self._kind = mesh, config, backend, kind
         self._graph, self._tree = graph, jax.tree.structure(state)
         self.abstract_parameters = abstract_parameters(state, mesh)
         self.num_cache_layers = config.num_layers
@@ -170,17 +176,19 @@ class WholeForward:
     ) -> tuple[ModelState[jax.Array], Drawn]:
         fields = layout.split(ints[0])
         rows = rows_of(fields, sequences, layout.limits.page_size)
-        parameters = self._limited(parameters, fields["row_seqs"] >= 0)
         model = nnx.merge(self._graph, jax.tree.unflatten(self._tree, parameters))
         inputs = _attention_inputs(layout, fields, rows, self._backend, self._mesh)
-        hidden, cache = model(rows.token_ids, rows.positions, state.cache, inputs)
+        hidden, cache = model(rows.token_ids, rows.positions, self._counted(fields["row_seqs"]), state.cache, inputs)
         return ModelState(cache, None), Drawn(hidden[fields["draw_rows"]], layout.draws_of(ints[0]), hidden)
 
-    def _limited(self, parameters: list[Parameter], is_token: jax.Array) -> list[Parameter]:
-        """Where native kernels do all work on padding rows, they leave it: nothing that counts reads those rows."""
-        if not self._backend.skips_padding:
-            return parameters
-        return limited(parameters, jnp.where(is_token, jnp.arange(len(is_token), dtype=jnp.int32), -1))
+    def _counted(self, row_seqs: jax.Array) -> jax.Array | None:
+        """The rows of tokens, where all work on padding can be left out: nothing that counts reads those rows.
+
+        So shapes are a bucket's, but on CPUs its padding costs nothing, and they need no finer buckets than GPUs.
+        """
+        if not (self._backend.skips_padding and self._kind.skips_padding):
+            return None
+        return jnp.where(row_seqs >= 0, jnp.arange(len(row_seqs), dtype=jnp.int32), -1)
 
 
 class StagedForward:
@@ -192,7 +200,13 @@ class StagedForward:
     """
 
     def __init__(
-        self, graph: nnx.GraphDef, state: nnx.State, mesh: Mesh, config: ModelConfig, backend: Backend
+        self,
+        graph: nnx.GraphDef,
+        state: nnx.State,
+        mesh: Mesh,
+        config: ModelConfig,
+        backend: Backend,
+        kind: type[Matrix],
     ) -> None:
         self._mesh, self._config, self._backend = mesh, config, backend
         self._model = StagedModel(graph, state, mesh)
@@ -244,8 +258,8 @@ class StagedForward:
     def _run_stage(
         self,
         layout: StepLayout,
-        outside: list[jax.Array],
-        places: list[jax.Array],
+        outside: list[Parameter],
+        places: list[Parameter],
         state: ModelState[jax.Array],
         sequences: SequenceState[jax.Array],
         ints: jax.Array,

@@ -29,16 +29,15 @@ from jaxserve.errors import ConfigError
 from jaxserve.kernels import native
 from jaxserve.kernels.backend import AttentionShape, Target
 from jaxserve.kernels.cache import KVCacheShape, stored_dtype
-from jaxserve.kernels.cpu_gemm import PackedMatrix
 from jaxserve.kernels.registry import choose_backend
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.packing import Parameter, abstract_packed, matrices, packed
+from jaxserve.models.matrix import DenseMatrix, Matrix, PanelMatrix, Parameter, abstract_taken, layouts_of, taken
 from jaxserve.models.registry import family_of
 from jaxserve.models.weights import Weight
 from jaxserve.sharding.rows import over_rows
 from jaxserve.sharding.rules import abstract_model, divided
 
-AbstractParameter = jax.ShapeDtypeStruct | PackedMatrix
+AbstractParameter = jax.ShapeDtypeStruct | Matrix
 
 
 class StepPrograms:
@@ -77,17 +76,19 @@ class StepPrograms:
         model_class = family_of(model_config.architecture).model
         graph, state = abstract_model(model_class, model_config, max_len=config.max_model_len, dtype=dtype)
         make_forward = WholeForward if self.num_stages == 1 else StagedForward
-        self.forward: Forward = make_forward(graph, state, mesh, model_config, self.backend)
+        self._kind: type[Matrix] = PanelMatrix if mesh.size == 1 and native.serves(target, dtype) else DenseMatrix
+        self.forward: Forward = make_forward(graph, state, mesh, model_config, self.backend, self._kind)
         self.abstract_parameters = self.forward.abstract_parameters
-        # Only on one device: a division of a packed matrix would have to follow its panels.
-        self._packed = matrices(state) if mesh.size == 1 and native.serves(target, dtype) else {}
+        """As they are loaded; see ``take``."""
+        self._matrices = layouts_of(state)
         self.kv_cache = KVCacheShape(
             self.forward.num_cache_layers, model_config.num_held_kv_heads, model_config.head_dim, config.block_size,
             cache_dtype,
         )  # fmt: skip
         self.num_blocks = config.num_blocks or choose_num_blocks(
-            config, model_config, mesh, self.kv_cache.block_bytes, self.abstract_parameters.values(), gpu_memory_bytes
-        )
+            config, model_config, mesh, self.kv_cache.block_bytes, jax.tree.leaves(self._abstract_taken()),
+            gpu_memory_bytes,
+        )  # fmt: skip
         self._options = gpu_options(config.gemm_backend) if self.uses_graphs else None
         self.layouts = step_layouts(config, self.num_blocks, self.backend.tiling, model_config.window)
         self.buckets = tuple(self.layouts)
@@ -109,8 +110,8 @@ class StepPrograms:
         return self.forward.assembled(family_of(self.model_config.architecture).weights(self.model_config))
 
     def take(self, parameters: Mapping[str, jax.Array]) -> list[Parameter]:
-        """What the programs take, from the loaded ``parameters``; those of another layout are deleted."""
-        return packed({name: parameters[name] for name in self.abstract_parameters}, self._packed)
+        """What the programs take, from the loaded ``parameters``; those of matrices of another kind are deleted."""
+        return taken({name: parameters[name] for name in self.abstract_parameters}, self._matrices, self._kind)
 
     def abstract_state(self) -> ModelState[jax.ShapeDtypeStruct]:
         cache = self.kv_cache.abstract(self.num_blocks, self.mesh)
@@ -135,7 +136,7 @@ class StepPrograms:
         drawn = Drawn(self.replicated, self.replicated, self.forward.abstract_hidden(rows).sharding)  # type: ignore[arg-type]
         placed = (jax.tree.map(lambda array: array.sharding, state), drawn)
         ints = jax.ShapeDtypeStruct((self.num_stages, layout.num_ints), jnp.int32, sharding=self.staged)
-        arguments = self._abstract_packed(), state, self.abstract_sequences(), ints
+        arguments = self._abstract_taken(), state, self.abstract_sequences(), ints
         return self._lower(partial(self.forward, layout), *arguments, donate_argnums=1, out_shardings=placed)
 
     def lower_sample(self, num_draws: int) -> jax.stages.Lowered:
@@ -163,11 +164,11 @@ class StepPrograms:
     def _ints(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.replicated)
 
-    def _abstract_packed(self) -> list[AbstractParameter]:
-        return abstract_packed(self.abstract_parameters, self._packed)
+    def _abstract_taken(self) -> list[AbstractParameter]:
+        return abstract_taken(self.abstract_parameters, self._matrices, self._kind)
 
     def _abstract_outside(self) -> list[AbstractParameter]:
-        return self.forward.outside(self._abstract_packed())
+        return self.forward.outside(self._abstract_taken())
 
     def _sample(
         self,

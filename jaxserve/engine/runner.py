@@ -26,7 +26,7 @@ from jaxserve.engine.startup import timed
 from jaxserve.engine.step import Step, StepLayout, StepOutputs, prompt_targets
 from jaxserve.errors import ModelError
 from jaxserve.models.loading.checkpoint import Checkpoint, OrbaxCheckpoint, open_checkpoint
-from jaxserve.models.packing import Parameter
+from jaxserve.models.matrix import Parameter
 from jaxserve.models.rope import longest_sequence
 from jaxserve.scheduler.buckets import bubble_share, bucket_of
 

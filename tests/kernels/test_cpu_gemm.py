@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.kernels import native
-from jaxserve.kernels.cpu_gemm import GATES, PackedMatrix
-from jaxserve.models import packing
+from jaxserve.kernels.cpu_gemm import GATES
+from jaxserve.models.matrix import MatrixLayout, PanelMatrix, abstract_taken, taken
 from tests.models.golden import Golden
 
 needs_compiler = pytest.mark.skipif(not native.available(), reason="needs a C++ compiler")
@@ -24,7 +24,12 @@ DTYPES = ("float32", "bfloat16")
 FLUSHED = 1e-35
 """vdpbf16ps takes numbers below float32's normal ones as 0."""
 
-multiply = jax.jit(PackedMatrix.multiply, static_argnames="out_dtype")
+multiply = jax.jit(PanelMatrix.multiply, static_argnames="out_dtype")
+
+
+def panels(weight: jax.Array, num_outputs: int = 1, gate: str | None = None) -> PanelMatrix:
+    """Of a copy, for it deletes what it packs."""
+    return PanelMatrix.of(weight.copy(), MatrixLayout(num_outputs, gate))
 
 
 def operands(rows: int, inputs: int, outputs: int, dtype: str, seed: int) -> tuple[jax.Array, jax.Array]:
@@ -57,7 +62,7 @@ def assert_within_bounds(y: jax.Array, x: jax.Array, w: jax.Array) -> None:
 @example(300, 5001, 33, "bfloat16", False, 0)
 def test_any_shape(rows: int, inputs: int, outputs: int, dtype: str, widened: bool, seed: int) -> None:
     x, w = operands(rows, inputs, outputs, dtype, seed)
-    y = multiply(PackedMatrix.of(w), x, out_dtype=jnp.dtype("float32") if widened else None)
+    y = multiply(panels(w), x, out_dtype=jnp.dtype("float32") if widened else None)
     assert y.shape == (rows, outputs)
     assert y.dtype == (jnp.float32 if widened else x.dtype)
     assert_within_bounds(y, x, w)
@@ -69,7 +74,7 @@ def test_any_shape(rows: int, inputs: int, outputs: int, dtype: str, widened: bo
 def test_a_row_does_not_depend_on_its_batch_mates(inputs: int, dtype: str) -> None:
     """To the last bit, for every number of rows that a register tile has, and beyond one chunk of rows."""
     x, w = operands(300, inputs, 40, dtype, seed=1)
-    matrix = PackedMatrix.of(w)
+    matrix = panels(w)
     every = np.asarray(multiply(matrix, x))
     for rows in (*range(1, 32), 100, 144, 145, 288, 289, 299):
         np.testing.assert_array_equal(np.asarray(multiply(matrix, x[-rows:])), every[-rows:], err_msg=f"{rows} rows")
@@ -79,15 +84,12 @@ def test_a_row_does_not_depend_on_its_batch_mates(inputs: int, dtype: str) -> No
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_only_rows_that_are_wanted(dtype: str) -> None:
     x, w = operands(300, 70, 40, dtype, seed=4)
-    matrix = PackedMatrix.of(w)
+    matrix = panels(w)
     every = np.asarray(multiply(matrix, x))
     wanted = np.random.default_rng(5).permutation(np.r_[np.arange(0, 300, 2), np.full(90, -1)])
-    for limited in (
-        multiply(matrix.limited_to(jnp.asarray(wanted)), x),
-        multiply(matrix.limited_to(jnp.arange(300)), x, wanted=jnp.asarray(wanted)),
-    ):
-        assert limited.shape == (240, 40)
-        np.testing.assert_array_equal(np.asarray(limited)[wanted >= 0], every[wanted[wanted >= 0]])
+    limited = multiply(matrix, x, jnp.asarray(wanted))
+    assert limited.shape == (240, 40)
+    np.testing.assert_array_equal(np.asarray(limited)[wanted >= 0], every[wanted[wanted >= 0]])
 
 
 @needs_compiler
@@ -101,7 +103,7 @@ def test_gates(rows: int, inputs: int, outputs: int, dtype: str, gate: str, seed
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.normal(size=(rows, inputs)) * rng.choice([0.01, 1, 30], (rows, 1)), dtype)
     w = jnp.asarray(rng.normal(size=(2, outputs, inputs)), dtype)
-    y = multiply(PackedMatrix.of(w, 2, gate), x, out_dtype=jnp.dtype("float32"))
+    y = multiply(panels(w, 2, gate), x, out_dtype=jnp.dtype("float32"))
     x64, w64 = np.asarray(x, np.float64), np.asarray(w, np.float64)
     (g, value), (g_error, value_error) = (x64 @ w64.mT, sum_errors(x64, w64))
     z = g if gate == "silu" else 2 * np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)
@@ -117,7 +119,7 @@ def test_gates(rows: int, inputs: int, outputs: int, dtype: str, gate: str, seed
 def test_values_that_are_no_numbers_stay_in_their_row(dtype: str) -> None:
     x, w = operands(20, 33, 20, dtype, seed=2)
     x = x.at[3, 5].set(jnp.nan).at[4, 32].set(jnp.inf)
-    y = np.asarray(multiply(PackedMatrix.of(w), x), np.float32)
+    y = np.asarray(multiply(panels(w), x), np.float32)
     assert np.isnan(y[3]).all()
     assert np.isinf(y[4]).all()
     assert np.isfinite(np.delete(y, (3, 4), axis=0)).all()
@@ -128,16 +130,16 @@ def test_values_that_are_no_numbers_stay_in_their_row(dtype: str) -> None:
 def test_rows_are_those_of_the_matrix(dtype: str) -> None:
     _, w = operands(1, 31, 50, dtype, seed=3)
     numbers = jnp.array([49, 0, 16, 15, 0])
-    np.testing.assert_array_equal(PackedMatrix.of(w).rows(numbers), w[numbers])
+    np.testing.assert_array_equal(panels(w).lookup(numbers), w[numbers])
 
 
 @needs_compiler
 def test_packing_replaces_the_matrices_and_keeps_the_order() -> None:
     weights = {"a": jnp.ones((2, 3, 8)), "b": jnp.ones(5), "c": jnp.ones((7, 2, 4))}
     kept = weights["b"]
-    layouts = {"a": packing.Layout(2, None), "c": packing.Layout(1, None)}
-    expected = packing.abstract_packed(jax.eval_shape(lambda: weights), layouts)
-    a, b, c = made = packing.packed(weights, layouts)
+    layouts = {"a": MatrixLayout(2), "c": MatrixLayout(1)}
+    expected = abstract_taken(jax.eval_shape(lambda: weights), layouts, PanelMatrix)
+    a, b, c = made = taken(weights, layouts, PanelMatrix)
     assert b is kept
     assert [name for name, weight in weights.items() if weight.is_deleted()] == ["a", "c"]
     assert (a.num_outputs, a.num_inputs, c.num_outputs, c.num_inputs) == (6, 8, 7, 8)

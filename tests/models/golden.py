@@ -20,6 +20,7 @@ from jaxserve.kernels.plan import PlanLimits
 from jaxserve.kernels.xla import Xla
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.loading.checkpoint import open_checkpoint
+from jaxserve.models.matrix import DenseMatrix, layouts_of, taken
 from jaxserve.models.registry import family_of
 from jaxserve.request import Request, RequestMetrics, SamplingParams
 from jaxserve.scheduler import Chunk
@@ -80,7 +81,8 @@ def load(path: Path, max_len: int, tensor: int = 1) -> Decoder:
     graph, state = abstract_model(family.model, checkpoint.config, max_len=max_len, dtype=jnp.dtype("float32"))
     abstract = abstract_parameters(state, make_mesh(tensor))
     loaded = checkpoint.load(abstract, family.weights(checkpoint.config))
-    return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), [loaded[name] for name in abstract]))
+    parameters = taken({name: loaded[name] for name in abstract}, layouts_of(state), DenseMatrix)
+    return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), parameters))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -91,7 +93,7 @@ def _run(
     lengths = jnp.full(len(history), history.shape[1], jnp.int32)
     rows = rows_of(fields, SequenceState(history, lengths), PAGE_SIZE)
     inputs = AttentionInputs(rows.kv_slots, fields["block_tables"], plan_of(fields), layout.limits, XLA, mesh=None)
-    hidden, cache = model(rows.token_ids, rows.positions, cache, inputs)
+    hidden, cache = model(rows.token_ids, rows.positions, None, cache, inputs)
     return model.logits(hidden), cache
 
 
