@@ -177,18 +177,17 @@ class Engine:
                 self.scheduler.add(request)
             self._held.clear()
 
-    def _launch(self, batch: Batch, start: float) -> Step | None:
-        """Launch a batch; returns the step that enters the last stage with it, if any."""
+    def _launch(self, batch: Batch, start: float) -> Step:
+        """Launch a batch; returns the step that enters the last stage with it."""
         scheduled = self._clock()
         step = self._pack(batch, start, scheduled) if batch.chunks else None
         entered = self.runner.launch(step)
         if step is not None:
             step.record.launched_seconds = self._clock()
-        if entered is not None:
-            self.scheduler.sampled(entered.chunks)
-            if any(wants_prompt_logprobs(chunk) for chunk in prefills_of(entered.chunks)):
-                entered.prompt_logprobs = self.runner.score(entered)
-            entered.record.device_start_seconds = self._clock()
+        self.scheduler.sampled(entered.chunks)
+        if any(wants_prompt_logprobs(chunk) for chunk in prefills_of(entered.chunks)):
+            entered.prompt_logprobs = self.runner.score(entered)
+        entered.record.device_start_seconds = self._clock()
         return entered
 
     def _pack(self, batch: Batch, start: float, scheduled: float) -> Step:

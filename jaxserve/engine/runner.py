@@ -100,7 +100,7 @@ class ModelRunner:
         self._drawn: Drawn
         """By the last forward pass."""
         smallest = self._layouts[self.buckets[0]]
-        self._in_stages = deque([Step.empty(smallest)] * self.num_stages, maxlen=self.num_stages)
+        self._in_stages = deque((Step.empty(smallest) for _ in range(self.num_stages)), maxlen=self.num_stages)
         """The steps of the last launch, by stage."""
 
     def layout(self, num_tokens: int) -> StepLayout:
@@ -112,9 +112,9 @@ class ModelRunner:
         """Whether there are steps that have not reached the last stage."""
         return any(step.chunks for step in list(self._in_stages)[:-1])
 
-    def launch(self, step: Step | None) -> Step | None:
-        """Start a step, or none, and return at once; returns the step that has entered the last stage with it, if any:
-        without a pipeline the step itself. Its tokens are being copied to the host.
+    def launch(self, step: Step | None) -> Step:
+        """Start a step, or an empty one, and return at once, with the step that has entered the last stage: without a
+        pipeline the step itself. Its tokens are being copied to the host.
         """
         step = step or Step.empty(self._layouts[self.buckets[0]])
         for slot, token_ids in step.admissions:
@@ -131,7 +131,7 @@ class ModelRunner:
         if self.num_stages > 1:
             tokens = [one.record.num_tokens for one in self._in_stages]
             last.record.bubble_share = bubble_share(tokens, layout.num_rows)
-        return last if last.chunks else None
+        return last
 
     def score(self, step: Step) -> TokenLogprobs[jax.Array]:
         """Log-probabilities of the prompt tokens that follow the rows of ``step``, which the last launch returned."""

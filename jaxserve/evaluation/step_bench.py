@@ -164,10 +164,9 @@ class StepBench:
         step = pack_alone(runner, chunks)
 
         def launch() -> jax.Array:
-            launched = runner.launch(step)
-            assert launched is not None
-            assert launched.outputs is not None
-            return launched.outputs.tokens
+            outputs = runner.launch(step).outputs
+            assert outputs is not None
+            return outputs.tokens
 
         return launch
 

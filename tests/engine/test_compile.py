@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxserve.engine.compile import CompileCounter, Programs, compile_all, gpu_options
+from jaxserve.engine.compile import CompileCounter, CompiledPrograms, compile_all, gpu_options
 
 
 def test_compile_all() -> None:
@@ -53,7 +53,7 @@ def times(n: int, calls: list[int] | None = None, go_on: threading.Event | None 
 def test_programs_ahead_in_the_background_and_on_demand(counter: CompileCounter) -> None:
     calls: list[int] = []
     go_on = threading.Event()
-    programs = Programs({n: partial(times, n, calls, go_on if n == 3 else None) for n in (2, 3, 5)})
+    programs = CompiledPrograms({n: partial(times, n, calls, go_on if n == 3 else None) for n in (2, 3, 5)})
     assert programs.wait(0), "nothing is being compiled"
     programs.compile([2], show_progress=False)
     programs.compile_in_background([3])
@@ -74,7 +74,7 @@ def test_programs_ahead_in_the_background_and_on_demand(counter: CompileCounter)
 def test_closing_programs_leaves_out_what_has_not_begun() -> None:
     calls: list[int] = []
     go_on = threading.Event()
-    programs = Programs({n: partial(times, n, calls, go_on) for n in (2, 3)})
+    programs = CompiledPrograms({n: partial(times, n, calls, go_on) for n in (2, 3)})
     programs.compile_in_background([2, 3])
     threading.Timer(0.05, go_on.set).start()
     programs.close()
@@ -85,7 +85,7 @@ def test_errors_in_the_background_reach_who_needs_the_program() -> None:
     def fail() -> jax.stages.Lowered:
         raise TypeError("no such program")
 
-    programs = Programs({1: fail})
+    programs = CompiledPrograms({1: fail})
     programs.compile_in_background([1])
     assert programs.wait(10)
     with pytest.raises(TypeError, match="no such program"):

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
+from jaxserve.models.loading import gguf_tokenizer
 from jaxserve.models.loading.gguf_file import read_gguf
 from jaxserve.models.loading.gguf_pretokenizers import PRE_TOKENIZERS, pre_tokenizer
 from jaxserve.models.loading.hub import resolve
-from jaxserve.tokenizer import Tokenizer
 
 METADATA = read_gguf(resolve("smollm2-135m")).metadata
 # What the pre_tokenizer of the published tokenizer.json consists of.
@@ -95,5 +95,5 @@ def test_names(pre: str, expected: list[str]) -> None:
 @pytest.mark.parametrize("pre", ["llama3", "llama-v3", "llama-bpe", "tekken"])
 def test_names_that_begin_texts_with_bos(pre: str) -> None:
     without = {key: value for key, value in METADATA.items() if key != "tokenizer.ggml.add_bos_token"}
-    assert Tokenizer.from_gguf(without | {"tokenizer.ggml.pre": pre}).encode("a")[0] == 1
-    assert Tokenizer.from_gguf(without | {"tokenizer.ggml.pre": "deepseek-v3"}).encode("a")[0] != 1
+    assert gguf_tokenizer.load(without | {"tokenizer.ggml.pre": pre}).encode("a")[0] == 1
+    assert gguf_tokenizer.load(without | {"tokenizer.ggml.pre": "deepseek-v3"}).encode("a")[0] != 1

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxserve.errors import ModelError
-from jaxserve.tokenizer import Tokenizer
+from jaxserve.models.loading import hf_tokenizer
 from tests.models.folders import word_folder, write_json
 
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -91,7 +91,7 @@ def theirs_of(folder: Path) -> Any:
 @pytest.mark.parametrize("name", FOLDERS)
 def test_tokens_of_all_files_as_in_transformers(tmp_path: Path, name: str) -> None:
     folder = word_folder(tmp_path, 95, **FOLDERS[name])
-    ours, theirs = Tokenizer.from_folder(folder), theirs_of(folder)
+    ours, theirs = hf_tokenizer.load(folder), theirs_of(folder)
     assert [ours.encode(text) for text in TEXTS] == [theirs.encode(text) for text in TEXTS]
     assert ours.vocab_size == len(theirs)
     added = {index: token for index, token in theirs.added_tokens_decoder.items() if token.special}
@@ -122,14 +122,14 @@ def test_any_tokens_as_in_transformers(
 ) -> None:
     config = FAST | named | ({} if decoder is None else {"added_tokens_decoder": decoder})
     folder = word_folder(tmp_path, 95, tokenizer_config=config, added_tokens=added, special_tokens_map=special_map)
-    ours, theirs = Tokenizer.from_folder(folder), theirs_of(folder)
+    ours, theirs = hf_tokenizer.load(folder), theirs_of(folder)
     assert [ours.encode(text) for text in TEXTS] == [theirs.encode(text) for text in TEXTS]
     assert ours._special_tokens == theirs.special_tokens_map
 
 
 def test_tokens_that_got_another_id_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = word_folder(tmp_path, 95, tokenizer_config=FAST | {"added_tokens_decoder": {"97": IM_END}})
-    ours = Tokenizer.from_folder(folder)
+    ours = hf_tokenizer.load(folder)
     assert ours.encode("<|im_end|>") == theirs_of(folder).encode("<|im_end|>") == [95]
     (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("jaxserve")]
     assert message.endswith("added tokens have other ids here than in their file: '<|im_end|>' 95, not 97")
@@ -166,7 +166,7 @@ def test_chat_templates(
     if additional:
         (folder / "additional_chat_templates").mkdir()
         (folder / "additional_chat_templates" / f"{additional}.jinja").write_text("additional")
-    assert Tokenizer.from_folder(folder).apply_chat_template(HI) == expected
+    assert hf_tokenizer.load(folder).apply_chat_template(HI) == expected
     if config:  # AutoTokenizer leaves a processor's file to AutoProcessor
         assert theirs_of(folder).apply_chat_template(HI, tokenize=False) == expected
 
@@ -199,7 +199,7 @@ def test_chat_templates(
 )
 def test_wrong_types_are_named(tmp_path: Path, name: str, content: Any, message: str) -> None:
     with pytest.raises(ModelError, match=rf"\.json: {message}"):
-        Tokenizer.from_folder(word_folder(tmp_path, **{name: content}))
+        hf_tokenizer.load(word_folder(tmp_path, **{name: content}))
 
 
 ANY = st.recursive(
@@ -221,4 +221,4 @@ def test_any_values(tmp_path: Path, config: dict, special_map: dict, added: Any)
     folder = word_folder(tmp_path, 8)
     write_json(folder, tokenizer_config=config, special_tokens_map=special_map, added_tokens=added)
     with contextlib.suppress(ModelError):
-        Tokenizer.from_folder(folder).encode("w1")
+        hf_tokenizer.load(folder).encode("w1")
