@@ -221,10 +221,6 @@ def _block(size: int) -> int:
     return max(SMALLEST_BLOCK, triton.next_power_of_2(size))
 
 
-def _quantised(cache: KVCache[jax.Array]) -> bool:
-    return cache.k.dtype.itemsize == 1
-
-
 def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 

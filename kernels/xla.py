@@ -73,12 +73,8 @@ class Xla(Backend):
         softcap: float | None,
     ) -> jax.Array:
         rows, heads, dim = q.shape
-        kv_heads, quantised, plan, tiling = (
-            cache.k.shape[2],
-            is_quantised(cache.k.dtype),
-            inputs.plan,
-            inputs.limits.tiling,
-        )
+        kv_heads, quantised = cache.k.shape[2], is_quantised(cache.k.dtype)
+        plan, tiling = inputs.plan, inputs.limits.tiling
         tables, scales = inputs.block_tables + layer * inputs.limits.num_pages, cache.scales[layer]
         q = (q * (scale * scales[0] if quantised else scale)).astype(q.dtype)
         q = q.reshape(rows, kv_heads, heads // kv_heads, dim)

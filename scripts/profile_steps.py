@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         checkpoint, resolved = prepare(config)
         runner = ModelRunner(resolved, checkpoint, make_mesh(config.tensor_parallel), show_progress=True)
-        runner.warm_up()
+        if config.warmup:
+            runner.warm_up()
         profiler = Profiler(runner)
         profile, samples = profiler.profile(stop_seconds=slo_tbt_seconds)
         print_samples(profile, samples)

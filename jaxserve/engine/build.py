@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EngineParts:
+    """Of one engine, ready to serve."""
+
     config: ResolvedConfig
     """With nothing left open."""
     model_config: ModelConfig

@@ -46,11 +46,8 @@ class Engine:
     ) -> None:
         self._tracer = StepTracer(Path(config.trace)) if config.trace else None
         parts = build(config, mesh, make_runner, show_progress=show_progress, imports_seconds=imports_seconds)
-        self.config, self.model_config, self.max_model_len = (
-            parts.config,
-            parts.model_config,
-            parts.config.max_model_len,
-        )
+        self.config, self.model_config = parts.config, parts.model_config
+        self.max_model_len = parts.config.max_model_len
         self.tokenizer, self.eos_token_ids = parts.tokenizer, parts.eos_token_ids
         self.sampling_defaults = parts.sampling_defaults
         """The model's own, for fields that a request leaves open."""

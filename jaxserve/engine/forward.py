@@ -20,7 +20,7 @@ from jaxserve.kernels.cache import KVCache, cache_specs
 from jaxserve.kernels.inputs import AttentionInputs
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder
-from jaxserve.models.matrix import Matrix, Parameter
+from jaxserve.models.matrix import Parameter
 from jaxserve.models.weights import Weight
 from jaxserve.sharding.pipeline import StagedModel
 from jaxserve.sharding.rules import abstract_parameters
@@ -125,7 +125,10 @@ class Forward(Protocol):
 
 
 class WholeForward:
-    """Every device has a share of every layer, and all work on one step."""
+    """Every device has a share of every layer, and all work on one step.
+
+    ``skips_padding``: attention and products leave out the rows that they are told to.
+    """
 
     def __init__(
         self,
@@ -134,9 +137,10 @@ class WholeForward:
         mesh: Mesh,
         config: ModelConfig,
         backend: Backend,
-        kind: type[Matrix],
+        skips_padding: bool,
     ) -> None:
-        self._mesh, self._config, self._backend, self._kind = mesh, config, backend, kind
+        self._mesh, self._config, self._backend = mesh, config, backend
+        self._skips_padding = skips_padding
         self._graph, self._tree = graph, jax.tree.structure(state)
         self.abstract_parameters = abstract_parameters(state, mesh)
         self.num_cache_layers = config.num_layers
@@ -186,7 +190,7 @@ class WholeForward:
 
         So shapes are a bucket's, but on CPUs its padding costs nothing, and they need no finer buckets than GPUs.
         """
-        if not (self._backend.skips_padding and self._kind.skips_padding):
+        if not self._skips_padding:
             return None
         return jnp.where(row_seqs >= 0, jnp.arange(len(row_seqs), dtype=jnp.int32), -1)
 
@@ -200,13 +204,7 @@ class StagedForward:
     """
 
     def __init__(
-        self,
-        graph: nnx.GraphDef,
-        state: nnx.State,
-        mesh: Mesh,
-        config: ModelConfig,
-        backend: Backend,
-        kind: type[Matrix],
+        self, graph: nnx.GraphDef, state: nnx.State, mesh: Mesh, config: ModelConfig, backend: Backend
     ) -> None:
         self._mesh, self._config, self._backend = mesh, config, backend
         self._model = StagedModel(graph, state, mesh)

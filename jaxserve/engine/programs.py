@@ -75,18 +75,23 @@ class StepPrograms:
             raise ConfigError(str(error)) from error
         model_class = family_of(model_config.architecture).model
         graph, state = abstract_model(model_class, model_config, max_len=config.max_model_len, dtype=dtype)
-        make_forward = WholeForward if self.num_stages == 1 else StagedForward
         self._kind: type[Matrix] = PanelMatrix if mesh.size == 1 and native.serves(target, dtype) else DenseMatrix
-        self.forward: Forward = make_forward(graph, state, mesh, model_config, self.backend, self._kind)
+        self.forward: Forward
+        if self.num_stages == 1:
+            skips_padding = self.backend.skips_padding and self._kind.skips_padding
+            self.forward = WholeForward(graph, state, mesh, model_config, self.backend, skips_padding)
+        else:
+            self.forward = StagedForward(graph, state, mesh, model_config, self.backend)
         self.abstract_parameters = self.forward.abstract_parameters
         """As they are loaded; see ``take``."""
         self._matrices = layouts_of(state)
+        self._abstract_taken = abstract_taken(self.abstract_parameters, self._matrices, self._kind)
         self.kv_cache = KVCacheShape(
             self.forward.num_cache_layers, model_config.num_held_kv_heads, model_config.head_dim, config.block_size,
             cache_dtype,
         )  # fmt: skip
         self.num_blocks = config.num_blocks or choose_num_blocks(
-            config, model_config, mesh, self.kv_cache.block_bytes, jax.tree.leaves(self._abstract_taken()),
+            config, model_config, mesh, self.kv_cache.block_bytes, jax.tree.leaves(self._abstract_taken),
             gpu_memory_bytes,
         )  # fmt: skip
         self._options = gpu_options(config.gemm_backend) if self.uses_graphs else None
@@ -136,7 +141,7 @@ class StepPrograms:
         drawn = Drawn(self.replicated, self.replicated, self.forward.abstract_hidden(rows).sharding)  # type: ignore[arg-type]
         placed = (jax.tree.map(lambda array: array.sharding, state), drawn)
         ints = jax.ShapeDtypeStruct((self.num_stages, layout.num_ints), jnp.int32, sharding=self.staged)
-        arguments = self._abstract_taken(), state, self.abstract_sequences(), ints
+        arguments = self._abstract_taken, state, self.abstract_sequences(), ints
         return self._lower(partial(self.forward, layout), *arguments, donate_argnums=1, out_shardings=placed)
 
     def lower_sample(self, num_draws: int) -> jax.stages.Lowered:
@@ -164,11 +169,8 @@ class StepPrograms:
     def _ints(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.replicated)
 
-    def _abstract_taken(self) -> list[AbstractParameter]:
-        return abstract_taken(self.abstract_parameters, self._matrices, self._kind)
-
     def _abstract_outside(self) -> list[AbstractParameter]:
-        return self.forward.outside(self._abstract_taken())
+        return self.forward.outside(self._abstract_taken)
 
     def _sample(
         self,

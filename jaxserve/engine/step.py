@@ -148,7 +148,7 @@ def plan_of[Array](fields: dict[str, Array]) -> AttentionPlan[Array]:
     return AttentionPlan(*(fields[name] for name in AttentionPlan._fields))
 
 
-def add_plan(layout: StepLayout, fields: dict[str, np.ndarray], sequences: np.ndarray) -> None:
+def _add_plan(layout: StepLayout, fields: dict[str, np.ndarray], sequences: np.ndarray) -> None:
     slots, query_lens, kv_lens = sequences
     make_plan(layout.limits, slots, query_lens, kv_lens, plan_of(fields))
 
@@ -193,7 +193,7 @@ class Step:
     def empty(cls, layout: StepLayout) -> Step:
         """Of padding only: its rows go to the dummy page and nothing is sampled."""
         ints, sequences = layout.blank.copy(), np.zeros((3, 0), int)
-        add_plan(layout, layout.split(ints), sequences)
+        _add_plan(layout, layout.split(ints), sequences)
         return cls(layout, ints, [], sequences)
 
     def tokens(self) -> list[int]:
@@ -213,7 +213,7 @@ class Step:
             if name not in AttentionPlan._fields:
                 num_common = min(len(values), len(fields[name]))
                 fields[name][:num_common] = values[:num_common]
-        add_plan(to, fields, self.sequences)
+        _add_plan(to, fields, self.sequences)
         return ints
 
     def disown(self, slot: int) -> None:
@@ -264,15 +264,17 @@ class Packer:
             fields[name][draws] = values[drawing]
         fields["want_logprobs"][0] = self._wants_logprobs[drawing].any()
         sequences = np.array((slots, num_tokens, stops))
-        add_plan(layout, fields, sequences)
+        _add_plan(layout, fields, sequences)
         return Step(layout, ints, chunks, sequences, admissions)
 
     def _note(self, requests: Sequence[Request], slots: np.ndarray) -> list[Admission]:
-        """Keep the sampling parameters of requests that have a slot for the first time; what the device must keep."""
+        """Keep the sampling parameters of requests that are new in their slots; what the device must keep of them."""
         admissions = []
         for request, slot in zip(requests, slots.tolist(), strict=True):
             if self._requests[slot] is request:
                 continue
+            if request in self._requests:  # its slot of before has no more than the tokens that were known there
+                self._requests[self._requests.index(request)] = None
             self._requests[slot] = request
             for _, of, values in self._params:
                 values[slot] = of(request)

@@ -150,6 +150,20 @@ def test_rows_on_the_device(batch: list[Chunk], padding: int, absolute: bool, se
     assert min(kv_slots) >= BLOCK_SIZE, "and none to the dummy page"
 
 
+def test_a_request_that_comes_back_to_a_slot_is_admitted_again() -> None:
+    """It may have gone on in another one: the history that it left behind ends where it left."""
+    blocks = BlockManager(NUM_BLOCKS, BLOCK_SIZE, MAX_NUM_SEQS, MAX_MODEL_LEN)
+    packer, request = Packer(blocks), Request("r", [5, 6], SamplingParams(), 9, RequestMetrics(0.0))
+    admitted = []
+    for slot, token in ((1, 7), (1, 8), (0, 9), (1, 10)):
+        blocks.grow(slot, MAX_MODEL_LEN // 2)
+        request.output_token_ids.append(token)
+        request.num_tokens += 1
+        batch = [Chunk(request, 0, request.num_tokens, slot, samples=True)]
+        admitted.append(packer.pack(layout_for(batch, 0), batch).admissions)
+    assert admitted == [[(1, [5, 6, 7])], [], [(0, [5, 6, 7, 8, 9])], [(1, [5, 6, 7, 8, 9, 10])]]
+
+
 def test_a_step_forgets_who_has_lost_the_slot() -> None:
     def chunk(slot: int) -> Chunk:
         request = Request(str(slot), [5, 6], SamplingParams(), 4, RequestMetrics(0.0), slot=slot)
