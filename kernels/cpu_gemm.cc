@@ -9,6 +9,8 @@
 // Only the rows that are asked for are computed: y[i] = x[rows[i]] @ w^T where rows[i] >= 0. Shapes are fixed, batches are
 // not, and on a CPU every row costs. Of gated weights a panel holds 8 gates and the 8 values that go through them, and
 // activation(gate) * value is what comes out.
+//
+// The rows lie in groups, one after the other, and each group meets a matrix of its own: experts', or all rows the one.
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -207,17 +209,13 @@ void multiply(ffi::ThreadPool& pool, const typename Kind::Value* x, const Unit* 
   });
 }
 
-// w [N, K] -> panels; outputs and inputs that are not there are zero.
+// w [N, K] -> panels; an input that is not there is zero.
 template <class Kind>
 void pack(ffi::ThreadPool& pool, const typename Kind::Value* w, const Matrix& m, Unit* panels) {
   parallel_for(pool, m.panels, [&](int64_t panel) {
-    const int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, m.outputs - first);
-    Unit* out = panels + first * m.depth;
     Row rows[kPanel];
-    for (int64_t i = 0; i < kPanel; ++i) rows[i].from = std::min(first + i, m.outputs - 1);
-    arrange<Kind, kPanel>(w, rows, m, out);
-    for (int64_t d = 0; count < kPanel && d < m.depth; ++d)
-      std::fill(out + d * kPanel + count, out + (d + 1) * kPanel, 0);
+    for (int64_t i = 0; i < kPanel; ++i) rows[i].from = panel * kPanel + i;
+    arrange<Kind, kPanel>(w, rows, m, panels + panel * kPanel * m.depth);
   });
 }
 
@@ -250,18 +248,22 @@ ffi::Error Pack(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuff
 }
 
 ffi::Error Multiply(ffi::ThreadPool pool, int64_t gate, ffi::AnyBuffer x, ffi::AnyBuffer panels,
-                    ffi::Buffer<ffi::S32> rows, ffi::Result<ffi::AnyBuffer> y) {
-  static thread_local std::vector<Row> wanted;
-  wanted.clear();
-  for (size_t i = 0; i < rows.element_count(); ++i)
-    if (rows.typed_data()[i] >= 0) wanted.push_back({static_cast<int32_t>(i), rows.typed_data()[i]});
-  if (wanted.empty()) return ffi::Error::Success();
+                    ffi::Buffer<ffi::S32> rows, ffi::Buffer<ffi::S32> group_sizes, ffi::Result<ffi::AnyBuffer> y) {
   const auto run = [&](auto kind, auto out) {
     using Kind = decltype(kind);
-    const Matrix m = matrix_of<Kind>(x.dimensions()[1], y->dimensions()[1], panels.dimensions()[0]);
-    multiply<Kind>(pool, static_cast<const typename Kind::Value*>(x.untyped_data()),
-                   static_cast<const Unit*>(panels.untyped_data()), wanted, m, static_cast<Gate>(gate),
-                   static_cast<decltype(out)*>(y->untyped_data()));
+    const auto shape = panels.dimensions();  // of groups perhaps, panels, and a panel's own
+    const Matrix m = matrix_of<Kind>(x.dimensions()[1], y->dimensions()[1], shape[shape.size() - Kind::kWidth - 2]);
+    static thread_local std::vector<Row> wanted;
+    int64_t row = 0;
+    for (size_t group = 0; group < group_sizes.element_count(); ++group) {
+      wanted.clear();
+      for (const int64_t end = row + group_sizes.typed_data()[group]; row < end; ++row)
+        if (rows.typed_data()[row] >= 0) wanted.push_back({static_cast<int32_t>(row), rows.typed_data()[row]});
+      if (wanted.empty()) continue;
+      multiply<Kind>(pool, static_cast<const typename Kind::Value*>(x.untyped_data()),
+                     static_cast<const Unit*>(panels.untyped_data()) + group * m.panels * m.depth * kPanel, wanted, m,
+                     static_cast<Gate>(gate), static_cast<decltype(out)*>(y->untyped_data()));
+    }
   };
   if (x.element_type() == ffi::F32) {
     run(Float32{}, float{});
@@ -288,4 +290,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_multiply, Multiply,
                                   .Arg<ffi::AnyBuffer>()          // x
                                   .Arg<ffi::AnyBuffer>()          // panels
                                   .Arg<ffi::Buffer<ffi::S32>>()   // rows
+                                  .Arg<ffi::Buffer<ffi::S32>>()   // group_sizes
                                   .Ret<ffi::AnyBuffer>());         // y

@@ -11,7 +11,6 @@ from flax import nnx
 
 from jaxserve.kernels.attention import paged_attention, rotate_and_write
 from jaxserve.kernels.cache import KVCache
-from jaxserve.kernels.cpu_gemm import GATES
 from jaxserve.kernels.inputs import AttentionInputs, Rotation
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.matrix import MatrixLayout
@@ -38,12 +37,10 @@ def matrix(
     axes: Axes,
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
-    num_outputs: int = 1,
-    gate: str | None = None,
-    is_divided: bool = False,
+    layout: MatrixLayout | None = None,
 ) -> nnx.Param:
-    """A parameter that programs take as a Matrix; for the last three arguments see MatrixLayout."""
-    return parameter(shape, axes, dtype, rngs, layout=MatrixLayout(num_outputs, gate, is_divided))
+    """A parameter that programs take as a Matrix."""
+    return parameter(shape, axes, dtype, rngs, layout=layout or MatrixLayout())
 
 
 class RMSNorm(nnx.Module):
@@ -94,7 +91,9 @@ class Attention(nnx.Module):
         self.config = config
         self.window = window
         kv, group, dim, hidden = config.num_held_kv_heads, config.group_size, config.head_dim, config.hidden_size
-        self.qkv = matrix((kv, group + 2, dim, hidden), ("kv_heads", None, None, "embed"), dtype, rngs, num_outputs=3)
+        self.qkv = matrix(
+            (kv, group + 2, dim, hidden), ("kv_heads", None, None, "embed"), dtype, rngs, MatrixLayout(num_outputs=3)
+        )
         self.out = matrix((hidden, kv, group, dim), ("embed", "kv_heads", None, None), dtype, rngs)
         self.qkv_bias = (
             parameter((kv, group + 2, dim), ("kv_heads", None, None), dtype, rngs) if config.qkv_bias else None
@@ -139,10 +138,10 @@ class GatedMLP(nnx.Module):
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.activation = config.activation
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        gate = config.activation if config.activation in GATES and not bias else None
-        self.gate_up = matrix(
-            (2, inner, hidden), (None, "mlp", "embed"), dtype, rngs, 2, gate, is_divided=config.tensor_parallel > 1
+        layout = MatrixLayout(
+            num_outputs=2, gate=None if bias else config.activation, is_divided=config.tensor_parallel > 1
         )
+        self.gate_up = matrix((2, inner, hidden), (None, "mlp", "embed"), dtype, rngs, layout)
         self.down = matrix((hidden, inner), ("embed", "mlp"), dtype, rngs)
         self.gate_up_bias = parameter((2, inner), (None, "mlp"), dtype, rngs) if bias else None
         self.down_bias = parameter((hidden,), ("embed",), dtype, rngs) if bias else None

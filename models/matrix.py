@@ -22,18 +22,22 @@ from jaxserve.kernels import cpu_gemm
 class MatrixLayout(NamedTuple):
     """What a model says of a matrix, besides shape and type."""
 
-    num_outputs: int
+    num_outputs: int = 1
     """How many of its dimensions, the first ones, are outputs; the others are inputs."""
     gate: str | None = None
     """The activation between its two halves, where it is multiplied by ``gated`` alone and there are no biases."""
     is_divided: bool = False
     """Whether devices have a share of each of its two halves."""
+    is_grouped: bool = False
+    """Whether it is many matrices, one for each group of rows: experts'. They are ``[groups, in, out]``, and those of a
+    gate ``[2, groups, in, out]``: inputs first, for XLA's grouped products would transpose them in every step."""
 
 
 class Matrix(Protocol):
     """A pytree, whose leaves are the arrays that a program takes.
 
     rows: ``int32[R]``, of x those to multiply; for a negative number the result is anything. None: all, in order.
+    groups: ``int32[G]``, of a grouped matrix how many of these rows, one after the other, belong to each group.
     """
 
     skips_padding: ClassVar[bool]
@@ -49,7 +53,13 @@ class Matrix(Protocol):
         """What ``of`` gives, without values."""
         ...
 
-    def multiply(self, x: jax.Array, rows: jax.Array | None = None, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    def multiply(
+        self,
+        x: jax.Array,
+        rows: jax.Array | None = None,
+        out_dtype: jnp.dtype | None = None,
+        groups: jax.Array | None = None,
+    ) -> jax.Array:
         """``x[rows] @ matrix.T``: ``[T, in]`` -> ``[R, out]``, in the operands' type or ``out_dtype``."""
         ...
 
@@ -59,9 +69,12 @@ class Matrix(Protocol):
         rows: jax.Array | None,
         activation: Callable[[jax.Array], jax.Array],
         bias: jax.Array | None,
+        groups: jax.Array | None = None,
     ) -> jax.Array:
-        """``activation(x @ first.T) * (x @ second.T)`` of a matrix of two halves, ``[R, out / 2]``. bias: ``[2, out /
-        2]``, added to the products."""
+        """``activation(x[rows] @ first.T) * (x[rows] @ second.T)`` of a matrix of two halves, ``[R, out / 2]``.
+
+        bias: ``[2, out / 2]``, added to the products.
+        """
         ...
 
     def lookup(self, ids: jax.Array) -> jax.Array:
@@ -92,9 +105,17 @@ class DenseMatrix:
     def abstract(cls, weight: jax.ShapeDtypeStruct, layout: MatrixLayout) -> Self:
         return cls(weight, layout)  # type: ignore[arg-type]
 
-    def multiply(self, x: jax.Array, rows: jax.Array | None = None, out_dtype: jnp.dtype | None = None) -> jax.Array:
-        weight = self.weight.reshape(math.prod(self.weight.shape[: self.layout.num_outputs]), -1)
+    def multiply(
+        self,
+        x: jax.Array,
+        rows: jax.Array | None = None,
+        out_dtype: jnp.dtype | None = None,
+        groups: jax.Array | None = None,
+    ) -> jax.Array:
         x = x if rows is None else x[rows]
+        if groups is not None:
+            return jax.lax.ragged_dot(x, self.weight, groups, preferred_element_type=out_dtype)
+        weight = self.weight.reshape(math.prod(self.weight.shape[: self.layout.num_outputs]), -1)
         return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype)
 
     def gated(
@@ -103,8 +124,12 @@ class DenseMatrix:
         rows: jax.Array | None,
         activation: Callable[[jax.Array], jax.Array],
         bias: jax.Array | None,
+        groups: jax.Array | None = None,
     ) -> jax.Array:
-        if self.layout.is_divided:
+        if groups is not None:
+            x = x if rows is None else x[rows]
+            halves = jnp.stack([jax.lax.ragged_dot(x, half, groups) for half in self.weight], axis=1)
+        elif self.layout.is_divided:
             # Not as one matrix: each device holds a share of both halves.
             halves = jnp.einsum("th,gih->tgi", x if rows is None else x[rows], self.weight)
         else:
@@ -144,10 +169,17 @@ class PanelMatrix:
     def abstract(cls, weight: jax.ShapeDtypeStruct, layout: MatrixLayout) -> Self:
         return jax.eval_shape(partial(_packed, cls, layout=layout), weight)
 
-    def multiply(self, x: jax.Array, rows: jax.Array | None = None, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    def multiply(
+        self,
+        x: jax.Array,
+        rows: jax.Array | None = None,
+        out_dtype: jnp.dtype | None = None,
+        groups: jax.Array | None = None,
+    ) -> jax.Array:
         """Sums are float32, and a row's do not depend on the other rows."""
         rows = jnp.arange(len(x), dtype=jnp.int32) if rows is None else rows
-        return cpu_gemm.multiply(x, self.panels, rows, self.num_outputs, out_dtype or x.dtype, self.gate)
+        groups = jnp.array([len(rows)], jnp.int32) if groups is None else groups
+        return cpu_gemm.multiply(x, self.panels, rows, groups, self.num_outputs, out_dtype or x.dtype, self.gate)
 
     def gated(
         self,
@@ -155,8 +187,9 @@ class PanelMatrix:
         rows: jax.Array | None,
         activation: Callable[[jax.Array], jax.Array],
         bias: jax.Array | None,
+        groups: jax.Array | None = None,
     ) -> jax.Array:
-        product = self.multiply(x, rows)
+        product = self.multiply(x, rows, groups=groups)
         return product if self.gate is not None else gate(product.reshape(len(product), 2, -1), activation, bias)
 
     def lookup(self, ids: jax.Array) -> jax.Array:
@@ -166,11 +199,14 @@ class PanelMatrix:
 
 @partial(jax.jit, static_argnames=("kind", "layout"))
 def _packed(kind: type[PanelMatrix], weight: jax.Array, layout: MatrixLayout) -> PanelMatrix:
-    outputs = math.prod(weight.shape[: layout.num_outputs])
-    dense = weight.reshape(outputs, -1)
-    if layout.gate is None:
-        return kind(cpu_gemm.pack(dense), outputs, dense.shape[1], None)
-    return kind(cpu_gemm.pack_pairs(dense.reshape(2, outputs // 2, -1)), outputs // 2, dense.shape[1], layout.gate)
+    if layout.is_grouped:
+        dense = weight.mT if weight.ndim == 3 else jnp.concatenate(weight.mT, axis=-2)
+    else:
+        dense = weight.reshape(math.prod(weight.shape[: layout.num_outputs]), -1)
+    outputs, inputs = dense.shape[-2:]
+    if layout.gate not in cpu_gemm.GATES:
+        return kind(cpu_gemm.pack(dense), outputs, inputs, None)
+    return kind(cpu_gemm.pack_pairs(dense), outputs // 2, inputs, layout.gate)
 
 
 def gate(halves: jax.Array, activation: Callable[[jax.Array], jax.Array], bias: jax.Array | None) -> jax.Array:

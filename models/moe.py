@@ -8,7 +8,8 @@ import numpy as np
 from flax import nnx
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import ACTIVATIONS, matrix, parameter
+from jaxserve.models.layers import ACTIVATIONS, matrix
+from jaxserve.models.matrix import MatrixLayout
 from jaxserve.models.weights import Part, Weight, whole
 
 
@@ -17,7 +18,7 @@ class MoE(nnx.Module):
 
     The rows are sorted by expert, so that each expert's are contiguous and grouped products serve all of them: shapes
     depend on the number of rows alone. ``gate_up`` is ``[2, experts, hidden, inner]``, ``down`` ``[experts, inner,
-    hidden]``: inputs first, unlike the dense ones, which XLA's ragged_dot would transpose in every step.
+    hidden]``.
     """
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
@@ -26,8 +27,13 @@ class MoE(nnx.Module):
         self.activation = config.activation
         count, inner, hidden = self.experts.count, self.experts.intermediate_size, config.hidden_size
         self.router = matrix((count, hidden), (None, "embed"), dtype, rngs)
-        self.gate_up = parameter((2, count, hidden, inner), (None, "experts", "embed", "mlp"), dtype, rngs)
-        self.down = parameter((count, inner, hidden), ("experts", "mlp", "embed"), dtype, rngs)
+        self.gate_up = matrix(
+            (2, count, hidden, inner), (None, "experts", "embed", "mlp"), dtype, rngs,
+            MatrixLayout(gate=config.activation, is_grouped=True),
+        )  # fmt: skip
+        self.down = matrix(
+            (count, inner, hidden), ("experts", "mlp", "embed"), dtype, rngs, MatrixLayout(is_grouped=True)
+        )
 
     def __call__(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
         count, per_token = self.experts.count, self.experts.per_token
@@ -39,9 +45,12 @@ class MoE(nnx.Module):
         expert_of = chosen.reshape(-1)
         by_expert = jnp.argsort(expert_of)
         group_sizes = jnp.bincount(expert_of, length=count).astype(jnp.int32)
-        sorted_rows = x[by_expert // per_token]
-        gate, up = (jax.lax.ragged_dot(sorted_rows, half, group_sizes) for half in self.gate_up[...])
-        y = jax.lax.ragged_dot(ACTIVATIONS[self.activation](gate) * up, self.down[...], group_sizes)
+        of_x, of_inner = by_expert // per_token, None
+        if rows is not None:
+            of_x = rows[of_x]
+            of_inner = jnp.where(of_x < 0, -1, jnp.arange(len(of_x), dtype=jnp.int32))
+        inner = self.gate_up.get_value().gated(x, of_x, ACTIVATIONS[self.activation], None, group_sizes)
+        y = self.down.get_value().multiply(inner, of_inner, groups=group_sizes)
         y = jnp.zeros_like(y).at[by_expert].set(y).reshape(len(x), per_token, -1)
         return jnp.einsum("rkh,rk->rh", y, weights.astype(y.dtype))
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from jaxserve import LLM, SamplingParams
 from jaxserve.kernels import native
 from jaxserve.kernels.cpu_gemm import GATES
+from jaxserve.models.layers import ACTIVATIONS
 from jaxserve.models.matrix import MatrixLayout, PanelMatrix, abstract_taken, taken
 from tests.models.golden import Golden
 
@@ -115,6 +116,39 @@ def test_gates(rows: int, inputs: int, outputs: int, dtype: str, gate: str, seed
 
 
 @needs_compiler
+@settings(max_examples=10, deadline=None)
+@given(
+    st.lists(st.integers(0, 20), min_size=1, max_size=6), st.integers(1, 60), st.integers(1, 40),
+    st.sampled_from(DTYPES), st.sampled_from((None, "silu", "gelu")), st.integers(0, 999),
+)  # fmt: skip
+def test_groups_have_matrices_of_their_own(
+    sizes: list[int], inputs: int, outputs: int, dtype: str, gate: str | None, seed: int
+) -> None:
+    """To the last bit what each would give alone, for a gate inside the product and one after it; rows left out too."""
+    rng = np.random.default_rng(seed)
+    shape = (len(sizes), inputs, outputs) if gate is None else (2, len(sizes), inputs, outputs)
+    weight, x = jnp.asarray(rng.normal(size=shape), dtype), jnp.asarray(rng.normal(size=(9, inputs)), dtype)
+    rows, groups = jnp.asarray(rng.integers(-1, 9, sum(sizes)), jnp.int32), jnp.asarray(sizes, jnp.int32)
+    layout = MatrixLayout(gate=gate, is_grouped=True)
+    grouped = PanelMatrix.of(weight.copy(), layout)
+    y = product(grouped, x, rows, gate, groups)
+    for group, end in enumerate(np.cumsum(sizes)):
+        mine = slice(end - sizes[group], end)
+        alone = PanelMatrix.of(weight[..., group, :, :].mT.copy(), MatrixLayout(1 if gate is None else 2, gate))
+        wanted = np.asarray(rows[mine]) >= 0
+        expected = np.asarray(product(alone, x, rows[mine], gate, None), np.float32)
+        np.testing.assert_array_equal(np.asarray(y[mine], np.float32)[wanted], expected[wanted])
+
+
+def product(
+    matrix: PanelMatrix, x: jax.Array, rows: jax.Array, gate: str | None, groups: jax.Array | None
+) -> jax.Array:
+    if gate is None:
+        return matrix.multiply(x, rows, groups=groups)
+    return matrix.gated(x, rows, ACTIVATIONS[gate], None, groups)
+
+
+@needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_that_are_no_numbers_stay_in_their_row(dtype: str) -> None:
     x, w = operands(20, 33, 20, dtype, seed=2)
@@ -147,31 +181,39 @@ def test_packing_replaces_the_matrices_and_keeps_the_order() -> None:
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(lambda spec: spec.shape, expected)
 
 
+def served(name: str, dtype: str, tokenizer: Path) -> list[int]:
+    """The greedy tokens that an engine gives for a golden's prompt, in chunks with padding."""
+    golden = Golden(name)
+    with LLM(
+        model=str(golden.checkpoint), tokenizer=str(tokenizer), show_progress=False, token_budget=16, max_num_seqs=2,
+        block_size=8, num_blocks=24, max_model_len=golden.length, dtype=dtype,
+    ) as llm:  # fmt: skip
+        (output,) = llm.generate(
+            [golden.prompt], SamplingParams(temperature=0, max_tokens=len(golden.greedy), ignore_eos=True)
+        )
+    return list(output.outputs[0].token_ids)
+
+
+@needs_compiler
+def test_an_engine_with_experts(tiny_tokenizer: Path) -> None:
+    assert served("qwen3_moe_mixed", "float32", tiny_tokenizer) == Golden("qwen3_moe_mixed").greedy
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_engine_without_a_compiler(
     dtype: str,
     tiny_tokenizer: Path,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """It says so once, and gives the tokens that transformers does, in bfloat16 nearly so."""
-    golden = Golden("llama_gqa_tied")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     native.available.cache_clear()
     try:
-        with (
-            caplog.at_level(logging.WARNING, logger=native.__name__),
-            LLM(
-                model=str(golden.checkpoint), tokenizer=str(tiny_tokenizer), show_progress=False, token_budget=16,
-                max_num_seqs=2, block_size=8, num_blocks=24, max_model_len=golden.length, dtype=dtype,
-            ) as llm,
-        ):  # fmt: skip
-            greedy = SamplingParams(temperature=0, max_tokens=len(golden.greedy), ignore_eos=True)
-            (output,) = llm.generate([golden.prompt], greedy)
+        with caplog.at_level(logging.WARNING, logger=native.__name__):
+            golden, tokens = Golden("llama_gqa_tied"), served("llama_gqa_tied", dtype, tiny_tokenizer)
     finally:
         native.available.cache_clear()
     (record,) = caplog.records
     assert "no C++ compiler found: attention and matrix products run in plain XLA" in record.message
-    tokens = list(output.outputs[0].token_ids)
     assert tokens == golden.greedy if dtype == "float32" else len(tokens) == len(golden.greedy)
