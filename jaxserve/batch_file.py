@@ -21,7 +21,7 @@ from typing import IO, Any
 from jaxserve.engine.call_thread import CallThread
 from jaxserve.engine.engine import Engine, clear
 from jaxserve.errors import RequestError
-from jaxserve.openai import ENDPOINTS, Endpoint
+from jaxserve.openai import ENDPOINTS, Endpoint, Response
 from jaxserve.progress import progress_bar
 from jaxserve.request import Completion
 from jaxserve.result_file import BatchFileError, ResultFile, result_key
@@ -126,6 +126,15 @@ class BatchSummary:
         )
 
 
+@dataclass(eq=False)
+class _Answer:
+    """A line under way: its choices end one by one."""
+
+    line: BatchLine
+    response: Response
+    num_unfinished: int
+
+
 class BatchRun:
     """Gives every line of ``source`` that has no result in ``results`` one. ``run`` may be called once.
 
@@ -145,7 +154,7 @@ class BatchRun:
         source = source if source.seekable() else _copied(source)
         self._engine, self._lines, self._results = engine, read_lines(source), results
         self._model = ServedModel.of(engine, served_model_names)
-        self._in_flight: dict[str, tuple[BatchLine, Endpoint, Completion]] = {}
+        self._in_flight: dict[str, tuple[Completion, _Answer]] = {}
         self._summary = BatchSummary()
         self._num_lines = sum(bool(raw.strip()) for raw in source)
         source.seek(0)
@@ -181,32 +190,42 @@ class BatchRun:
         try:
             if line.endpoint is None or line.error is not None:
                 raise RequestError(line.error)
-            prompt, given = line.endpoint.parse(line.body, self._model, where="in a batch")
-            token_ids = self._model.token_ids(prompt)
-            params = self._model.sampling_params(given, len(token_ids), line.endpoint.defaults)
-            self._engine.add_request(line.id, token_ids, params)
+            ask = line.endpoint.parse(line.body, self._model)
+            if ask.stream:
+                raise RequestError("stream must be false in a batch, got true")
+            completions = line.endpoint.completions(ask, line.id, self._model)
+            for completion in completions:
+                self._engine.validate(completion.prompt_token_ids, completion.params)
         except RequestError as error:
             self._results.append([_result(line, 400, body=None, error=str(error))])
             self._summary.num_errors += 1
             return 1
-        self._in_flight[line.id] = line, line.endpoint, Completion(line.id, token_ids, params)
+        answer = _Answer(line, Response(line.endpoint, ask, completions, line.id, self._model), len(completions))
+        for completion in completions:
+            self._engine.add_request(completion.request_id, completion.prompt_token_ids, completion.params)
+            self._in_flight[completion.request_id] = completion, answer
         return 0
 
     def _step(self) -> int:
         finished = []
         for delta in self._engine.step():
-            line, endpoint, completion = self._in_flight[delta.request_id]
+            completion, answer = self._in_flight[delta.request_id]
             completion.add(delta)
             if delta.finish_reason is not None:
                 del self._in_flight[delta.request_id]
-                body = endpoint.response(line.id, [completion], self._model)
-                finished.append(_result(line, 200, body, error=None))
-                self._summary.num_succeeded += 1
-                self._summary.num_prompt_tokens += len(completion.prompt_token_ids)
-                self._summary.num_output_tokens += len(completion.token_ids)
+                answer.num_unfinished -= 1
+                if not answer.num_unfinished:
+                    finished.append(self._finish(answer))
         if finished:
             self._results.append(finished)
         return len(finished)
+
+    def _finish(self, answer: _Answer) -> dict[str, Any]:
+        body = answer.response.whole()
+        self._summary.num_succeeded += 1
+        self._summary.num_prompt_tokens += body["usage"]["prompt_tokens"]
+        self._summary.num_output_tokens += body["usage"]["completion_tokens"]
+        return _result(answer.line, 200, body, error=None)
 
 
 def _result(line: BatchLine, status_code: int, body: dict[str, Any] | None, error: str | None) -> dict[str, Any]:

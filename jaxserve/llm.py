@@ -12,7 +12,7 @@ from jaxserve.engine.engine import Engine, clear
 from jaxserve.errors import RequestError
 from jaxserve.progress import progress_bar
 from jaxserve.prompts import Message, ParsedPrompt, Prompt, parse_conversations, parse_prompts
-from jaxserve.request import Completion, Logprob, RequestOutput, SamplingParams, SoftLimit
+from jaxserve.request import Completion, Logprob, RequestOutput, SamplingParams
 from jaxserve.served_model import ServedModel
 
 
@@ -85,8 +85,7 @@ class LLM:
         Each entry maps the prompt's token, and the ``num_logprobs`` likeliest ones, to a Logprob. A prompt may be as
         long as max_model_len.
         """
-        only_scored = SoftLimit(1)
-        params = SamplingParams(temperature=0, max_tokens=only_scored, prompt_logprobs=num_logprobs, ignore_eos=True)
+        params = SamplingParams(max_tokens=0, prompt_logprobs=num_logprobs)
         outputs = self.generate(prompts, params, use_tqdm=use_tqdm)
         return [output.prompt_logprobs or [] for output in outputs]
 

@@ -81,7 +81,6 @@ def _as_tuple(name: str, value: object) -> tuple[Any, ...]:
 
 _OPTIONAL_INTEGERS = (
     ("seed", 0, MAX_SEED),
-    ("max_tokens", 1, 2**31 - 1),
     ("logprobs", 0, MAX_LOGPROBS),
     ("prompt_logprobs", 0, MAX_LOGPROBS),
 )
@@ -94,7 +93,8 @@ class SamplingParams:
     temperature: 0 is greedy.   top_k: 0 or -1 keeps the whole vocabulary.
     min_p: drops tokens less likely than ``min_p`` times the likeliest.
     seed: makes a sampled request repeatable whatever it is batched with.
-    max_tokens: None continues up to the engine's max_model_len, where its default ends too.
+    max_tokens: None continues up to the engine's max_model_len, where its default ends too; 0, for prompt_logprobs
+    alone, makes no output.
     stop, stop_token_ids: end the output; a stop string is left out of the text unless include_stop_str_in_output.
     logprobs, prompt_logprobs: that many alternatives per position besides the chosen token. A prompt as long as
     max_model_len has prompt_logprobs and no output, unless max_tokens is set.
@@ -126,6 +126,9 @@ class SamplingParams:
         for name, low, high in _OPTIONAL_INTEGERS:
             if (value := getattr(self, name)) is not None:
                 checked[name] = _integer(name, value, low, high)
+        if self.max_tokens is not None:
+            least = 1 if self.prompt_logprobs is None else 0
+            checked["max_tokens"] = _integer("max_tokens", self.max_tokens, least, 2**31 - 1)
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             checked[name] = _plain(getattr(self, name))
             if not isinstance(checked[name], bool):
@@ -274,6 +277,15 @@ class RequestDelta(NamedTuple):
     """The stop string or stop token id that ended the output; None for EOS and other endings."""
     metrics: RequestMetrics
     num_prompt_tokens: int
+
+    def followed_by(self, later: RequestDelta) -> RequestDelta:
+        """Both as one."""
+        return later._replace(
+            token_ids=[*self.token_ids, *later.token_ids],
+            text=self.text + later.text,
+            logprobs=None if self.logprobs is None else self.logprobs + (later.logprobs or []),
+            prompt_logprobs=self.prompt_logprobs or later.prompt_logprobs,
+        )
 
 
 @dataclass

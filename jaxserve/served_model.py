@@ -81,8 +81,19 @@ class ServedModel:
             encode = partial(encode, max_tokens=limit.num_tokens, limit_name=limit.name)
         if prompt.text is not None:
             return encode(prompt.text)
+        if limit is not None and isinstance(prompt.messages, list) and len(prompt.messages) > limit.num_tokens:
+            raise RequestError(f"messages of {len(prompt.messages)} items exceeds {limit.name} {limit.num_tokens}")
         # The template writes the special tokens itself.
         return encode(self.tokenizer.apply_chat_template(prompt.messages), add_special_tokens=False)
+
+    def text(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids. Raises RequestError."""
+        # A model's vocabulary may be padded beyond its tokenizer's: such ids are sampled, and have no text.
+        limit = max(self.tokenizer.vocab_size, self.vocab_size)
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < limit):
+            wrong = next(token_id for token_id in token_ids if not 0 <= token_id < limit)
+            raise RequestError(f"token_ids must be in [0, {limit - 1}], got {wrong}")
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def sampling_params(
         self, given: Mapping[str, Any], num_prompt_tokens: int, defaults: Mapping[str, Any] | None = None

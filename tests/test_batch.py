@@ -60,9 +60,11 @@ class EchoEngine:
         self.max_in_flight = self.num_steps = 0
         self.closed = False
 
-    def add_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
+    def validate(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         if len(prompt_token_ids) >= MAX_MODEL_LEN:
             raise RequestError(f"prompt of {len(prompt_token_ids)} tokens exceeds max_model_len {MAX_MODEL_LEN}")
+
+    def add_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
         assert request_id not in self.running
         self.running[request_id] = [prompt_token_ids, params, 0]
         self.max_in_flight = max(self.max_in_flight, len(self.running))
@@ -166,6 +168,14 @@ def test_chat(tmp_path: Path) -> None:
     assert body["usage"]["prompt_tokens"] == len("<user>hi")
 
 
+def test_several_prompts_and_choices(tmp_path: Path) -> None:
+    """All in one result, by prompt, then by number; each prompt counted once."""
+    result = answer(tmp_path, line("a", prompt=["one", "three"], n=2, max_tokens=2))
+    body = result["response"]["body"]
+    assert [(choice["index"], choice["text"]) for choice in body["choices"]] == [(i, "xx") for i in range(4)]
+    assert body["usage"] == {"prompt_tokens": 10, "completion_tokens": 8, "total_tokens": 18}
+
+
 def test_token_ids_as_prompt(tmp_path: Path) -> None:
     body = answer(tmp_path, line("a", prompt=[5, 6, 7], max_completion_tokens=1))["response"]["body"]
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
@@ -223,22 +233,22 @@ BAD_LINES = [
     ),
     (line("a") | {"url": []}, "url must be /v1/chat/completions or /v1/completions, got []"),
     (line("a") | {"body": "hello"}, "body must be a JSON object, got 'hello'"),
-    (line("a", max_tokens=2), "prompt must be a string or a list of token ids, got None"),
-    (line("a", prompt=["hello"]), "prompt must be a string or a list of token ids, got ['hello']"),
-    (line("a", prompt=[True]), "prompt must be a string or a list of token ids, got [True]"),
+    (line("a", max_tokens=2), "prompt must be a string, a list of token ids, or a list of those, got None"),
+    (line("a", prompt=["hello", 5]), "prompt must be a string, a list of token ids, or a list of those, got ['"),
+    (line("a", prompt=[True]), "prompt must be a string, a list of token ids, or a list of those, got [True]"),
     (line("a", CHAT, prompt="hello"), "messages must be a list of at least one message, got None"),
     (line("a", prompt="hello", beams=2), "unknown parameter 'beams' for /v1/completions; known: ignore_eos, "),
-    (line("a", prompt="hello", best_of=2), "best_of must be 1 in a batch, got 2"),
-    (line("a", prompt="hello", logit_bias={"5": 1}), "logit_bias must be {} in a batch, got {'5': 1}"),
-    (line("a", CHAT, messages=[], tools=[{"type": "function"}]), "tools must be [] in a batch, got [{'type':"),
-    (line("a", CHAT, messages=[], tool_choice="required"), "tool_choice must be 'none' or 'auto' in a batch, got "),
+    (line("a", prompt="hello", best_of=2), "best_of must be n, 1, got 2"),
+    (line("a", prompt="hello", logit_bias={"5": 1}), "logit_bias must be {}, got {'5': 1}"),
+    (line("a", CHAT, messages=[], tools=[{"type": "function"}]), "tools must be [], got [{'type':"),
+    (line("a", CHAT, messages=[], tool_choice="required"), "tool_choice must be 'none' or 'auto', got "),
     (
         line("a", CHAT, messages=[], response_format={"type": "json_object"}),
-        "response_format must be {'type': 'text'} in a batch, got {'type': 'json_object'}",
+        "response_format must be {'type': 'text'}, got {'type': 'json_object'}",
     ),
     (line("a", prompt="hello", prompt_logprobs=2), "unknown parameter 'prompt_logprobs'"),
-    (line("a", prompt="hello", n=2), "n must be 1 in a batch, got 2"),
-    (line("a", prompt="hello", stream=True), "stream must be False in a batch, got True"),
+    (line("a", prompt="hello", n=200), "n must be an integer in [1, 128], got 200"),
+    (line("a", prompt="hello", stream=True), "stream must be false in a batch, got true"),
     (line("a", prompt="hello", model="gpt"), "model must be 'echo', which is served here, got 'gpt'"),
     (line("a", prompt="hello", temperature=-1), "temperature must be in [0, 100], got -1"),
     (line("a", prompt="hello", temperature=10**400), "temperature must be in [0, 100], got 1000"),
@@ -246,7 +256,7 @@ BAD_LINES = [
     (line("a", prompt="hello", stop=5), "stop must be"),
     (line("a", prompt="hello", stop_token_ids=5), "stop_token_ids must be"),
     (line("a", prompt="hello", ignore_eos="no"), "ignore_eos must be"),
-    (line("a", CHAT, messages=[], logprobs=3), "logprobs must be true or false for /v1/chat/completions, got 3"),
+    (line("a", CHAT, messages=[], logprobs=3), "logprobs must be true or false, got 3"),
     (line("a", CHAT, messages=[], top_logprobs=3), "top_logprobs needs logprobs to be true, got 3 without"),
     (line("a", prompt="x" * MAX_MODEL_LEN), "prompt of 101 tokens exceeds max_model_len 100"),
 ]

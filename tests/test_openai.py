@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 
 from jaxserve.errors import RequestError
-from jaxserve.openai import ENDPOINTS, Endpoint
+from jaxserve.openai import CHAT, COMPLETIONS, Ask, Endpoint, Response
 from jaxserve.request import Completion, FinishReason, Logprob, RequestDelta, RequestMetrics, SamplingParams
 from jaxserve.served_model import ServedModel
 from jaxserve.tokenizer import Tokenizer
 
-CHAT, COMPLETIONS = ENDPOINTS
 BYTES = Tokenizer.of_bytes()
 MODEL = ServedModel(("bytes", "alias"), BYTES, max_model_len=100, vocab_size=256, sampling_defaults={})
 
@@ -41,9 +40,8 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 
 
 def parse(endpoint: Endpoint, served: ServedModel = CHATTING, /, **body: Any) -> tuple[list[int], SamplingParams]:
-    prompt, given = endpoint.parse(body, served, where="here")
-    token_ids = served.token_ids(prompt)
-    return token_ids, served.sampling_params(given, len(token_ids), endpoint.defaults)
+    (one,) = endpoint.completions(endpoint.parse(body, served), "id", served)
+    return one.prompt_token_ids, one.params
 
 
 def completion(
@@ -67,8 +65,13 @@ def completion(
     return collected
 
 
+def whole(endpoint: Endpoint, completions: Sequence[Completion], model: ServedModel = MODEL) -> dict[str, Any]:
+    """Of as many prompts."""
+    return Response(endpoint, Ask((), {}), completions, "cmpl-1", model).whole()
+
+
 def logprobs_of(endpoint: Endpoint, one: Completion, model: ServedModel = MODEL) -> dict[str, Any]:
-    (choice,) = endpoint.response("cmpl-1", [one], model)["choices"]
+    (choice,) = whole(endpoint, [one], model)["choices"]
     logprobs: dict[str, Any] = choice["logprobs"]
     return logprobs
 
@@ -104,13 +107,13 @@ def test_models_have_several_names() -> None:
 
 
 def test_errors_say_where_they_are() -> None:
-    with pytest.raises(RequestError, match="n must be 1 here, got 2"):
-        parse(COMPLETIONS, prompt="hi", n=2)
+    with pytest.raises(RequestError, match="suffix must be '', got 'x'"):
+        parse(COMPLETIONS, prompt="hi", suffix="x")
 
 
 def test_a_response_has_every_choice_and_all_tokens() -> None:
     one, other = completion([5], "x", None, None), completion([5, 6], "xy", None, None)
-    response = COMPLETIONS.response("cmpl-1", [one, other], MODEL)
+    response = whole(COMPLETIONS, [one, other])
     del response["created"]
     assert response == {
         "id": "cmpl-1",
