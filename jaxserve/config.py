@@ -253,22 +253,45 @@ class ResolvedConfig(EngineConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """The gRPC front end. Raises ConfigError."""
+    """The server's doors. Raises ConfigError."""
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(50051, "gRPC port; 0 picks a free one")
-    metrics_port: int | None = option(None, "port of the Prometheus endpoint; none by default")
-    max_waiting: int = option(1024, "requests in flight before new ones are refused with RESOURCE_EXHAUSTED")
-    max_message_bytes: int = option(16 * 1024 * 1024, "largest gRPC message")
+    http_port: int | None = option(None, "port of OpenAI's API over HTTP; 0 picks a free one; none by default")
+    metrics_port: int | None = option(None, "port of a Prometheus endpoint without keys or TLS; none by default")
+    served_model_name: str | None = option(
+        None, "what requests may call the model, several names apart by commas; what it was started as by default"
+    )
+    api_key_file: str | None = option(
+        None,
+        "keys of which every call but health needs one, one in a line, read again on SIGHUP; also those of "
+        "the variable JAXSERVE_API_KEYS",
+    )
+    ssl_certfile: str | None = option(None, "certificate chain (PEM), for TLS on both ports")
+    ssl_keyfile: str | None = option(None, "its private key (PEM)")
+    ssl_ca_certs: str | None = option(None, "authorities (PEM) of one of which clients need a certificate, for mTLS")
+    max_waiting: int = option(1024, "requests in flight before new ones are refused: RESOURCE_EXHAUSTED, 429")
+    max_message_bytes: int = option(16 * 1024 * 1024, "largest gRPC message or HTTP body")
     drain_seconds: float = option(30.0, "how long SIGTERM waits for running requests")
     step_timeout_seconds: float = option(120.0, "a step that takes longer hangs: the server ends with exit code 1")
     data_parallel: int = option(1, "engines, on devices of their own; requests go to the one with the fewest")
 
     def __post_init__(self) -> None:
-        for name in ("port", "metrics_port"):
+        for name in ("port", "http_port", "metrics_port"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 65535:
                 raise ConfigError(f"{name} must be in [0, 65535], got {value}")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ConfigError(
+                f"ssl_certfile and ssl_keyfile must be given together, got {self.ssl_certfile!r} and "
+                f"{self.ssl_keyfile!r}"
+            )
+        if self.ssl_ca_certs is not None and self.ssl_certfile is None:
+            raise ConfigError(f"ssl_ca_certs needs ssl_certfile, got {self.ssl_ca_certs!r} without")
+        for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
+            path = getattr(self, name)
+            if path is not None and not os.access(path, os.R_OK):
+                raise ConfigError(f"{name} must be a file that can be read, got {path!r}")
         for name in ("max_waiting", "max_message_bytes", "data_parallel"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -276,3 +299,9 @@ class ServerConfig:
             raise ConfigError(f"drain_seconds must not be negative, got {self.drain_seconds}")
         if not self.step_timeout_seconds > 0:
             raise ConfigError(f"step_timeout_seconds must be positive, got {self.step_timeout_seconds}")
+        if self.served_model_name is not None and not all(self.served_model_names):
+            raise ConfigError(f"served_model_name must be names apart by commas, got {self.served_model_name!r}")
+
+    @property
+    def served_model_names(self) -> tuple[str, ...]:
+        return () if self.served_model_name is None else tuple(self.served_model_name.split(","))

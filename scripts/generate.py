@@ -42,9 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="makes a sampled output repeatable")
     parser.add_argument("--target", default=DEFAULT_TARGET, help="host:port of the server (default: %(default)s)")
+    parser.add_argument("--ca-file", help="authority (PEM) of a server with TLS")
     args = parser.parse_args(argv)
     prompt = [{"role": "user", "content": args.prompt}] if args.chat else args.prompt
-    with Client(args.target) as client:
+    with Client(args.target, ca_file=args.ca_file) as client:
         try:
             timing = stream(
                 client, prompt, max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed

@@ -16,7 +16,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.hosts.front_end import FrontEnd
 from jaxserve.hosts.group import Group, HostsConfig
 from jaxserve.hosts.ranks import exit_code_of, run_follower, set_up_logging
-from jaxserve.server.grpc_server import build_engines, serve
+from jaxserve.server.serve import build_engines, serve
 from jaxserve.server.signals import end_process
 
 

@@ -22,7 +22,7 @@ from jaxserve.models.loading.checkpoint import Checkpoint
 from jaxserve.request import SamplingParams
 from jaxserve.scheduler import Chunk
 from jaxserve.scheduler.buckets import bucket_of
-from jaxserve.server.grpc_server import freeze_start_up
+from jaxserve.server.serve import freeze_start_up
 
 TILING = Tiling(decode_tokens=128, prefill_rows=32, busy=BusyPrograms(decode=396, prefill=132, kv_heads=8))
 """Of Mistral-7B on an H100 (kernels/triton_attention.py)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import multiprocessing
+import os
 import signal
 import time
 from pathlib import Path
@@ -19,9 +20,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.hosts.group import Group
 from jaxserve.hosts.ranks import LOST, run_leader
-from jaxserve.server import grpc_server
+from jaxserve.server import serve
 from jaxserve.server.client import NO_PROXY
 from jaxserve.server.door import Context, StatusError
+from jaxserve.server.keys import Keys
 from jaxserve.server.listener import SERVICE_NAME, SERVING, Listener, message_limits
 from jaxserve.server.signals import stop_signal
 
@@ -66,7 +68,8 @@ class FrontEnd:
         options = [*message_limits(server_config.max_message_bytes), NO_PROXY]
         self._channel = grpc.aio.insecure_channel(f"unix:{socket}", options=options)
         self._proxy = Proxy(self._channel)
-        self._listener = Listener(server_config)
+        self._keys = Keys(server_config.api_key_file)
+        self._listener = Listener(server_config, self._keys)
         self._listener.server.add_generic_rpc_handlers((self._proxy,))
         # A fork would inherit gRPC's threads, or their locks.
         self._process = multiprocessing.get_context("spawn").Process(
@@ -78,12 +81,15 @@ class FrontEnd:
         started_seconds = time.monotonic()
         stopped = stop_signal()
         await self._listener.start()
-        # A terminal sends SIGINT to both processes. The other one ignores it from birth: this one tells it.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # A terminal sends SIGINT to both processes. The other one ignores it from birth: this one tells it. So with
+        # SIGHUP until it has a handler.
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
         self._process.start()
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload_keys)
         following = asyncio.create_task(self._follow_health(started_seconds))
-        ended = asyncio.create_task(grpc_server.in_daemon_thread(self._process.join))
+        ended = asyncio.create_task(serve.in_daemon_thread(self._process.join))
         stopping = asyncio.create_task(stopped.wait())
         await asyncio.wait((ended, stopping), return_when=asyncio.FIRST_COMPLETED)
         following.cancel()
@@ -100,6 +106,11 @@ class FrontEnd:
             return 0
         return exit_code if exit_code is not None and exit_code >= 0 else LOST
 
+    def _reload_keys(self) -> None:
+        self._keys.reload()
+        assert self._process.pid is not None
+        os.kill(self._process.pid, signal.SIGHUP)  # it has the HTTP door
+
     async def _follow_health(self, started_seconds: float) -> None:
         """Be what the leader's process is: warming up, serving, draining."""
         request = health_pb2.HealthCheckRequest(service=SERVICE_NAME)
@@ -108,4 +119,4 @@ class FrontEnd:
             await self._listener.set_serving(serving)
             if serving:
                 self._proxy.unavailable = None
-                grpc_server.announce(self._config, self._listener.address, started_seconds)
+                serve.announce(self._config, self._listener.address, started_seconds)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.errors import ConfigError, ModelError
 from jaxserve.hosts.group import Group
-from jaxserve.server.grpc_server import build_engines, serve
+from jaxserve.server.serve import build_engines, serve
 from jaxserve.server.signals import drain_on_signal, end_process
 
 if TYPE_CHECKING:

@@ -34,7 +34,8 @@ class Admission:
 
     def open(self, engines: Sequence[Engine]) -> None:
         """Admit requests to warm engines of one model, which from now on belong to this. Call it in the event loop."""
-        self._replicas = Replicas(engines, self.failed.set, self._config.step_timeout_seconds)
+        names = self._config.served_model_names
+        self._replicas = Replicas(engines, self.failed.set, self._config.step_timeout_seconds, names)
 
     def replicas(self, model: str = "") -> Replicas:
         """The engines, for all but requests, if the caller wants their ``model`` or names none.
@@ -47,22 +48,27 @@ class Admission:
             self._replicas.model.check_name(model)
         return self._replicas
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would be admitted now, but for the number of those under way."""
+        return self._replicas is not None and not self._draining and not self.failed.is_set()
+
     @contextlib.contextmanager
-    def request(self, model: str = "") -> Iterator[Replicas]:
-        """The engines for one request, which is under way as long as the block runs.
+    def request(self, model: str = "", num_sequences: int = 1) -> Iterator[Replicas]:
+        """The engines for one request, or as many as ``num_sequences``, under way as long as the block runs.
 
         Raises UnavailableError, OverloadedError, and UnknownModelError.
         """
         replicas = self.replicas(model)
         if self._draining:
             raise UnavailableError("the server is draining")
-        if self.num_active >= self._config.max_waiting:
+        if self.num_active + num_sequences > self._config.max_waiting:
             raise OverloadedError(f"max_waiting requests are in flight, the limit is {self._config.max_waiting}")
-        self.num_active += 1
+        self.num_active += num_sequences
         try:
             yield replicas
         finally:
-            self.num_active -= 1
+            self.num_active -= num_sequences
 
     async def drain(self) -> None:
         """Refuse new requests, give the running ones drain_seconds to finish, abort the others, close the engines."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import operator
+import os
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 import grpc
@@ -65,11 +67,18 @@ class Client:
     """One channel to one server; safe to share between threads.
 
     A failed call raises grpc.RpcError. What cannot be sent as it was given raises RequestError, with its place.
+    ``api_key``: for a server that asks for one, that of the variable JAXSERVE_API_KEY by default. ``ca_file``: the
+    authority (PEM) of a server with TLS.
     """
 
-    def __init__(self, target: str = DEFAULT_TARGET) -> None:
+    def __init__(self, target: str = DEFAULT_TARGET, *, api_key: str | None = None, ca_file: str | None = None) -> None:
         self.target = target
-        self._channel = grpc.insecure_channel(target, options=_channel_options(target))
+        self._metadata = _metadata(api_key)
+        options = _channel_options(target)
+        if ca_file is None:
+            self._channel = grpc.insecure_channel(target, options=options)
+        else:
+            self._channel = grpc.secure_channel(target, _credentials(ca_file), options=options)
         self._stub = pb_grpc.InferenceServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
@@ -120,33 +129,39 @@ class Client:
         where it is no limit. Iterate for the responses; ``cancel()`` on the result
         ends the request on the server.
         """
-        return self._stub.Generate(_generate_request(prompt, request_id, model, sampling), timeout=timeout_seconds)
+        request = _generate_request(prompt, request_id, model, sampling)
+        return self._stub.Generate(request, timeout=timeout_seconds, metadata=self._metadata)
 
     def abort(self, request_id: str) -> bool:
         """End a request from outside its call; False when it is not in flight."""
-        return self._stub.Abort(pb.AbortRequest(request_id=request_id)).aborted
+        return self._stub.Abort(pb.AbortRequest(request_id=request_id), metadata=self._metadata).aborted
 
     def model_info(self) -> pb.GetModelInfoResponse:
-        return self._stub.GetModelInfo(pb.GetModelInfoRequest())
+        return self._stub.GetModelInfo(pb.GetModelInfoRequest(), metadata=self._metadata)
 
     def tokenize(self, prompt: str | ChatMessages) -> list[int]:
         """The token ids that ``generate`` would see."""
         field = _prompt_field(prompt)
         if "token_ids" in field:
             raise RequestError(f"prompt must be a text or a chat to be tokenized, got {prompt!r:.80}")
-        return list(self._stub.Tokenize(pb.TokenizeRequest(**field)).token_ids)
+        return list(self._stub.Tokenize(pb.TokenizeRequest(**field), metadata=self._metadata).token_ids)
 
     def detokenize(self, token_ids: Iterable[SupportsIndex], *, skip_special_tokens: bool = True) -> str:
         ids = _token_ids("token_ids", token_ids)
         request = pb.DetokenizeRequest(token_ids=ids, skip_special_tokens=skip_special_tokens)
-        return self._stub.Detokenize(request).text
+        return self._stub.Detokenize(request, metadata=self._metadata).text
 
 
 class AsyncClient:
     """``Client.generate`` for asyncio, for hundreds of streams in one thread. Create it inside the event loop."""
 
-    def __init__(self, target: str = DEFAULT_TARGET) -> None:
-        self._channel = grpc.aio.insecure_channel(target, options=_channel_options(target))
+    def __init__(self, target: str = DEFAULT_TARGET, *, api_key: str | None = None, ca_file: str | None = None) -> None:
+        self._metadata = _metadata(api_key)
+        options = _channel_options(target)
+        if ca_file is None:
+            self._channel = grpc.aio.insecure_channel(target, options=options)
+        else:
+            self._channel = grpc.aio.secure_channel(target, _credentials(ca_file), options=options)
         self._stub = pb_grpc.InferenceServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
@@ -160,9 +175,18 @@ class AsyncClient:
     ) -> AsyncIterator[pb.GenerateResponse]:
         """As ``Client.generate``; a failed call raises grpc.aio.AioRpcError."""
         call: AsyncIterator[pb.GenerateResponse] = self._stub.Generate(
-            _generate_request(prompt, request_id, model, sampling)
+            _generate_request(prompt, request_id, model, sampling), metadata=self._metadata
         )
         return call
+
+
+def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    api_key = api_key or os.environ.get("JAXSERVE_API_KEY")
+    return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+
+
+def _credentials(ca_file: str) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(Path(ca_file).read_bytes())
 
 
 def _channel_options(target: str) -> list[tuple[str, int]]:

@@ -15,6 +15,7 @@ from grpc_health.v1 import health
 from jaxserve.errors import RequestError
 from jaxserve.served_model import UnknownModelError
 from jaxserve.server.errors import RETRY_AFTER_MS, OverloadedError, UnavailableError
+from jaxserve.server.keys import NO_KEY, Keys
 
 logger = logging.getLogger(__name__)
 
@@ -56,15 +57,19 @@ def status_of(error: Exception) -> StatusError:
     return StatusError(grpc.StatusCode.INTERNAL, "internal error")
 
 
+async def _refuse(requests: object, context: Context) -> None:
+    await context.abort(grpc.StatusCode.UNAUTHENTICATED, NO_KEY)
+
+
 class Door(grpc.aio.ServerInterceptor):
-    """Admits up to ``max_calls`` calls at once besides health checks, and turns exceptions into statuses; without it
-    gRPC sends the text of any exception to the client.
+    """Admits callers with a key, up to ``max_calls`` calls at once, and all health checks. Turns exceptions into
+    statuses; without it gRPC sends the text of any exception to the client.
     """
 
-    def __init__(self, max_calls: int, max_message_bytes: int) -> None:
+    def __init__(self, keys: Keys, max_calls: int, max_message_bytes: int) -> None:
         self.max_request_bytes: int | None = None
         """Larger requests are refused before they are parsed, which takes Python's lock for as long as it takes."""
-        self._max_calls, self._max_message_bytes = max_calls, max_message_bytes
+        self._keys, self._max_calls, self._max_message_bytes = keys, max_calls, max_message_bytes
         self._num_calls = 0
 
     async def intercept_service(
@@ -72,10 +77,13 @@ class Door(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
+        counted = not handler_call_details.method.startswith(f"/{health.SERVICE_NAME}/")
+        metadata = dict(handler_call_details.invocation_metadata or ())
+        if counted and not self._keys.admit(str(metadata.get("authorization", "")).encode()):
+            return grpc.stream_stream_rpc_method_handler(_refuse)
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_streaming:  # an unknown method; reflection
             return handler
-        counted = not handler_call_details.method.startswith(f"/{health.SERVICE_NAME}/")
         call = functools.partial(self._call, handler, counted)
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(call, None, handler.response_serializer)

@@ -13,6 +13,7 @@ import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.5
+MAX_WAITING_DELTAS = 16
+"""For one reader, before they are joined."""
+JOINED_TOKENS = 64
+"""Of a delta that no further one is joined to."""
 
 
 class EngineDeadError(UnavailableError):
@@ -38,16 +43,32 @@ class EngineDeadError(UnavailableError):
 
 @dataclass(eq=False)
 class _Stream:
-    """One request's way back: the engine thread produces what the loop puts in ``items``."""
+    """One request's way back: what the engine thread produces, until its reader takes it.
+
+    The engine waits for no reader. What one is behind with is joined, so that it can catch up in a few messages.
+    """
 
     request_id: str
-    items: asyncio.Queue[RequestDelta | Exception] = field(default_factory=asyncio.Queue)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    _items: deque[RequestDelta | Exception] = field(default_factory=deque)
+    _arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
     def put(self, item: RequestDelta | Exception) -> None:
-        self.items.put_nowait(item)
+        last = self._items[-1] if len(self._items) >= MAX_WAITING_DELTAS else None
+        if isinstance(item, RequestDelta) and isinstance(last, RequestDelta) and len(last.token_ids) < JOINED_TOKENS:
+            self._items[-1] = last.followed_by(item)
+        else:
+            self._items.append(item)
+        self._arrived.set()
         if isinstance(item, Exception) or item.finish_reason is not None:
             self.ended.set()
+
+    async def get(self) -> RequestDelta | Exception:
+        await self._arrived.wait()
+        item = self._items.popleft()
+        if not self._items:
+            self._arrived.clear()
+        return item
 
 
 @dataclass(frozen=True)
@@ -117,7 +138,7 @@ class EngineThread:
         self._commands.put(_Add(stream, prompt_token_ids, params, arrival_seconds=time.monotonic()))
         try:
             while True:
-                item = await stream.items.get()
+                item = await stream.get()
                 if isinstance(item, Exception):
                     raise item
                 yield item

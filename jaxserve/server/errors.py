@@ -12,3 +12,7 @@ class UnavailableError(RuntimeError):
 
 class OverloadedError(RuntimeError):
     """Too much is under way: the caller may come back after RETRY_AFTER_MS."""
+
+
+class AbortedError(RuntimeError):
+    """Somebody else has ended the request."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import ssl
 from pathlib import Path
 
 import grpc
@@ -13,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
 from jaxserve.server.door import Door
+from jaxserve.server.keys import Keys
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
@@ -32,13 +34,13 @@ class Listener:
     ``set_serving(True)`` and ``set_serving(False)``. Create it inside the event loop.
 
     Handlers of the service itself are added to ``server`` before the start. ``socket``: the path of a Unix socket, to
-    listen on instead of the port.
+    listen on instead of the port, without TLS.
     """
 
-    def __init__(self, config: ServerConfig, socket: Path | None = None) -> None:
+    def __init__(self, config: ServerConfig, keys: Keys, socket: Path | None = None) -> None:
         self._config, self._socket = config, socket
         self._health = health.aio.HealthServicer()
-        self.door = Door(config.max_waiting + SPARE_CALLS, config.max_message_bytes)
+        self.door = Door(keys, config.max_waiting + SPARE_CALLS, config.max_message_bytes)
         self.server = grpc.aio.server(interceptors=[self.door], options=channel_options(config.max_message_bytes))
         self.port = config.port
 
@@ -52,7 +54,10 @@ class Listener:
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server)
         await self.set_serving(False)
         try:
-            port = self.server.add_insecure_port(self.address)
+            if self._config.ssl_certfile is None or self._socket is not None:
+                port = self.server.add_insecure_port(self.address)
+            else:
+                port = self.server.add_secure_port(self.address, server_credentials(self._config))
         except RuntimeError:
             raise listen_error(self._config.host, self._config.port) from None
         self.port = port
@@ -68,6 +73,22 @@ class Listener:
     async def stop(self) -> None:
         """Give what was written a moment to reach its readers, and close the port."""
         await self.server.stop(FLUSH_SECONDS)
+
+
+def server_credentials(config: ServerConfig) -> grpc.ServerCredentials:
+    """Of its ssl files. Raises ConfigError for what is in them."""
+    assert config.ssl_keyfile is not None
+    assert config.ssl_certfile is not None
+    pair = Path(config.ssl_keyfile).read_bytes(), Path(config.ssl_certfile).read_bytes()
+    authorities = None if config.ssl_ca_certs is None else Path(config.ssl_ca_certs).read_bytes()
+    try:
+        ssl.create_default_context().load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+    except ssl.SSLError as error:  # gRPC itself would log it, and listen all the same
+        raise ConfigError(
+            f"ssl_certfile and ssl_keyfile must be a certificate and its key (PEM), got {config.ssl_certfile!r} and "
+            f"{config.ssl_keyfile!r}: {error}"
+        ) from None
+    return grpc.ssl_server_credentials([pair], authorities, require_client_auth=authorities is not None)
 
 
 def message_limits(max_message_bytes: int) -> list[tuple[str, int]]:

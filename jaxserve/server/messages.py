@@ -105,14 +105,8 @@ def prompt_token_ids(message: pb.GenerateRequest | pb.TokenizeRequest, model: Se
 
 def text_of(message: pb.DetokenizeRequest, model: ServedModel) -> str:
     """The text of the token ids. Raises RequestError."""
-    # A model's vocabulary may be padded beyond its tokenizer's: such ids are sampled, and have no text.
-    limit = max(model.tokenizer.vocab_size, model.vocab_size)
-    token_ids = list(message.token_ids)
-    if token_ids and max(token_ids) >= limit:
-        wrong = next(token_id for token_id in token_ids if token_id >= limit)
-        raise RequestError(f"token_ids must be in [0, {limit - 1}], got {wrong}")
     skip = message.skip_special_tokens if message.HasField("skip_special_tokens") else True
-    return model.tokenizer.decode(token_ids, skip_special_tokens=skip)
+    return model.text(list(message.token_ids), skip)
 
 
 def position_logprobs(position: dict[int, Logprob] | None) -> pb.PositionLogprobs:
@@ -140,13 +134,15 @@ class ResponseRoom:
             usage=LARGEST_USAGE,
         )
         position = pb.GenerateResponse(prompt_logprobs=[_largest_position(params.prompt_logprobs or 0)])
-        # Text and prompt log-probabilities may come together; four bytes are a field's tag and length.
-        half_bytes = (min(max_message_bytes - largest.ByteSize(), RESPONSE_BYTES) - 4) // 2
-        self.num_positions = half_bytes // position.ByteSize()
-        self.num_characters = half_bytes // MAX_CHARACTER_BYTES
+        # Text, prompt log-probabilities and further tokens may come together; four bytes are a field's tag and length.
+        third_bytes = (min(max_message_bytes - largest.ByteSize(), RESPONSE_BYTES) - 12) // 3
+        self.num_positions = third_bytes // position.ByteSize()
+        self.num_characters = third_bytes // MAX_CHARACTER_BYTES
+        token = pb.GenerateResponse(token_ids=largest.token_ids, logprobs=largest.logprobs)
+        self.num_tokens = 1 + max(0, third_bytes) // token.ByteSize()
         if min(self.num_positions, self.num_characters) < 1:
             raise RequestError(
-                f"stop strings and logprobs may need responses of over {largest.ByteSize() + 2 * position.ByteSize()} "
+                f"stop strings and logprobs may need responses of over {largest.ByteSize() + 3 * position.ByteSize()} "
                 f"bytes, which exceeds max_message_bytes {max_message_bytes}"
             )
 
@@ -159,7 +155,7 @@ def _largest_position(num_alternatives: int) -> pb.PositionLogprobs:
 def generate_responses(
     delta: RequestDelta, num_output_tokens: int, room: ResponseRoom
 ) -> Iterator[pb.GenerateResponse]:
-    """One delta, in several responses where it is too much for one; tokens and usage are in the last.
+    """One delta, in several responses where it is too much for one; the last tokens and usage are in the last.
 
     ``num_output_tokens`` counts this delta and all before it.
     """
@@ -170,11 +166,19 @@ def generate_responses(
     while len(text) > room.num_characters:
         yield pb.GenerateResponse(request_id=delta.request_id, text=text[: room.num_characters])
         text = text[room.num_characters :]
+    token_ids, logprobs = delta.token_ids, delta.logprobs or []
+    while len(token_ids) > room.num_tokens:
+        yield pb.GenerateResponse(
+            request_id=delta.request_id,
+            token_ids=token_ids[: room.num_tokens],
+            logprobs=map(position_logprobs, logprobs[: room.num_tokens]),
+        )
+        token_ids, logprobs = token_ids[room.num_tokens :], logprobs[room.num_tokens :]
     response = pb.GenerateResponse(
         request_id=delta.request_id,
         text=text,
-        token_ids=delta.token_ids,
-        logprobs=map(position_logprobs, delta.logprobs or ()),
+        token_ids=token_ids,
+        logprobs=map(position_logprobs, logprobs),
         prompt_logprobs=map(position_logprobs, prompt),
     )
     if delta.finish_reason is not None:

@@ -19,14 +19,21 @@ if TYPE_CHECKING:
 class Replicas:
     """Gives every request to the engine with the fewest in flight. Create it inside the event loop.
 
-    ``on_death``, ``step_timeout_seconds``: see EngineThread; the death of one is that of all.
+    ``on_death``, ``step_timeout_seconds``: see EngineThread; the death of one is that of all. ``names``: what requests
+    may call the model, instead of what it was started as.
     """
 
-    def __init__(self, engines: Sequence[Engine], on_death: Callable[[], None], step_timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        on_death: Callable[[], None],
+        step_timeout_seconds: float,
+        names: Sequence[str] = (),
+    ) -> None:
         self._threads = [EngineThread(engine, on_death, step_timeout_seconds) for engine in engines]
         self.engine = engines[0]
         """Any of them, to ask for what they have in common."""
-        self.model = ServedModel.of(engines[0])
+        self.model = ServedModel.of(engines[0], names)
 
     def generate(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams

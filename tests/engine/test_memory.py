@@ -99,7 +99,7 @@ def test_a_larger_share_is_claimed() -> None:
 def test_every_door_claims_before_jax_takes_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several engines' devices are asked for before the first engine is made."""
     from jaxserve.engine import runner
-    from jaxserve.server.grpc_server import build_engines
+    from jaxserve.server.serve import build_engines
 
     claimed: list[float] = []
 

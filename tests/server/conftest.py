@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +18,8 @@ from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.errors import RequestError
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestMetrics, SamplingParams
-from jaxserve.server.admission import Admission
 from jaxserve.server.client import Client
-from jaxserve.server.grpc_server import GrpcServer
+from jaxserve.server.serve import Server
 
 MAX_MODEL_LEN = 1000
 VOCAB_SIZE = 160
@@ -46,6 +45,15 @@ class FakeTokenizer:
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return "".join(chr(i) for i in ids if i < self.vocab_size and (i or not skip_special_tokens))
+
+    def decode_stream(self, skip_special_tokens: bool = True, after: Sequence[int] = ()) -> SimpleNamespace:
+        return SimpleNamespace(step=chr)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return chr(token_id).encode()
+
+    def token(self, token_id: int) -> str:
+        return chr(token_id)
 
     def apply_chat_template(self, messages: list[dict[str, str]]) -> str:
         return "".join(f"<{m['role']}>{m['content']}" for m in messages)
@@ -154,7 +162,7 @@ class FakeEngine:
 
 
 class RunningServer:
-    """A GrpcServer on a free port."""
+    """A Server on free ports."""
 
     def __init__(self, config: ServerConfig, num_engines: int) -> None:
         self.engines = [FakeEngine() for _ in range(num_engines)]
@@ -162,15 +170,21 @@ class RunningServer:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self.admission = Admission(config)
-        self.server = self.call(self._start(config, self.admission))
-        self.target = f"127.0.0.1:{self.server.listener.port}"
+        self.server = self.call(self._start(config))
+        self.admission = self.server.admission
+        self.target = self.server.grpc.address
 
     @staticmethod
-    async def _start(config: ServerConfig, admission: Admission) -> GrpcServer:
-        server = GrpcServer(config, admission)
+    async def _start(config: ServerConfig) -> Server:
+        server = Server(config)
         await server.start()
         return server
+
+    @property
+    def url(self) -> str:
+        """Of the HTTP door."""
+        assert self.server.http is not None
+        return self.server.http.address
 
     def submit[T](self, coroutine: Coroutine[Any, Any, T]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -179,11 +193,7 @@ class RunningServer:
         return self.submit(coroutine).result(timeout=30)
 
     def set_ready(self) -> None:
-        self.call(self._set_ready())
-
-    async def _set_ready(self) -> None:
-        self.admission.open(self.engines)  # type: ignore[arg-type]
-        await self.server.set_ready()
+        self.call(self.server.set_ready(self.engines))  # type: ignore[arg-type]
 
     def close(self) -> None:
         self.call(self.server.shutdown())

@@ -10,7 +10,7 @@ import pytest
 
 from jaxserve.errors import RequestError
 from jaxserve.request import FinishReason, SamplingParams
-from jaxserve.server.engine_thread import EngineDeadError, EngineThread
+from jaxserve.server.engine_thread import JOINED_TOKENS, MAX_WAITING_DELTAS, EngineDeadError, EngineThread
 
 ENDLESS = SamplingParams(max_tokens=None)
 
@@ -48,6 +48,26 @@ def test_cancelled_before_its_first_delta(engine):
             with pytest.raises(asyncio.CancelledError):
                 await waiting
             assert thread.num_in_flight == 0
+
+    asyncio.run(scenario())
+
+
+def test_what_a_slow_reader_is_behind_with_is_joined(engine):
+    """Nothing is lost, little waits, and the engine waits for nobody."""
+
+    async def scenario() -> None:
+        async with running(engine) as thread:
+            params = SamplingParams(max_tokens=300, logprobs=0, prompt_logprobs=0)
+            stream = thread.generate("slow", [2, 3], params)
+            first = await anext(stream)
+            while engine.has_unfinished():
+                await asyncio.sleep(0.05)
+            rest = [delta async for delta in stream]
+            assert MAX_WAITING_DELTAS <= len(rest) <= MAX_WAITING_DELTAS + 300 / JOINED_TOKENS + 1
+            assert max(len(delta.token_ids) for delta in rest) <= JOINED_TOKENS
+            assert "".join(delta.text for delta in (first, *rest)) == "x" * 300
+            assert sum(len(delta.logprobs) for delta in (first, *rest)) == 300
+            assert [delta.finish_reason for delta in rest] == [None] * (len(rest) - 1) + [FinishReason.LENGTH]
 
     asyncio.run(scenario())
 

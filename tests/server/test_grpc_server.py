@@ -22,11 +22,10 @@ from jaxserve.errors import ConfigError
 from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestMetrics, SamplingParams
 from jaxserve.served_model import MAX_TEXT_TOKENS
 from jaxserve.server import door, listener, messages, text_threads
-from jaxserve.server.admission import Admission
 from jaxserve.server.client import AsyncClient, Client
-from jaxserve.server.grpc_server import GrpcServer
 from jaxserve.server.listener import LIVE, SERVICE_NAME
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
+from jaxserve.server.serve import Server
 from jaxserve.server.text_threads import LONG_THREADS, SHORT_BYTES
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -301,14 +300,16 @@ def test_large_outputs_are_divided(make_server):
     text=st.text(max_size=3000),
     num_positions=st.integers(0, 60),
     num_top=st.integers(0, 20),
+    num_tokens=st.integers(1, 80),
     stop=st.text(min_size=1, max_size=300),
     limit=st.integers(2000, 20_000),
 )
-def test_no_response_exceeds_the_limit_and_none_is_lost(text, num_positions, num_top, stop, limit):
+def test_no_response_exceeds_the_limit_and_none_is_lost(text, num_positions, num_top, num_tokens, stop, limit):
     params = SamplingParams(prompt_logprobs=num_top, logprobs=num_top, stop=stop)
     entry = {2**31 + i: Logprob(-1.5, 2**31) for i in range(1 + num_top)}
     delta = RequestDelta(
-        request_id="\N{GRINNING FACE}" * 128, token_ids=[2**31], text=text, logprobs=[entry], stop_reason=stop,
+        request_id="\N{GRINNING FACE}" * 128, token_ids=[2**31] * num_tokens, text=text, stop_reason=stop,
+        logprobs=[entry] * num_tokens,
         prompt_logprobs=[None, *[entry] * num_positions], finish_reason=FinishReason.STOP,
         metrics=RequestMetrics(0.0, first_scheduled_seconds=1.0, token_seconds=[2.0]), num_prompt_tokens=2**31,
     )  # fmt: skip
@@ -318,7 +319,9 @@ def test_no_response_exceeds_the_limit_and_none_is_lost(text, num_positions, num
     assert "".join(response.text for response in responses) == text
     positions = [position for response in responses for position in response.prompt_logprobs]
     assert positions == [messages.position_logprobs(position) for position in delta.prompt_logprobs]
-    assert [bool(response.token_ids) for response in responses] == [False] * (len(responses) - 1) + [True]
+    assert sum(len(response.token_ids) for response in responses) == num_tokens
+    assert sum(len(response.logprobs) for response in responses) == num_tokens
+    assert responses[-1].token_ids
 
 
 @pytest.mark.parametrize("sampling", [{"logprobs": 20}, {"prompt_logprobs": 20}, {"stop": "s" * 400}])
@@ -453,7 +456,7 @@ def test_calls_beside_requests_are_limited_but_for_health(make_server, eventuall
     monkeypatch.setattr(server.engine.tokenizer, "encode", lambda text, **options: release.wait(10) and [2])
     with Client(server.target) as client:
         calls = [client._stub.Tokenize.future(pb.TokenizeRequest(text="a")) for _ in range(2)]
-        eventually(lambda: server.server.listener.door._num_calls == 2)
+        eventually(lambda: server.server.grpc.listener.door._num_calls == 2)
         with pytest.raises(grpc.RpcError) as caught:
             client.model_info()
         assert caught.value.code() is StatusCode.RESOURCE_EXHAUSTED
@@ -569,7 +572,7 @@ def test_pings_of_an_idle_client_are_welcome(server):
 def test_port_in_use():
     async def start(port: int) -> None:
         config = ServerConfig(port=port)
-        await GrpcServer(config, Admission(config)).start()
+        await Server(config).start()
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -580,7 +583,7 @@ def test_port_in_use():
 def test_host_that_is_not_ours():
     async def start() -> None:
         config = ServerConfig(host="192.0.2.1", port=0)
-        await GrpcServer(config, Admission(config)).start()
+        await Server(config).start()
 
     with pytest.raises(ConfigError, match=r"^cannot listen on 192\.0\.2\.1:0: "):
         asyncio.run(start())

@@ -15,9 +15,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.errors import ConfigError
 from jaxserve.server.client import Client
-from jaxserve.server.grpc_server import build_engines
 from jaxserve.server.process import running_server
 from jaxserve.server.replicas import ReplicaMetrics
+from jaxserve.server.serve import build_engines
 from tests.hosts.test_several_hosts import free_ports
 from tests.models.golden import Golden
 from tests.server.test_serve_process import SERVE

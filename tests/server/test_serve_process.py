@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 import grpc
+import numpy as np
+import openai
 import pytest
 
 from jaxserve.server.client import Client
@@ -37,9 +39,9 @@ class Server:
         watchdog.start()
         line = self.process.stdout.readline()
         watchdog.cancel()
-        match = re.fullmatch(r"jaxserve: SERVING model=smollm2-135m on (\S+) after ([\d.]+) s\n", line)
+        match = re.fullmatch(r"jaxserve: SERVING model=smollm2-135m on (\S+)(?: and (\S+))? after [\d.]+ s\n", line)
         assert match, f"no SERVING but {line!r}; the log: {log.read_text()[-3000:]}"
-        self.target = match.group(1)
+        self.target, self.url = match.groups()
 
     def end(self, signal_number: int) -> int:
         self.process.send_signal(signal_number)
@@ -86,7 +88,7 @@ def test_crash_restart_and_drain(start, tmp_path):
 
     files = {path.name for path in (tmp_path / "compiled").rglob("*") if path.is_file()}
     assert files
-    second = start("--port", first.target.rsplit(":")[-1], *cache)
+    second = start("--port", first.target.rsplit(":")[-1], "--http-port", "0", *cache)
     assert second.target == first.target
     compiled = {path.name for path in (tmp_path / "compiled").rglob("*") if path.is_file()} - files
     assert not {name for name in compiled if not name.endswith("-atime")}, "the restart compiled again"
@@ -96,6 +98,7 @@ def test_crash_restart_and_drain(start, tmp_path):
     with Client(second.target) as client:
         assert "".join(r.text for r in client.generate(PROMPT, temperature=0.0, max_tokens=8)) == reference
         check_prompts_and_errors(client)
+        check_http(second.url, client, reference)
         stream = iter(client.generate(PROMPT, max_tokens=100, ignore_eos=True))
         next(stream)
         second.process.send_signal(signal.SIGTERM)
@@ -131,6 +134,29 @@ def check_prompts_and_errors(client: Client) -> None:
     assert client.abort("mine")
     *_, last = stream
     assert last.finish_reason == pb.FINISH_REASON_ABORT
+
+
+def check_http(url: str, client: Client, reference: str) -> None:
+    """OpenAI's client gets what gRPC's does, to the last bit."""
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as http:
+        asked = {"model": "smollm2-135m", "prompt": PROMPT, "temperature": 0, "max_tokens": 8}
+        assert http.completions.create(**asked).choices[0].text == reference
+        assert "".join(chunk.choices[0].text for chunk in http.completions.create(**asked, stream=True)) == reference
+        question = [{"role": "user", "content": "What is the capital of France?"}]
+        chat = http.chat.completions.create(model="smollm2-135m", messages=question, temperature=0, max_tokens=12)
+        assert "Paris" in chat.choices[0].message.content
+        token_ids = client.tokenize(PROMPT)
+        (scored,) = client.generate(token_ids, temperature=0.0, max_tokens=1, logprobs=1, prompt_logprobs=1)
+        # As lm-eval asks: the prompt's tokens and one more, greedy where the chosen one is the likeliest, to the bit.
+        echo = http.completions.create(model="smollm2-135m", prompt=[token_ids], echo=True, max_tokens=1, logprobs=1)
+        found = echo.choices[0].logprobs
+        expected = [position.candidates[0].logprob for position in scored.prompt_logprobs[1:]]
+        np.testing.assert_array_equal(np.float32(found.token_logprobs[1:-1]), np.float32(expected))
+        assert found.token_logprobs[0] is None
+        assert len(found.tokens) == len(found.top_logprobs) == len(token_ids) + 1
+        alone = http.completions.create(model="smollm2-135m", prompt=PROMPT, echo=True, max_tokens=0, logprobs=0)
+        assert alone.choices[0].text == PROMPT
+        assert alone.choices[0].logprobs.token_logprobs == found.token_logprobs[:-1]
 
 
 def test_sigterm_during_warm_up_ends_at_once(tmp_path):

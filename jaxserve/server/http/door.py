@@ -1,0 +1,74 @@
+"""What every HTTP request passes: its name, its key, and errors that nothing else has caught."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jaxserve.server.http.errors import CLIENT_CLOSED_REQUEST, Failure, failure_of
+from jaxserve.server.keys import NO_KEY, Keys
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = ("/health", "/ready")
+"""What probes ask for, who have no key."""
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+"""An X-Request-Id that is taken over; any other is replaced, for it goes into a header and the log."""
+
+
+class Door:
+    """An ASGI application around ``app``: every response has an X-Request-Id, the caller's or a new one, and a line in
+    the log.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+        self._app, self._keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started_seconds, headers = time.monotonic(), dict(scope["headers"])
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
+        if REQUEST_ID.fullmatch(request_id) is None:
+            request_id = uuid.uuid4().hex
+        status = CLIENT_CLOSED_REQUEST  # unless a response begins
+
+        async def named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            if scope["path"] not in OPEN_PATHS:
+                self._check_key(headers)
+            await self._app(scope, receive, named)
+        except Exception as error:
+            failure = failure_of(error)
+            if status == CLIENT_CLOSED_REQUEST:
+                await _send_failure(failure, named)
+        finally:
+            elapsed_seconds = time.monotonic() - started_seconds
+            line = "%s %s %s: %d in %.3f s"
+            logger.info(line, request_id, scope["method"], scope["path"], status, elapsed_seconds)
+
+    def _check_key(self, headers: Mapping[bytes, bytes]) -> None:
+        if not self._keys.admit(headers.get(b"authorization", b"")):
+            bearer = {"WWW-Authenticate": "Bearer"}
+            failure = Failure(HTTPStatus.UNAUTHORIZED, "authentication_error", NO_KEY, bearer)
+            failure.error["code"] = "invalid_api_key"
+            raise failure
+
+
+async def _send_failure(failure: Failure, send: Any) -> None:
+    body = failure.body()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **failure.headers}
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": failure.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,129 @@
+"""Completions and chats over HTTP: from a body to the engines, and their deltas back, whole or as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from functools import partial
+
+import orjson
+from starlette.responses import Response as StarletteResponse
+from starlette.types import Receive, Scope, Send
+
+from jaxserve.openai import Ask, Endpoint, Response
+from jaxserve.request import Completion, FinishReason, RequestDelta
+from jaxserve.server.admission import Admission
+from jaxserve.server.errors import AbortedError
+from jaxserve.server.http.errors import failure_of
+from jaxserve.server.http.exchange import Exchange, read_body
+from jaxserve.server.replicas import Replicas
+from jaxserve.server.text_threads import TextThreads
+
+
+class Answer(StarletteResponse):
+    """What the handler of an endpoint returns: everything happens while it is sent, so that it ends with the
+    connection."""
+
+    def __init__(self, endpoint: Endpoint, admission: Admission, texts: TextThreads, max_body_bytes: int) -> None:
+        self._endpoint, self._admission, self._texts = endpoint, admission, texts
+        self._max_body_bytes = max_body_bytes
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(receive, send)
+        with self._admission.request() as replicas:
+            body, num_bytes = await read_body(receive, self._max_body_bytes)
+            ask = self._endpoint.parse(body, replicas.model)
+            await exchange.until_disconnect(partial(self._answer, exchange, replicas, ask, num_bytes))
+
+    async def _answer(self, exchange: Exchange, replicas: Replicas, ask: Ask, num_bytes: int) -> None:
+        model, response_id = replicas.model, f"{self._endpoint.id_prefix}-{uuid.uuid4().hex}"
+        prepare = partial(self._endpoint.completions, ask, response_id, model, model.prompt_limit)
+        # Tokenizers and templates may take long: not in the event loop, and with a limit.
+        completions = await self._texts.run(prepare, num_bytes)
+        response = Response(self._endpoint, ask, completions, response_id, model)
+        with self._admission.request(num_sequences=len(completions) - 1):
+            async with contextlib.aclosing(deltas_of(replicas, completions)) as deltas:
+                # A request that cannot be served is told so with a status, which goes before the first event.
+                first = await anext(deltas)
+                if ask.stream:
+                    await self._stream(exchange, response, first, deltas)
+                else:
+                    await self._collect(exchange, response, first, deltas)
+
+    async def _collect(
+        self, exchange: Exchange, response: Response, first: IndexedDelta, deltas: AsyncGenerator[IndexedDelta]
+    ) -> None:
+        index, delta = first
+        response.completions[index].add(delta)
+        async for index, delta in deltas:
+            response.completions[index].add(delta)
+        if any(completion.finish_reason is FinishReason.ABORT for completion in response.completions):
+            raise AbortedError("the request was aborted")
+        await exchange.respond(response.whole())
+
+    async def _stream(
+        self, exchange: Exchange, response: Response, first: IndexedDelta, deltas: AsyncGenerator[IndexedDelta]
+    ) -> None:
+        await exchange.begin_events()
+        try:
+            await self._event(exchange, response, first)
+            async for delta in deltas:
+                await self._event(exchange, response, delta)
+            if (last := response.last_chunk()) is not None:
+                await exchange.event(orjson.dumps(last))
+        except Exception as error:  # the status has gone out; an event is what is left to tell it with
+            await exchange.event(failure_of(error).body())
+        await exchange.end_events()
+
+    async def _event(self, exchange: Exchange, response: Response, indexed: IndexedDelta) -> None:
+        index, delta = indexed
+        if delta.finish_reason is FinishReason.ABORT:
+            raise AbortedError("the request was aborted")
+        if delta.text or delta.token_ids or delta.finish_reason is not None:
+            await exchange.event(orjson.dumps(response.chunk(index, delta)))
+
+
+IndexedDelta = tuple[int, RequestDelta]
+"""What a step has added to which of the choices."""
+
+
+async def deltas_of(replicas: Replicas, completions: Sequence[Completion]) -> AsyncGenerator[IndexedDelta]:
+    """Of all choices, as they come, up to their ends. Closing it aborts them; raises what Replicas.generate does."""
+
+    def generate(completion: Completion) -> AsyncGenerator[RequestDelta]:
+        return replicas.generate(completion.request_id, completion.prompt_token_ids, completion.params)
+
+    if len(completions) == 1:
+        async with contextlib.aclosing(generate(completions[0])) as deltas:
+            async for delta in deltas:
+                yield 0, delta
+        return
+    queue: asyncio.Queue[IndexedDelta | Exception | None] = asyncio.Queue(1)
+
+    async def pump(index: int, completion: Completion) -> None:
+        try:
+            async with contextlib.aclosing(generate(completion)) as deltas:
+                async for delta in deltas:
+                    await queue.put((index, delta))
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+
+    pumps = [asyncio.create_task(pump(index, completion)) for index, completion in enumerate(completions)]
+    try:
+        num_unfinished = len(pumps)
+        while num_unfinished:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_unfinished -= 1
+            else:
+                yield item
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.wait(pumps)

@@ -1,0 +1,79 @@
+"""The HTTP door's port: uvicorn in the event loop of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import ssl
+from collections.abc import Iterator
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+
+from jaxserve.config import ServerConfig
+from jaxserve.server.admission import Admission
+from jaxserve.server.http.app import make_app
+from jaxserve.server.http.door import Door
+from jaxserve.server.keys import Keys
+from jaxserve.server.listener import listen_error, socket_address
+from jaxserve.server.text_threads import TextThreads
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 65
+"""Longer than load balancers keep a connection that nobody uses: they, not this, should end it."""
+FLUSH_SECONDS = 1
+
+
+class HttpServer:
+    """What ``admission`` leads to, over HTTP. Create it inside the event loop."""
+
+    def __init__(
+        self, config: ServerConfig, admission: Admission, texts: TextThreads, registry: CollectorRegistry, keys: Keys
+    ) -> None:
+        assert config.http_port is not None
+        self._host, self.port, self._is_secure = config.host, config.http_port, config.ssl_certfile is not None
+        app = Door(make_app(admission, texts, registry, config.max_message_bytes), keys)
+        self._server = _Server(
+            uvicorn.Config(
+                app, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False,
+                server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=FLUSH_SECONDS,
+                ssl_certfile=config.ssl_certfile, ssl_keyfile=config.ssl_keyfile, ssl_ca_certs=config.ssl_ca_certs,
+                ssl_cert_reqs=ssl.CERT_REQUIRED if config.ssl_ca_certs else ssl.CERT_NONE,
+            )
+        )  # fmt: skip
+        self._serving: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> str:
+        return f"http{'s' if self._is_secure else ''}://{socket_address(self._host, self.port)}"
+
+    async def start(self) -> None:
+        """Raises ConfigError when the port is taken."""
+        try:
+            listening = socket.create_server(
+                (self._host, self.port), family=socket.AF_INET6 if ":" in self._host else socket.AF_INET,
+                backlog=BACKLOG,
+            )  # fmt: skip
+        except OSError:
+            raise listen_error(self._host, self.port) from None
+        self.port = listening.getsockname()[1]
+        self._serving = asyncio.create_task(self._server.serve([listening]))
+        logger.info("HTTP on %s", self.address)
+
+    async def stop(self) -> None:
+        """Give what was written a moment to reach its readers, and close the port."""
+        self._server.should_exit = True
+        if self._serving is not None:
+            await self._serving
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the process."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
