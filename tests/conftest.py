@@ -7,7 +7,6 @@ for GPUs is compiled in processes of its own.
 from __future__ import annotations
 
 import os
-import sys
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -25,13 +24,27 @@ if TYPE_CHECKING:
     from jaxserve import LLM
 
 
+@pytest.fixture(autouse=True, scope="session")
+def small_kv_caches() -> Iterator[None]:
+    """Engines that are not told the number of their blocks fill a gigabyte with zeros otherwise."""
+    from jaxserve.engine import memory
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "CPU_KV_CACHE_BYTES", 2**28)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
-def memory_given_back() -> Iterator[None]:
+def memory_given_back(small_kv_caches: None) -> Iterator[None]:
     """Jax keeps what it has traced and compiled for as long as the process runs; files share nothing of it."""
     yield
-    if (jax := sys.modules.get("jax")) is not None:
-        jax.clear_caches()
+    import jax
+
+    from jaxserve.engine.memory import return_freed_memory
+
+    jax.clear_caches()
     gc.collect()
+    return_freed_memory()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxserve.config import EngineConfig
 from jaxserve.engine.build import build
 from jaxserve.engine.compile import CompileCounter
+from jaxserve.engine.memory import return_freed_memory
 from jaxserve.engine.metrics import EngineMetrics, StepRecord
 from jaxserve.engine.output import OutputStream, collect_prompt_logprobs, drawn_tokens
 from jaxserve.engine.runner import ModelRunner
@@ -163,6 +164,7 @@ class Engine:
         self.compiles.close()
         if self._tracer is not None:
             self._tracer.close()
+        return_freed_memory()
 
     def _add_held(self) -> None:
         """Queue the requests that were held, once they can be served; until then an idle engine waits a little."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import os
@@ -33,6 +34,14 @@ STEP_BYTES = 2**28
 KV_CACHE_STEP_BYTES = 2**28
 """The cache's size is a multiple, so that a few bytes more in use do not make other programs, not compiled yet."""
 GIB = 2**30
+
+
+def return_freed_memory() -> None:
+    """Give the system back what the C library keeps of freed memory: after weights are loaded or programs compiled, by
+    threads that each have a heap of their own, that is gigabytes. Nothing happens where the library is not glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def claim_gpu_memory(gpu_memory_utilization: float) -> None:

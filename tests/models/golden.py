@@ -85,7 +85,8 @@ def load(path: Path, max_len: int, tensor: int = 1) -> Decoder:
     return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), parameters))
 
 
-@partial(jax.jit, static_argnums=0)
+# Compiling is most of what a golden costs.
+@partial(jax.jit, static_argnums=0, compiler_options={"xla_llvm_disable_expensive_passes": True})
 def _run(
     layout: StepLayout, model: Decoder, cache: KVCache, history: jax.Array, ints: jax.Array
 ) -> tuple[jax.Array, KVCache]:

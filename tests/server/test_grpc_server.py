@@ -302,7 +302,7 @@ def test_large_outputs_are_divided(make_server):
     num_top=st.integers(0, 20),
     num_tokens=st.integers(1, 80),
     stop=st.text(min_size=1, max_size=300),
-    limit=st.integers(2000, 20_000),
+    limit=st.integers(4000, 20_000),
 )
 def test_no_response_exceeds_the_limit_and_none_is_lost(text, num_positions, num_top, num_tokens, stop, limit):
     params = SamplingParams(prompt_logprobs=num_top, logprobs=num_top, stop=stop)
