@@ -76,8 +76,8 @@ async function talk(text) {
     note.textContent = signal.aborted ? "Stopped." : error.message;
     note.classList.toggle("error", !signal.aborted);
   }
-  said.normalize();
   if (!article.isConnected) return; // a new chat has begun meanwhile
+  log.scrollTop = log.scrollHeight;
   if (said.textContent) messages.push({ role: "assistant", content: said.textContent });
   else {
     messages.pop(); // an unanswered question may be asked again

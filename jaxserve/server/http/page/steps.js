@@ -53,20 +53,22 @@ function write(live) {
   text["kv-text"] = `${live.num_used_blocks} of ${live.num_kv_blocks}`;
   [element("kv").max, element("kv").value] = [live.num_kv_blocks, live.num_used_blocks];
   for (const name of ["ttft", "tbt"]) {
-    for (const percent of ["p50", "p99"]) text[`${name}-${percent}`] = milliseconds(live[`${name}_seconds`][percent]);
+    for (const percent of ["p50", "p99"]) text[`${name}-${percent}`] = time(live[`${name}_seconds`][percent]);
   }
   const last = steps.at(-1);
   if (last) {
     const longest = Math.max(...steps.map((step) => step.seconds));
     text["last-step"] =
-      `Step ${last.number}: ${last.num_decode_tokens} decodes, ${last.num_prefill_tokens} prompt tokens, ` +
-      `${last.num_padding_tokens} rows of padding, in ${milliseconds(last.seconds)}; ` +
-      `the longest of these took ${milliseconds(longest)}.`;
+      `Step ${last.number} took ${time(last.seconds)}, the longest of these ${time(longest)}. Of its tokens, decodes: ` +
+      `${last.num_decode_tokens}, prompt chunks: ${last.num_prefill_tokens}, padding: ${last.num_padding_tokens}.`;
   }
   for (const [id, value] of Object.entries(text)) element(id).textContent = value;
 }
 
-const milliseconds = (seconds) => (seconds === null ? "–" : `${(seconds * 1000).toFixed(1)} ms`);
+function time(seconds) {
+  if (seconds === null) return "–";
+  return seconds < 1 ? `${(seconds * 1000).toFixed(1)} ms` : `${seconds.toFixed(2)} s`;
+}
 
 function seen() {
   if (!document.hidden) return Promise.resolve();
