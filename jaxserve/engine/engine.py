@@ -54,7 +54,7 @@ class Engine:
         """The model's own, for fields that a request leaves open."""
         self.runner, self.scheduler, self.blocks = parts.runner, parts.scheduler, parts.scheduler.blocks
         self.startup = parts.startup
-        self.metrics = EngineMetrics(self.config.token_budget)
+        self.metrics = EngineMetrics(self.config.token_budget, self.blocks.num_blocks - 1)
         self.metrics.observe_startup(self.startup)
         self.on_step: list[Callable[[StepRecord, list[Chunk]], None]] = [self.metrics.observe_step]
         """Called with every processed step and its chunks."""

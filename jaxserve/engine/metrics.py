@@ -12,6 +12,7 @@ from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from jaxserve.engine.recent import Load, Recent
 from jaxserve.engine.startup import StartupTimes
 from jaxserve.request import Request
 from jaxserve.scheduler import Chunk, Scheduler
@@ -68,10 +69,14 @@ class _BulkHistogram(Collector):
 
 
 class EngineMetrics:
-    """Metrics in a registry of their own, so that engines in one process do not mix."""
+    """Metrics in a registry of their own, so that engines in one process do not mix; the latest of them in ``recent``.
 
-    def __init__(self, token_budget: int) -> None:
+    ``num_blocks``: KV blocks that requests can have.
+    """
+
+    def __init__(self, token_budget: int, num_blocks: int) -> None:
         self.registry = CollectorRegistry()
+        self.recent = Recent(token_budget, num_blocks)
         self._token_budget = token_budget
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -118,15 +123,20 @@ class EngineMetrics:
 
     def observe_queues(self, scheduler: Scheduler, num_held: int, blocks: BlockManager, num_compiles: int) -> None:
         """``num_held``: requests that wait outside of the scheduler."""
-        self.running.set(len(scheduler.running))
-        self.waiting.set(len(scheduler.waiting) + num_held)
+        load = Load(len(scheduler.running), len(scheduler.waiting) + num_held, blocks.num_used)
+        self.recent.load = load
+        self.running.set(load.num_running)
+        self.waiting.set(load.num_waiting)
         self.kv_usage.set(blocks.usage)
         self.compiles.set(num_compiles)
 
     def observe_step(self, step: StepRecord, chunks: list[Chunk]) -> None:
-        self.step_time.observe(step.ready_seconds - step.device_start_seconds)
+        seconds, num_padding_tokens = step.ready_seconds - step.device_start_seconds, step.num_rows - step.num_tokens
+        num_prefill_tokens = step.num_tokens - step.num_decode_tokens
+        self.recent.add_step(step.num_decode_tokens, num_prefill_tokens, num_padding_tokens, seconds)
+        self.step_time.observe(seconds)
         self.step_tokens.inc(step.num_tokens)
-        self.step_padding.inc(step.num_rows - step.num_tokens)
+        self.step_padding.inc(num_padding_tokens)
         self.budget_use.observe(step.num_tokens / self._token_budget)
         if step.bubble_share is not None:
             self.bubble.observe(step.bubble_share)
@@ -144,4 +154,6 @@ class EngineMetrics:
         if times.ttft_seconds is not None:
             self.ttft.observe(times.ttft_seconds)
             self.e2e.observe(times.token_seconds[-1] - times.arrival_seconds)
-            self.tbt.observe(np.diff(times.token_seconds))
+            tbt_seconds = np.diff(times.token_seconds)
+            self.tbt.observe(tbt_seconds)
+            self.recent.add_request(times.ttft_seconds, tbt_seconds.tolist())

@@ -34,6 +34,8 @@ class Replicas:
         self.engine = engines[0]
         """Any of them, to ask for what they have in common."""
         self.model = ServedModel.of(engines[0], names)
+        self.recent = [engine.metrics.recent for engine in engines]
+        """What each did of late."""
 
     def generate(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams

@@ -14,6 +14,30 @@ from jaxserve.request import Request, RequestMetrics
 from jaxserve.scheduler import Chunk
 
 
+def test_recent_steps_are_those_that_ran(llm: LLM) -> None:
+    recent = llm.engine.metrics.recent
+    before = recent.num_steps
+    llm.generate([[9] * 40, [8] * 300], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True), use_tqdm=False)
+    steps = recent.steps_after(before)
+    bars = [(step.num_decode_tokens, step.num_prefill_tokens, step.num_padding_tokens) for step in steps]
+    assert bars == [(0, 256, 0), (1, 84, 43), (2, 0, 14), (1, 0, 15)]
+    assert [step.number for step in steps] == [*range(before + 1, before + 5)]
+    assert all(step.seconds > 0 for step in steps)
+    # As it was when each was launched: the first request ends while the last step is under way.
+    assert [step.load.num_running for step in steps] == [2, 2, 2, 1]
+    block_size = llm.engine.blocks.block_size
+    assert steps[0].load.num_used_blocks == -(-40 // block_size) + -(-216 // block_size)
+    assert recent.load == (0, 0, 0)
+    assert recent.num_blocks == llm.engine.blocks.num_free
+    assert recent.token_budget == 256
+    assert recent.ttft().num_samples >= 2
+    p50, p99, num_samples = recent.tbt()
+    assert num_samples >= 4
+    assert p50 is not None
+    assert p99 is not None
+    assert 0 < p50 <= p99
+
+
 def test_metrics_count_what_ran(llm: LLM) -> None:
     registry = llm.engine.metrics.registry
 

@@ -15,6 +15,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.engine.recent import Recent
 from jaxserve.errors import RequestError
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestMetrics, SamplingParams
@@ -62,6 +63,7 @@ class FakeTokenizer:
 @dataclass
 class FakeMetrics:
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+    recent: Recent = field(default_factory=lambda: Recent(token_budget=64, num_blocks=100))
 
 
 @dataclass

@@ -287,7 +287,7 @@ def test_keys(make_server: Callable[..., RunningServer], tmp_path: Any, monkeypa
         assert status(f"Bearer {key}") == HTTPStatus.OK
     for header in (None, "", "Bearer", "Bearer ", "Bearer firs", "Bearer # ours", "Basic first", "first", "Bearer é"):
         assert status(header) == HTTPStatus.UNAUTHORIZED, header
-    for path in ("/v1/models", "/metrics", "/version", "/openapi.json", "/nothing", "/"):
+    for path in ("/v1/models", "/metrics", "/version", "/openapi.json", "/nothing", "/debug/steps"):
         assert status(None, path, "GET") == HTTPStatus.UNAUTHORIZED
     assert status(None, "/health", "GET") == HTTPStatus.OK
     file.write_text("fifth\n")

@@ -26,11 +26,13 @@ from jaxserve.server.errors import UnavailableError
 from jaxserve.server.http.errors import Failure, failure_of
 from jaxserve.server.http.exchange import read_body
 from jaxserve.server.http.generate import Answer
+from jaxserve.server.http.page import add_page
+from jaxserve.server.http.steps import recent_steps
 from jaxserve.server.text_threads import TextThreads
 
 
 def make_app(admission: Admission, texts: TextThreads, registry: CollectorRegistry, max_body_bytes: int) -> FastAPI:
-    """OpenAI's paths and vLLM's."""
+    """OpenAI's paths and vLLM's, and a page."""
     app = FastAPI(title="jaxserve", version=version("jaxserve"), docs_url=None, redoc_url=None)
     for kind in (Failure, RequestError, RuntimeError, HTTPException, Exception):
         app.add_exception_handler(kind, _respond_failure)
@@ -87,6 +89,11 @@ def make_app(admission: Admission, texts: TextThreads, registry: CollectorRegist
     async def show_version() -> Response:
         return _json({"version": app.version})
 
+    @app.get("/debug/steps")
+    async def steps(request: Request) -> Response:
+        return _json(recent_steps(admission.replicas().recent, request.query_params))
+
+    add_page(app)
     return app
 
 

@@ -13,12 +13,13 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxserve.server.http.errors import CLIENT_CLOSED_REQUEST, Failure, failure_of
+from jaxserve.server.http.page import PAGE
 from jaxserve.server.keys import NO_KEY, Keys
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = ("/health", "/ready")
-"""What probes ask for, who have no key."""
+OPEN_PATHS = ("/health", "/ready", *PAGE)
+"""What probes ask for, who have no key, and the page, which asks for one and holds no secret."""
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 """An X-Request-Id that is taken over; any other is replaced, for it goes into a header and the log."""
 
