@@ -65,9 +65,7 @@ def test_chat_renders_the_template(llm: LLM) -> None:
         assert_same_tokens(case, output)
 
 
-@pytest.mark.parametrize(
-    ("token_budget", "max_num_seqs", "attention_backend"), [(16, 16, "auto"), (64, 16, "xla"), (64, 1, "auto")]
-)
+@pytest.mark.parametrize(("token_budget", "max_num_seqs", "attention_backend"), [(16, 16, "xla"), (64, 1, "auto")])
 def test_outputs_do_not_depend_on_the_budget(token_budget: int, max_num_seqs: int, attention_backend: str) -> None:
     with LLM(
         token_budget=token_budget,
@@ -76,14 +74,17 @@ def test_outputs_do_not_depend_on_the_budget(token_budget: int, max_num_seqs: in
         max_model_len=2048,
         show_progress=False,
     ) as llm:
-        for case, output in zip(CASES.values(), greedy(llm, list(CASES.values()), 12), strict=True):
+        cases = sorted(CASES.values(), key=lambda case: len(case["prompt_token_ids"]))
+        if attention_backend == "xla":  # slow in chunks of long prompts
+            cases = cases[: len(cases) // 2]
+        for case, output in zip(cases, greedy(llm, cases, 12), strict=True):
             assert_same_tokens(case, output, 12)
         llm.engine.blocks.check()
 
 
 def test_outputs_survive_preemption() -> None:
     """KV memory for little more than the longest request: the others are preempted and recomputed."""
-    with LLM(token_budget=64, max_num_seqs=16, max_model_len=704, num_blocks=46, show_progress=False) as llm:
+    with LLM(token_budget=32, max_num_seqs=16, max_model_len=704, num_blocks=46, show_progress=False) as llm:
         outputs = greedy(llm, list(CASES.values()))
         for case, output in zip(CASES.values(), outputs, strict=True):
             assert_same_tokens(case, output)
@@ -119,6 +120,8 @@ def test_logprobs_match_transformers(llm: LLM) -> None:
 
 def test_a_float8_cache_serves_nearly_the_same() -> None:
     """Rounded keys and values move close decisions, but not the first one here."""
-    with LLM(token_budget=64, max_num_seqs=4, max_model_len=128, kv_cache_dtype="fp8_e4m3", show_progress=False) as llm:
+    with LLM(
+        token_budget=16, max_num_seqs=4, max_model_len=64, num_blocks=8, kv_cache_dtype="fp8_e4m3", show_progress=False
+    ) as llm:  # fmt: skip
         (output,) = llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=8))
         assert "Paris" in output.outputs[0].text
