@@ -56,8 +56,10 @@ class Door:
                 await _send_failure(failure, named)
         finally:
             elapsed_seconds = time.monotonic() - started_seconds
+            # Probes and the page ask every second.
+            level = logging.DEBUG if scope["method"] == "GET" and status < HTTPStatus.BAD_REQUEST else logging.INFO
             line = "%s %s %s: %d in %.3f s"
-            logger.info(line, request_id, scope["method"], scope["path"], status, elapsed_seconds)
+            logger.log(level, line, request_id, scope["method"], scope["path"], status, elapsed_seconds)
 
     def _check_key(self, headers: Mapping[bytes, bytes]) -> None:
         if not self._keys.admit(headers.get(b"authorization", b"")):
