@@ -18,7 +18,9 @@ from jaxserve.server.client import ChatMessages, Client, StreamTiming
 from jaxserve.server.process import ServerProcessError, running_server
 
 SERVER = Path(__file__).with_name("serve.py")
-SERVER_FLAGS = ["--port", "0", "--max-model-len", "2048", "--token-budget", "128", "--max-num-seqs", "16"]
+SERVER_FLAGS = [
+    "--port", "0", "--http-port", "0", "--max-model-len", "2048", "--token-budget", "128", "--max-num-seqs", "16",
+]  # fmt: skip
 LONG_PROMPT_AFTER_SECONDS = 2.0
 LONG_PROMPT = "The river rose in spring, and the people of the valley moved their herds to the hills. " * 60
 

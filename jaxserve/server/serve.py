@@ -54,10 +54,6 @@ class Server:
         if config.http_port is not None:
             self.http = HttpServer(config, self.admission, texts, self._registry, self.keys)
 
-    @property
-    def addresses(self) -> str:
-        return " and ".join(door.address for door in (self.grpc, self.http) if door is not None)
-
     async def start(self) -> None:
         """Listen; whoever asks is told that the server warms up. Raises ConfigError when a port is taken."""
         await self.grpc.start()
@@ -152,8 +148,10 @@ async def serve(
             engines = warm_up.result()
             freeze_start_up()
             await server.set_ready(engines)
+            if server.http is not None:
+                print(f"jaxserve: OpenAI's API at {server.http.address}/v1, a page at {server.http.address}/")
             if socket is None:
-                announce(engine_config, server.addresses, started_seconds)
+                announce(engine_config, server.grpc.address, started_seconds)
             failing = asyncio.create_task(server.admission.failed.wait())
             await asyncio.wait((failing, stopping), return_when=asyncio.FIRST_COMPLETED)
         logger.info("stopping: requests in flight have %g s to finish", server_config.drain_seconds)

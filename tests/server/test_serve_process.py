@@ -37,11 +37,17 @@ class Server:
             )
         watchdog = threading.Timer(START_TIMEOUT_SECONDS, self.process.kill)
         watchdog.start()
-        line = self.process.stdout.readline()
+        lines = [self.process.stdout.readline()]
+        if "--http-port" in flags:
+            lines.append(self.process.stdout.readline())
         watchdog.cancel()
-        match = re.fullmatch(r"jaxserve: SERVING model=smollm2-135m on (\S+)(?: and (\S+))? after [\d.]+ s\n", line)
-        assert match, f"no SERVING but {line!r}; the log: {log.read_text()[-3000:]}"
-        self.target, self.url = match.groups()
+        match = re.fullmatch(
+            r"(?:jaxserve: OpenAI's API at (\S+)/v1, a page at \S+/\n)?"
+            r"jaxserve: SERVING model=smollm2-135m on (\S+) after [\d.]+ s\n",
+            "".join(lines),
+        )
+        assert match, f"no SERVING but {lines!r}; the log: {log.read_text()[-3000:]}"
+        self.url, self.target = match.groups()
 
     def end(self, signal_number: int) -> int:
         self.process.send_signal(signal_number)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
 import ssl
 from collections.abc import Iterator
@@ -19,8 +18,6 @@ from jaxserve.server.http.door import Door
 from jaxserve.server.keys import Keys
 from jaxserve.server.listener import listen_error, socket_address
 from jaxserve.server.text_threads import TextThreads
-
-logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 65
@@ -39,7 +36,7 @@ class HttpServer:
         app = Door(make_app(admission, texts, registry, config.max_message_bytes), keys)
         self._server = _Server(
             uvicorn.Config(
-                app, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False,
+                app, http="httptools", ws="none", lifespan="off", log_config=None, log_level="warning", access_log=False,
                 server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=FLUSH_SECONDS,
                 ssl_certfile=config.ssl_certfile, ssl_keyfile=config.ssl_keyfile, ssl_ca_certs=config.ssl_ca_certs,
                 ssl_cert_reqs=ssl.CERT_REQUIRED if config.ssl_ca_certs else ssl.CERT_NONE,
@@ -62,7 +59,6 @@ class HttpServer:
             raise listen_error(self._host, self.port) from None
         self.port = listening.getsockname()[1]
         self._serving = asyncio.create_task(self._server.serve([listening]))
-        logger.info("HTTP on %s", self.address)
 
     async def stop(self) -> None:
         """Give what was written a moment to reach its readers, and close the port."""
