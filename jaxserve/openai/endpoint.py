@@ -160,22 +160,20 @@ class Response:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        self._choices = [
-            self.endpoint.choice(index, completion, self.ask.echo, self.model.tokenizer)
-            for index, completion in enumerate(self.completions)
-        ]
+        self._choices: dict[int, Choice] = {}
+        """Those that have begun: until then their prompts may hold anything."""
         self._num_output_tokens = 0
 
     def whole(self) -> dict[str, Any]:
         """Once all completions have ended."""
-        choices = [choice.whole(completion) for choice, completion in zip(self._choices, self.completions, strict=True)]
+        choices = [self._choice(index).whole(completion) for index, completion in enumerate(self.completions)]
         self._num_output_tokens = sum(len(completion.token_ids) for completion in self.completions)
         return {**self._head(self.endpoint.object, choices), "usage": self._usage()}
 
     def chunk(self, index: int, part: Part) -> dict[str, Any]:
         """What ``part`` adds to the choice of this number."""
         self._num_output_tokens += len(part.token_ids)
-        head = self._head(self.endpoint.chunk_object, [self._choices[index].chunk(part)])
+        head = self._head(self.endpoint.chunk_object, [self._choice(index).chunk(part)])
         if self.ask.continuous_usage_stats:
             return {**head, "usage": self._usage()}
         return {**head, "usage": None} if self.ask.include_usage else head
@@ -185,6 +183,12 @@ class Response:
         if not self.ask.include_usage:
             return None
         return {**self._head(self.endpoint.chunk_object, []), "usage": self._usage()}
+
+    def _choice(self, index: int) -> Choice:
+        if index not in self._choices:
+            completion, echo = self.completions[index], self.ask.echo
+            self._choices[index] = self.endpoint.choice(index, completion, echo, self.model.tokenizer)
+        return self._choices[index]
 
     def _head(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         head = {"id": self.response_id, "object": name, "created": self.created, "model": self.model.names[0]}

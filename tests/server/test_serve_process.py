@@ -160,6 +160,10 @@ def check_http(url: str, client: Client, reference: str) -> None:
         np.testing.assert_array_equal(np.float32(found.token_logprobs[1:-1]), np.float32(expected))
         assert found.token_logprobs[0] is None
         assert len(found.tokens) == len(found.top_logprobs) == len(token_ids) + 1
+        for wrong in ([[-1]], [[1], [10**9]], [[2**63]]):
+            for stream in (False, True):
+                with pytest.raises(openai.BadRequestError, match="prompt holds token id "):
+                    http.completions.create(model="smollm2-135m", prompt=wrong, logprobs=0, echo=True, stream=stream)
         alone = http.completions.create(model="smollm2-135m", prompt=PROMPT, echo=True, max_tokens=0, logprobs=0)
         assert alone.choices[0].text == PROMPT
         assert alone.choices[0].logprobs.token_logprobs == found.token_logprobs[:-1]

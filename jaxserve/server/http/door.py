@@ -58,7 +58,7 @@ class Door:
             elapsed_seconds = time.monotonic() - started_seconds
             # Probes and the page ask every second.
             level = logging.DEBUG if scope["method"] == "GET" and status < HTTPStatus.BAD_REQUEST else logging.INFO
-            line = "%s %s %s: %d in %.3f s"
+            line = "%s %s %r: %d in %.3f s"
             logger.log(level, line, request_id, scope["method"], scope["path"], status, elapsed_seconds)
 
     def _check_key(self, headers: Mapping[bytes, bytes]) -> None:
