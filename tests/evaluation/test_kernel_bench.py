@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -42,6 +43,14 @@ BENCH = Path(__file__).parents[2] / "scripts" / "bench.py"
 XLA = Xla(CPU_TILING, Target("cpu"))
 H100 = Ceilings(3.0e12, 798e12)
 """As measured on one."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_quickly() -> Iterator[None]:
+    """Compiling is all that takes time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_floors_are_those_of_the_table_of_targets() -> None:
