@@ -1,4 +1,7 @@
-"""The steps of models of full size, compiled for H100s on a machine without a GPU by scripts/aot_report.py."""
+"""The steps of models of full width, compiled for H100s on a machine without a GPU by scripts/aot_report.py.
+
+Mistral-7B has all its layers, the larger ones have a few: more are the same again.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,23 +26,19 @@ from jaxserve.kernels.backend import AttentionShape
 from jaxserve.kernels.plan import PlanLimits
 from jaxserve.kernels.registry import choose_backend
 from jaxserve.models.loading.checkpoint import open_checkpoint
+from jaxserve.models.presets import PRESETS
 from tests import gpu_packages
 
 pytestmark = pytest.mark.timeout(1800)
-"""Four programs of ten seconds each, or thirty on a busy machine, and three of twice as many."""
+"""Two programs of ten seconds each, or thirty on a busy machine, and a sampler of twice as many, for each model."""
 
 PROGRAMS = Path(__file__).with_name("gpu_programs.py")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "aot_report.py"
-ROWS = (16, 128, 2048)
+ROWS = (16, 2048)
 """Of the nineteen token buckets; the script compiles all by default."""
-ARGUMENTS = {
-    "mistral": ("--rows", *map(str, ROWS)),
-    "falcon": (
-        "--model=falcon-180b", "--max-model-len=2048", "--tensor-parallel=4", "--pipeline-parallel=2", "--hosts=2",
-        "--token-budget=512", "--rows", "512",
-    ),
-    "yi": ("--model=yi-34b", "--tensor-parallel=2", "--token-budget=512", "--rows", "16", "512"),
-}  # fmt: skip
+YI_LAYERS, FALCON_LAYERS, SHALLOW_LAYERS = 2, 4, 2
+FEW_SEQUENCES = "--max-num-seqs=16"
+"""So that all buckets draw from one sampler."""
 BFLOAT16 = jnp.dtype("bfloat16")
 
 
@@ -59,45 +56,41 @@ def compiled(folder: Path, *arguments: str, triton_36: bool = False) -> dict[str
     return json.loads(path.read_text())
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[dict[str, Any]]]]:
-    """By model; two at a time, since each keeps little more than one core busy."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            name: pool.submit(compiled, tmp_path_factory.mktemp(name), *arguments)
-            for name, arguments in ARGUMENTS.items()
-        }
+def shallow_model(folder: Path, preset: str, layers: int) -> str:
+    """The flag for a model like ``preset``, but of so many layers."""
+    (folder / "config.json").write_text(json.dumps(PRESETS[preset] | {"num_hidden_layers": layers}))
+    return f"--model={folder}"
 
 
 @pytest.fixture(scope="module")
-def mistral(reports: dict[str, Future[dict[str, Any]]]) -> dict[str, Any]:
-    """Mistral-7B on one device, from the smallest token bucket to the largest."""
-    return reports["mistral"].result()
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Mistral-7B on one device, with the smallest and the largest bucket."""
+    return compiled(tmp_path_factory.mktemp("mistral"), FEW_SEQUENCES, "--rows", *map(str, ROWS))
 
 
 @pytest.fixture(scope="module")
-def yi(reports: dict[str, Future[dict[str, Any]]]) -> dict[str, Any]:
-    """Yi-34B on two devices, with the smallest and the largest bucket."""
-    return reports["yi"].result()
+def yi(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Layers of Yi-34B on two devices, with the smallest and the largest bucket."""
+    folder = tmp_path_factory.mktemp("yi")
+    model = shallow_model(folder, "yi-34b", YI_LAYERS)
+    return compiled(folder, model, FEW_SEQUENCES, "--tensor-parallel=2", "--token-budget=512", "--rows", "16", "512")
 
 
 @pytest.fixture(scope="module")
-def falcon(reports: dict[str, Future[dict[str, Any]]]) -> dict[str, Any]:
-    """Falcon-180B on two hosts of four devices, each a stage."""
-    return reports["falcon"].result()
+def falcon(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Layers of Falcon-180B on two hosts of four devices, each a stage."""
+    folder = tmp_path_factory.mktemp("falcon")
+    model = shallow_model(folder, "falcon-180b", FALCON_LAYERS)
+    mesh = ("--tensor-parallel=4", "--pipeline-parallel=2", "--hosts=2")
+    return compiled(folder, model, "--max-model-len=2048", *mesh, "--token-budget=512", "--rows", "512")
 
 
 @pytest.fixture(scope="module")
 def shallow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Two layers of Mistral-7B's shape, with the Triton of images for GPUs and cuBLASLt's products alone."""
+    """Layers of Mistral-7B in a bucket of 128 rows, with the Triton of GPU images and cuBLASLt's products alone."""
     folder = tmp_path_factory.mktemp("shallow")
-    sizes = {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "vocab_size": 32000, "sliding_window": 4096, "max_position_embeddings": 32768, "num_hidden_layers": 2,
-    }  # fmt: skip
-    config = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "rms_norm_eps": 1e-5, **sizes}
-    (folder / "config.json").write_text(json.dumps(config))
-    return compiled(folder, f"--model={folder}", "--gemm-backend=cublaslt", "--rows", "128", triton_36=True)
+    model = shallow_model(folder, "mistral-7b", SHALLOW_LAYERS)
+    return compiled(folder, model, "--gemm-backend=cublaslt", "--rows", "128", triton_36=True)
 
 
 @pytest.fixture(params=["mistral", "yi", "falcon", "shallow"])
@@ -182,7 +175,7 @@ def test_the_triton_of_gpu_images(shallow: dict[str, Any]) -> None:
 
 
 def test_on_one_device_a_step_is_two_cuda_graphs(mistral: dict[str, Any], shallow: dict[str, Any]) -> None:
-    for programs, buckets, draws in ((mistral["programs"], ROWS, (16, 128)), (shallow["programs"], (128,), (128,))):
+    for programs, buckets, draws in ((mistral["programs"], ROWS, (16,)), (shallow["programs"], (128,), (128,))):
         launches = {(program["kind"], program["rows"]): program["launches"] for program in programs}
         expected = [("forward", rows) for rows in buckets] + [("sample", num_draws) for num_draws in draws]
         assert launches == {program: {"num_graphs": 1, "num_others": 0, "num_waits": 0} for program in expected}
@@ -206,17 +199,18 @@ def test_collectives_of_tensor_parallelism(yi: dict[str, Any]) -> None:
         if program["kind"] == "sample":
             assert program["collectives"] == {"all-to-all": 1, "all-gather": 1}
             continue
-        assert program["num_layers"] == 60
-        assert program["layer_collectives"] == {"all-reduce": 2 * 60}
-        assert program["collectives"] == {"all-reduce": 2 * 60 + 1}
+        assert program["num_layers"] == YI_LAYERS
+        assert program["layer_collectives"] == {"all-reduce": 2 * YI_LAYERS}
+        assert program["collectives"] == {"all-reduce": 2 * YI_LAYERS + 1}
 
 
 def test_collectives_of_a_tick(falcon: dict[str, Any]) -> None:
     """Attention and MLP in one all-reduce; rows handed on; the last stage's drawn rows, and how to sample them."""
     (program,) = forward_passes(falcon)
-    assert program["num_layers"] == 40
-    assert program["layer_collectives"] == {"all-reduce": 40}
-    assert program["collectives"] == {"all-reduce": 40 + 3, "collective-permute": 1}
+    stage_layers = FALCON_LAYERS // 2
+    assert program["num_layers"] == stage_layers
+    assert program["layer_collectives"] == {"all-reduce": stage_layers}
+    assert program["collectives"] == {"all-reduce": stage_layers + 3, "collective-permute": 1}
 
 
 def test_all_reduces_of_layers_stay_on_a_host(falcon: dict[str, Any]) -> None:

@@ -107,8 +107,19 @@ def _dot(self: object, a: Any, b: Any, accumulator: Any, *precision: object) -> 
     return interpreter.TensorHandle(x @ y + accumulator.data, accumulator.dtype.scalar)
 
 
+def _patch_lang(kernel: Any) -> Any:
+    """Once a launch, all of the language; the interpreter's own does it for each call of a function, which is slow."""
+    if not tl.core.is_builtin(tl.load):
+        return interpreter._LangPatchScope()
+    return _patch_lang_for(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+
+
+_patch_lang_for = interpreter._patch_lang
+interpreter._patch_lang = _patch_lang
 interpreter._convert_float = _convert_float
 interpreter.InterpreterBuilder.create_dot = _dot
+# As in compiled kernels; checks that sums of indices fit into int32 take as long as the rest of a kernel.
+interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
 
 @contextmanager
