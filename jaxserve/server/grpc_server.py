@@ -1,4 +1,4 @@
-"""The door of ``jaxserve.v1``."""
+"""The gRPC door: ``jaxserve.v1``, and what speaks other protocols beside it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from jaxserve.config import ServerConfig
 from jaxserve.server import messages
 from jaxserve.server.admission import Admission
 from jaxserve.server.keys import Keys
-from jaxserve.server.listener import Listener
+from jaxserve.server.kserve import KSERVE_NAME, KServeServicer
+from jaxserve.server.listener import SERVICE_NAME, Listener
+from jaxserve.server.proto.inference import grpc_service_pb2_grpc as kserve_grpc
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2_grpc as pb_grpc
 from jaxserve.server.servicer import InferenceServicer
 from jaxserve.server.text_threads import TextThreads
@@ -22,8 +24,12 @@ class GrpcServer:
         self, config: ServerConfig, admission: Admission, texts: TextThreads, keys: Keys, socket: Path | None = None
     ) -> None:
         self._admission = admission
-        self._servicer = InferenceServicer(admission, texts, config.max_message_bytes)
-        self.listener = Listener(config, keys, socket)
+        self.listener = Listener(config, keys, socket, services=(SERVICE_NAME, KSERVE_NAME))
+        server, max_message_bytes = self.listener.server, config.max_message_bytes
+        pb_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(admission, texts, max_message_bytes), server)
+        kserve_grpc.add_GRPCInferenceServiceServicer_to_server(
+            KServeServicer(admission, texts, config.max_waiting, max_message_bytes), server
+        )
         self._last_words: asyncio.Task[None] | None = None
 
     @property
@@ -32,7 +38,6 @@ class GrpcServer:
 
     async def start(self) -> None:
         """Listen; everything but health and reflection is UNAVAILABLE. Raises ConfigError when the port is taken."""
-        pb_grpc.add_InferenceServiceServicer_to_server(self._servicer, self.listener.server)
         await self.listener.start()
 
     async def set_ready(self) -> None:
