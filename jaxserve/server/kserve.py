@@ -9,6 +9,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from functools import partial
 from importlib.metadata import version
 
+import grpc
+
 from jaxserve.errors import RequestError
 from jaxserve.request import FinishReason
 from jaxserve.served_model import ServedModel, UnknownModelError
@@ -71,8 +73,10 @@ class KServeServicer(pb_grpc.GRPCInferenceServiceServicer):
         writing, room = asyncio.Lock(), asyncio.Semaphore(self._max_waiting)
 
         async def write(response: pb.ModelStreamInferResponse) -> None:
-            async with writing:
-                await context.write(response)
+            # Who has gone needs no answer: the call is about to be cancelled.
+            with contextlib.suppress(grpc.aio.BaseError):
+                async with writing:
+                    await context.write(response)
 
         # A call that is cancelled or past its deadline raises CancelledError here, which ends all its tasks.
         async with asyncio.TaskGroup() as group:
