@@ -78,7 +78,8 @@ reproduce: .venv/.installed
 
 proto: .venv/.tested
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \
-		jaxserve/server/proto/jaxserve/v1/inference.proto
+		jaxserve/server/proto/jaxserve/v1/inference.proto jaxserve/server/proto/inference/grpc_service.proto \
+		jaxserve/server/proto/vllm/vllm_engine.proto
 
 clean:
 	rm -rf .venv

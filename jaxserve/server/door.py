@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health
+from grpc_reflection.v1alpha import reflection
 
 from jaxserve.errors import RequestError
 from jaxserve.served_model import UnknownModelError
-from jaxserve.server.errors import RETRY_AFTER_MS, OverloadedError, UnavailableError
+from jaxserve.server.errors import RETRY_AFTER_MS, AbortedError, OverloadedError, UnavailableError
 from jaxserve.server.keys import NO_KEY, Keys
 
 logger = logging.getLogger(__name__)
@@ -23,6 +25,8 @@ MAX_STATUS_BYTES = 1000
 """A status travels in the trailing headers, which have a limit; a message may quote what the caller sent."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
+OpenMessage = Callable[[], AbstractContextManager[Any]]
+"""Gives one message of a stream of requests, for as long as it is served; raises what a call of its own would."""
 
 
 class StatusError(Exception):
@@ -51,10 +55,30 @@ def status_of(error: Exception) -> StatusError:
         case OverloadedError():
             when = (("retry-after-ms", str(RETRY_AFTER_MS)),)
             return StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), when)
+        case AbortedError():
+            return StatusError(grpc.StatusCode.ABORTED, str(error))
         case DecodeError():
             return StatusError(grpc.StatusCode.INVALID_ARGUMENT, "the request is no message of this method")
     logger.error("uncaught exception in an RPC", exc_info=error)
     return StatusError(grpc.StatusCode.INTERNAL, "internal error")
+
+
+def check_response_size(num_bytes: int, max_message_bytes: int) -> None:
+    """Raise RequestError for what gRPC would not send."""
+    if num_bytes > max_message_bytes:
+        raise RequestError(f"response of {num_bytes} bytes exceeds max_message_bytes {max_message_bytes}")
+
+
+@contextlib.asynccontextmanager
+async def _statuses(context: Context) -> AsyncIterator[None]:
+    """End the call with the status of the exception that ends the block."""
+    try:
+        yield
+    except grpc.aio.AbortError:
+        raise
+    except Exception as error:
+        status = status_of(error)
+        await context.abort(status.code, status.message, status.trailing_metadata)
 
 
 async def _refuse(requests: object, context: Context) -> None:
@@ -64,6 +88,9 @@ async def _refuse(requests: object, context: Context) -> None:
 class Door(grpc.aio.ServerInterceptor):
     """Admits callers with a key, up to ``max_calls`` calls at once, and all health checks. Turns exceptions into
     statuses; without it gRPC sends the text of any exception to the client.
+
+    A message of a stream of requests is a call as well, which fails alone: handlers of such streams get an iterator of
+    OpenMessage.
     """
 
     def __init__(self, keys: Keys, max_calls: int, max_message_bytes: int) -> None:
@@ -77,13 +104,17 @@ class Door(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        counted = not handler_call_details.method.startswith(f"/{health.SERVICE_NAME}/")
+        method = handler_call_details.method
+        counted = not method.startswith(f"/{health.SERVICE_NAME}/")
         metadata = dict(handler_call_details.invocation_metadata or ())
         if counted and not self._keys.admit(str(metadata.get("authorization", "")).encode()):
             return grpc.stream_stream_rpc_method_handler(_refuse)
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:  # an unknown method; reflection
+        if handler is None or method.startswith(f"/{reflection.SERVICE_NAME}/"):  # an unknown method; gRPC's own
             return handler
+        if handler.request_streaming:
+            stream = functools.partial(self._stream, handler)
+            return grpc.stream_stream_rpc_method_handler(stream, None, handler.response_serializer)
         call = functools.partial(self._call, handler, counted)
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(call, None, handler.response_serializer)
@@ -91,27 +122,34 @@ class Door(grpc.aio.ServerInterceptor):
 
     async def _call(self, handler: Any, counted: bool, message: bytes, context: Context) -> Any:
         """Bytes in; out, the bytes of the one response, or nothing where the handler writes a stream of them."""
-        try:
+        async with _statuses(context):
             with self._admitted() if counted else contextlib.nullcontext():
-                if self.max_request_bytes is not None and len(message) > self.max_request_bytes:
-                    raise RequestError(
-                        f"request of {len(message)} bytes exceeds {self.max_request_bytes} bytes, "
-                        "more than a prompt of max_model_len tokens takes"
-                    )
-                request = handler.request_deserializer(message) if handler.request_deserializer else message
+                request = self._parsed(handler, message)
                 if handler.response_streaming:
                     return await handler.unary_stream(request, context)
                 response = handler.response_serializer(await handler.unary_unary(request, context))
-                if len(response) > self._max_message_bytes:
-                    raise RequestError(
-                        f"response of {len(response)} bytes exceeds max_message_bytes {self._max_message_bytes}"
-                    )
+                check_response_size(len(response), self._max_message_bytes)
                 return response
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:
-            status = status_of(error)
-            await context.abort(status.code, status.message, status.trailing_metadata)
+
+    async def _stream(self, handler: Any, messages: AsyncIterator[bytes], context: Context) -> None:
+        """A stream of bytes in, to a handler that writes its responses."""
+
+        @contextlib.contextmanager
+        def opened(message: bytes) -> Iterator[Any]:
+            with self._admitted():
+                yield self._parsed(handler, message)
+
+        async with _statuses(context):
+            with self._admitted():
+                await handler.stream_stream((functools.partial(opened, message) async for message in messages), context)
+
+    def _parsed(self, handler: Any, message: bytes) -> Any:
+        if self.max_request_bytes is not None and len(message) > self.max_request_bytes:
+            raise RequestError(
+                f"request of {len(message)} bytes exceeds {self.max_request_bytes} bytes, "
+                "more than a prompt of max_model_len tokens takes"
+            )
+        return handler.request_deserializer(message) if handler.request_deserializer else message
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The door of ``jaxserve.v1``."""
+"""The gRPC door: ``jaxserve.v1``, and what speaks other protocols beside it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from jaxserve.config import ServerConfig
 from jaxserve.server import messages
 from jaxserve.server.admission import Admission
 from jaxserve.server.keys import Keys
-from jaxserve.server.listener import Listener
+from jaxserve.server.kserve import KSERVE_NAME, KServeServicer
+from jaxserve.server.listener import SERVICE_NAME, Listener
+from jaxserve.server.proto.inference import grpc_service_pb2_grpc as kserve_grpc
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2_grpc as pb_grpc
+from jaxserve.server.proto.vllm import vllm_engine_pb2_grpc as vllm_grpc
 from jaxserve.server.servicer import InferenceServicer
 from jaxserve.server.text_threads import TextThreads
+from jaxserve.server.vllm_grpc import VLLM_NAME, VllmServicer
 
 
 class GrpcServer:
@@ -22,8 +26,13 @@ class GrpcServer:
         self, config: ServerConfig, admission: Admission, texts: TextThreads, keys: Keys, socket: Path | None = None
     ) -> None:
         self._admission = admission
-        self._servicer = InferenceServicer(admission, texts, config.max_message_bytes)
-        self.listener = Listener(config, keys, socket)
+        self.listener = Listener(config, keys, socket, services=(SERVICE_NAME, KSERVE_NAME, VLLM_NAME))
+        server, max_message_bytes = self.listener.server, config.max_message_bytes
+        pb_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(admission, texts, max_message_bytes), server)
+        kserve_grpc.add_GRPCInferenceServiceServicer_to_server(
+            KServeServicer(admission, texts, config.max_waiting, max_message_bytes), server
+        )
+        vllm_grpc.add_VllmEngineServicer_to_server(VllmServicer(admission, texts, max_message_bytes), server)
         self._last_words: asyncio.Task[None] | None = None
 
     @property
@@ -31,8 +40,7 @@ class GrpcServer:
         return self.listener.address
 
     async def start(self) -> None:
-        """Listen; everything but health and reflection is UNAVAILABLE. Raises ConfigError when the port is taken."""
-        pb_grpc.add_InferenceServiceServicer_to_server(self._servicer, self.listener.server)
+        """Listen; requests are UNAVAILABLE. Raises ConfigError when the port is taken."""
         await self.listener.start()
 
     async def set_ready(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 import ssl
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
@@ -30,14 +31,21 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Listener:
-    """A port. The server as a whole is live from the start until ``set_dead``; ``SERVICE_NAME`` is SERVING between
+    """A port. The server as a whole is live from the start until ``set_dead``; its ``services`` are SERVING between
     ``set_serving(True)`` and ``set_serving(False)``. Create it inside the event loop.
 
-    Handlers of the service itself are added to ``server`` before the start. ``socket``: the path of a Unix socket, to
-    listen on instead of the port, without TLS.
+    Handlers of the services themselves are added to ``server`` before the start. ``socket``: the path of a Unix socket,
+    to listen on instead of the port, without TLS.
     """
 
-    def __init__(self, config: ServerConfig, keys: Keys, socket: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        keys: Keys,
+        socket: Path | None = None,
+        services: Sequence[str] = (SERVICE_NAME,),
+    ) -> None:
+        self._services = services
         self._config, self._socket = config, socket
         self._health = health.aio.HealthServicer()
         self.door = Door(keys, config.max_waiting + SPARE_CALLS, config.max_message_bytes)
@@ -51,7 +59,9 @@ class Listener:
     async def start(self) -> None:
         """Raises ConfigError when the port is taken."""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
-        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server)
+        reflection.enable_server_reflection(
+            (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server
+        )
         await self.set_serving(False)
         try:
             if self._config.ssl_certfile is None or self._socket is not None:
@@ -64,7 +74,8 @@ class Listener:
         await self.server.start()
 
     async def set_serving(self, serving: bool) -> None:
-        await self._health.set(SERVICE_NAME, SERVING if serving else NOT_SERVING)
+        for name in self._services:
+            await self._health.set(name, SERVING if serving else NOT_SERVING)
 
     async def set_dead(self) -> None:
         await self.set_serving(False)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sized
+from typing import TYPE_CHECKING, Protocol
 
 from google.protobuf.message import Message
 
@@ -42,14 +42,28 @@ LARGEST_USAGE = pb.Usage(
 )
 
 
-def sampling_params(message: pb.SamplingParams, model: ServedModel, num_prompt_tokens: int) -> SamplingParams:
-    """The fields that the caller set; the others have the model's defaults, or SamplingParams'. Raises RequestError."""
+class Stops(Protocol):
+    """What messages of all protocols say of the end of an output."""
+
+    @property
+    def stop(self) -> Sized: ...
+    @property
+    def stop_token_ids(self) -> Sized: ...
+
+
+def check_stops(message: Stops, model: ServedModel) -> None:
+    """Raise RequestError for more than may be, before anything is made of them."""
     if len(message.stop) > MAX_STOP_STRINGS:
         raise RequestError(f"stop must be at most {MAX_STOP_STRINGS} non-empty strings, got {len(message.stop)}")
     if len(message.stop_token_ids) > model.vocab_size:
         raise RequestError(
             f"stop_token_ids must be at most the vocabulary's {model.vocab_size}, got {len(message.stop_token_ids)}"
         )
+
+
+def sampling_params(message: pb.SamplingParams, model: ServedModel, num_prompt_tokens: int) -> SamplingParams:
+    """The fields that the caller set; the others have the model's defaults, or SamplingParams'. Raises RequestError."""
+    check_stops(message, model)
     given = {field.name: value for field, value in message.ListFields()}
     for name in ("stop", "stop_token_ids"):
         if name in given:
