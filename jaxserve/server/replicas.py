@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.registry import Collector
 
-from jaxserve.request import RequestDelta, SamplingParams
+from jaxserve.request import Completion, RequestDelta, SamplingParams
 from jaxserve.served_model import ServedModel
 from jaxserve.server.engine_thread import EngineThread
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine
+
+
+IndexedDelta = tuple[int, RequestDelta]
+"""What a step has added to which of several requests."""
 
 
 class Replicas:
@@ -44,6 +50,43 @@ class Replicas:
         # The one that has a request of this name refuses another.
         thread = self._thread_of(request_id) or min(self._threads, key=lambda thread: thread.num_in_flight)
         return thread.generate(request_id, prompt_token_ids, params)
+
+    async def generate_all(self, completions: Sequence[Completion]) -> AsyncGenerator[IndexedDelta, None]:
+        """Of several requests, as they come, to their ends. Closing it aborts them; raises what ``generate`` does."""
+        if len(completions) == 1:
+            async with contextlib.aclosing(self._deltas(completions[0])) as deltas:
+                async for delta in deltas:
+                    yield 0, delta
+            return
+        queue: asyncio.Queue[IndexedDelta | Exception | None] = asyncio.Queue(1)
+
+        async def pump(index: int, completion: Completion) -> None:
+            try:
+                async with contextlib.aclosing(self._deltas(completion)) as deltas:
+                    async for delta in deltas:
+                        await queue.put((index, delta))
+                await queue.put(None)
+            except Exception as error:
+                await queue.put(error)
+
+        pumps = [asyncio.create_task(pump(index, completion)) for index, completion in enumerate(completions)]
+        try:
+            num_unfinished = len(pumps)
+            while num_unfinished:
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    num_unfinished -= 1
+                else:
+                    yield item
+        finally:
+            for task in pumps:
+                task.cancel()
+            await asyncio.wait(pumps)
+
+    def _deltas(self, completion: Completion) -> AsyncGenerator[RequestDelta, None]:
+        return self.generate(completion.request_id, completion.prompt_token_ids, completion.params)
 
     async def abort(self, request_id: str) -> bool:
         """As EngineThread.abort."""

@@ -13,7 +13,6 @@ from jaxserve.served_model import ServedModel
 from jaxserve.server import vllm_grpc_messages as messages
 from jaxserve.server.admission import Admission
 from jaxserve.server.door import Context, check_response_size
-from jaxserve.server.http.generate import deltas_of
 from jaxserve.server.proto.vllm import vllm_engine_pb2 as pb
 from jaxserve.server.proto.vllm import vllm_engine_pb2_grpc as pb_grpc
 from jaxserve.server.text_threads import SHORT_BYTES, TextThreads
@@ -41,7 +40,7 @@ class VllmServicer(pb_grpc.VllmEngineServicer):
                 self._admission.request(num_sequences=len(completions) - 1),
                 self._under_way(request_id, completions),
             ):
-                async with contextlib.aclosing(deltas_of(replicas, completions)) as deltas:
+                async with contextlib.aclosing(replicas.generate_all(completions)) as deltas:
                     async for index, delta in deltas:
                         for response in messages.responses(request.stream, index, delta, completions[index]):
                             check_response_size(response.ByteSize(), self._max_message_bytes)

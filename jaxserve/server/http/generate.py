@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from functools import partial
 
 import orjson
@@ -13,12 +12,12 @@ from starlette.responses import Response as StarletteResponse
 from starlette.types import Receive, Scope, Send
 
 from jaxserve.openai import Ask, Endpoint, Response
-from jaxserve.request import Completion, FinishReason, RequestDelta
+from jaxserve.request import FinishReason
 from jaxserve.server.admission import Admission
 from jaxserve.server.errors import AbortedError
 from jaxserve.server.http.errors import failure_of
 from jaxserve.server.http.exchange import Exchange, read_body
-from jaxserve.server.replicas import Replicas
+from jaxserve.server.replicas import IndexedDelta, Replicas
 from jaxserve.server.text_threads import TextThreads
 
 
@@ -45,7 +44,7 @@ class Answer(StarletteResponse):
         completions = await self._texts.run(prepare, num_bytes)
         response = Response(self._endpoint, ask, completions, response_id, model)
         with self._admission.request(num_sequences=len(completions) - 1):
-            async with contextlib.aclosing(deltas_of(replicas, completions)) as deltas:
+            async with contextlib.aclosing(replicas.generate_all(completions)) as deltas:
                 # A request that cannot be served is told so with a status, which goes before the first event.
                 first = await anext(deltas)
                 if ask.stream:
@@ -84,46 +83,3 @@ class Answer(StarletteResponse):
             raise AbortedError("the request was aborted")
         if delta.text or delta.token_ids or delta.finish_reason is not None:
             await exchange.event(orjson.dumps(response.chunk(index, delta)))
-
-
-IndexedDelta = tuple[int, RequestDelta]
-"""What a step has added to which of the choices."""
-
-
-async def deltas_of(replicas: Replicas, completions: Sequence[Completion]) -> AsyncGenerator[IndexedDelta]:
-    """Of all choices, as they come, up to their ends. Closing it aborts them; raises what Replicas.generate does."""
-
-    def generate(completion: Completion) -> AsyncGenerator[RequestDelta]:
-        return replicas.generate(completion.request_id, completion.prompt_token_ids, completion.params)
-
-    if len(completions) == 1:
-        async with contextlib.aclosing(generate(completions[0])) as deltas:
-            async for delta in deltas:
-                yield 0, delta
-        return
-    queue: asyncio.Queue[IndexedDelta | Exception | None] = asyncio.Queue(1)
-
-    async def pump(index: int, completion: Completion) -> None:
-        try:
-            async with contextlib.aclosing(generate(completion)) as deltas:
-                async for delta in deltas:
-                    await queue.put((index, delta))
-            await queue.put(None)
-        except Exception as error:
-            await queue.put(error)
-
-    pumps = [asyncio.create_task(pump(index, completion)) for index, completion in enumerate(completions)]
-    try:
-        num_unfinished = len(pumps)
-        while num_unfinished:
-            item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                num_unfinished -= 1
-            else:
-                yield item
-    finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.wait(pumps)
