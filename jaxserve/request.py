@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import pairwise
 from typing import Any, NamedTuple, Self
@@ -153,6 +153,10 @@ class SamplingParams:
         if limit is not None:
             defaults = {**defaults, "max_tokens": SoftLimit(max(1, min(limit, num_room_tokens)))}
         return cls(**{**defaults, **given})
+
+    def of_choice(self, number: int) -> Self:
+        """For one of several outputs of a prompt, numbered from 0: with seeds of their own they differ."""
+        return self if self.seed is None else replace(self, seed=(self.seed + number) % (MAX_SEED + 1))
 
     def max_output_tokens(self, num_room_tokens: int) -> int:
         """Output tokens to make at most where max_model_len leaves ``num_room_tokens``."""

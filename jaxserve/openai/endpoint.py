@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from jaxserve.errors import RequestError
 from jaxserve.prompts import ParsedPrompt
-from jaxserve.request import MAX_SEED, Completion, FinishReason, Logprob, SamplingParams, as_integer
+from jaxserve.request import Completion, FinishReason, Logprob, SamplingParams, as_integer
 from jaxserve.served_model import ServedModel, TokenLimit, any_of
 
 if TYPE_CHECKING:
@@ -134,9 +134,8 @@ class Endpoint(ABC):
             token_ids = model.token_ids(prompt, limit)
             params = model.sampling_params(ask.sampling, len(token_ids), self.defaults)
             for number in range(ask.num_choices):
-                if params.seed is not None and number:
-                    params = replace(params, seed=(params.seed + 1) % (MAX_SEED + 1))
-                found.append(Completion(f"{response_id}-{len(found)}", token_ids, params, prompt.text))
+                name = f"{response_id}-{len(found)}"
+                found.append(Completion(name, token_ids, params.of_choice(number), prompt.text))
         return found
 
     @abstractmethod

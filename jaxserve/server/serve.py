@@ -20,7 +20,6 @@ from prometheus_client import CollectorRegistry, start_http_server
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.server.admission import Admission
 from jaxserve.server.grpc_server import GrpcServer
-from jaxserve.server.http.server import HttpServer
 from jaxserve.server.keys import Keys
 from jaxserve.server.listener import listen_error
 from jaxserve.server.replicas import ReplicaMetrics
@@ -29,6 +28,7 @@ from jaxserve.server.text_threads import TextThreads
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine
+    from jaxserve.server.http.server import HttpServer
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,9 @@ class Server:
         self.grpc = GrpcServer(config, self.admission, texts, grpc_keys, socket)
         self.http: HttpServer | None = None
         if config.http_port is not None:
+            # Imported late: FastAPI takes half a second.
+            from jaxserve.server.http.server import HttpServer
+
             self.http = HttpServer(config, self.admission, texts, self._registry, self.keys)
 
     async def start(self) -> None:

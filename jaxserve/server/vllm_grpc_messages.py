@@ -9,7 +9,7 @@ import tempfile
 import uuid
 import zipfile
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from jaxserve.errors import RequestError
 from jaxserve.openai.endpoint import MAX_CHOICES
 from jaxserve.prompts import ParsedPrompt
-from jaxserve.request import MAX_SEED, Completion, Logprob, RequestDelta, SamplingParams
+from jaxserve.request import Completion, Logprob, RequestDelta, SamplingParams
 from jaxserve.served_model import ServedModel
 from jaxserve.server.messages import check_stops
 from jaxserve.server.proto.vllm import vllm_engine_pb2 as pb
@@ -76,12 +76,7 @@ def completions(
         raise RequestError(f"n must be an integer in [1, {MAX_CHOICES}], got {number}")
     if number == 1:
         return [Completion(request_id, token_ids, params)]
-    return [Completion(f"{request_id}-{index}", token_ids, _with_seed_of(params, index)) for index in range(number)]
-
-
-def _with_seed_of(params: SamplingParams, index: int) -> SamplingParams:
-    """Sequences of one request differ."""
-    return params if params.seed is None else replace(params, seed=(params.seed + index) % (MAX_SEED + 1))
+    return [Completion(f"{request_id}-{index}", token_ids, params.of_choice(index)) for index in range(number)]
 
 
 def _sampling_params(message: pb.SamplingParams, model: ServedModel, num_prompt_tokens: int) -> SamplingParams:

@@ -20,7 +20,7 @@ BACKENDS = [pytest.param(one, id=one.name) for one in ((XLA, NATIVE) if native.a
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     batches(),
     st.sampled_from([8, 16, 64, 128]),

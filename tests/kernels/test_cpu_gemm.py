@@ -116,9 +116,9 @@ def test_gates(rows: int, inputs: int, outputs: int, dtype: str, gate: str, seed
 
 
 @needs_compiler
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
-    st.lists(st.integers(0, 20), min_size=1, max_size=6), st.integers(1, 60), st.integers(1, 40),
+    st.lists(st.integers(0, 20), min_size=1, max_size=3).filter(any), st.integers(1, 60), st.integers(1, 40),
     st.sampled_from(DTYPES), st.sampled_from((None, "silu", "gelu")), st.integers(0, 999),
 )  # fmt: skip
 def test_groups_have_matrices_of_their_own(
