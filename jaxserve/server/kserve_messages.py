@@ -12,12 +12,12 @@ from jaxserve.errors import RequestError
 from jaxserve.prompts import ParsedPrompt
 from jaxserve.request import SamplingParams
 from jaxserve.served_model import ServedModel, UnknownModelError
+from jaxserve.server.messages import MAX_REQUEST_ID_CHARACTERS, check_request_id
 from jaxserve.server.proto.inference import grpc_service_pb2 as pb
 
 VERSION = "1"
 """Of the one model."""
 PLATFORM = "jaxserve"
-MAX_ID_CHARACTERS = 128
 FINAL = "triton_final_response"
 EMPTY_FINAL = "triton_enable_empty_final_response"
 LENGTH_BYTES = 4
@@ -69,8 +69,7 @@ class Ask:
 
 def parse(request: pb.ModelInferRequest) -> Ask:
     """Raises RequestError, naming what is wrong, and UnknownModelError for another version."""
-    if len(request.id) > MAX_ID_CHARACTERS:
-        raise RequestError(f"id must have at most {MAX_ID_CHARACTERS} characters, got {len(request.id)}")
+    check_request_id("id", request.id)
     check_version(request.model_version)
     parameters = dict(request.parameters)
     empty_final = parameters.pop(EMPTY_FINAL, pb.InferParameter())
@@ -204,7 +203,7 @@ class Reply:
 
 def failure(request: pb.ModelInferRequest, message: str) -> pb.ModelStreamInferResponse:
     """The last response to a request of a stream that could not be served."""
-    reply = Reply(request.id[:MAX_ID_CHARACTERS], request.model_name[:MAX_ID_CHARACTERS])
+    reply = Reply(request.id[:MAX_REQUEST_ID_CHARACTERS], request.model_name[:MAX_REQUEST_ID_CHARACTERS])
     return pb.ModelStreamInferResponse(error_message=message, infer_response=reply.end())
 
 

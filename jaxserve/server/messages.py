@@ -25,6 +25,7 @@ FINISH_REASONS = {
 }
 
 
+MAX_REQUEST_ID_CHARACTERS = 128
 MAX_UINT32 = 2**32 - 1
 MAX_TOKEN_ID_BYTES = 5
 MAX_CHARACTER_BYTES = 4
@@ -59,6 +60,12 @@ def check_stops(message: Stops, model: ServedModel) -> None:
         raise RequestError(
             f"stop_token_ids must be at most the vocabulary's {model.vocab_size}, got {len(message.stop_token_ids)}"
         )
+
+
+def check_request_id(name: str, value: str) -> None:
+    """Raise RequestError for what is too long to name a request; errors call it ``name``."""
+    if len(value) > MAX_REQUEST_ID_CHARACTERS:
+        raise RequestError(f"{name} must have at most {MAX_REQUEST_ID_CHARACTERS} characters, got {len(value)}")
 
 
 def sampling_params(message: pb.SamplingParams, model: ServedModel, num_prompt_tokens: int) -> SamplingParams:

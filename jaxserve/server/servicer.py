@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 from google.protobuf.message import Message
 
-from jaxserve.errors import RequestError
 from jaxserve.served_model import ServedModel
 from jaxserve.server import messages
 from jaxserve.server.admission import Admission
@@ -18,8 +17,6 @@ from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2_grpc as pb_grpc
 from jaxserve.server.replicas import Replicas
 from jaxserve.server.text_threads import TextThreads
-
-MAX_REQUEST_ID_CHARACTERS = 128
 
 
 class InferenceServicer(pb_grpc.InferenceServiceServicer):
@@ -34,10 +31,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
     async def _generate(self, replicas: Replicas, request: pb.GenerateRequest, context: Context) -> None:
         request_id = request.request_id or uuid.uuid4().hex
-        if len(request_id) > MAX_REQUEST_ID_CHARACTERS:
-            raise RequestError(
-                f"request_id must have at most {MAX_REQUEST_ID_CHARACTERS} characters, got {len(request_id)}"
-            )
+        messages.check_request_id("request_id", request_id)
         token_ids = await self._prompt_token_ids(request, replicas.model)
         params = messages.sampling_params(request.sampling_params, replicas.model, len(token_ids))
         room = messages.ResponseRoom(request_id, params, self._max_message_bytes)

@@ -20,9 +20,8 @@ from jaxserve.openai.endpoint import MAX_CHOICES
 from jaxserve.prompts import ParsedPrompt
 from jaxserve.request import Completion, Logprob, RequestDelta, SamplingParams
 from jaxserve.served_model import ServedModel
-from jaxserve.server.messages import check_stops
+from jaxserve.server.messages import check_request_id, check_stops
 from jaxserve.server.proto.vllm import vllm_engine_pb2 as pb
-from jaxserve.server.servicer import MAX_REQUEST_ID_CHARACTERS
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine
@@ -45,10 +44,7 @@ Position = dict[int, Logprob] | None
 
 def request_id(request: pb.GenerateRequest) -> str:
     """The caller's or a new one. Raises RequestError."""
-    if len(request.request_id) > MAX_REQUEST_ID_CHARACTERS:
-        raise RequestError(
-            f"request_id must have at most {MAX_REQUEST_ID_CHARACTERS} characters, got {len(request.request_id)}"
-        )
+    check_request_id("request_id", request.request_id)
     return request.request_id or uuid.uuid4().hex
 
 
