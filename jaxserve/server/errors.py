@@ -16,3 +16,6 @@ class OverloadedError(RuntimeError):
 
 class AbortedError(RuntimeError):
     """Somebody else has ended the request."""
+
+    def __init__(self) -> None:
+        super().__init__("the request was aborted")

@@ -115,7 +115,7 @@ class KServeServicer(pb_grpc.GRPCInferenceServiceServicer):
             async with contextlib.aclosing(replicas.generate(uuid.uuid4().hex, token_ids, params)) as deltas:
                 async for delta in deltas:
                     if delta.finish_reason is FinishReason.ABORT:
-                        raise AbortedError("the request was aborted")
+                        raise AbortedError()
                     text += delta.text
                     ends = delta.finish_reason is not None
                     if ask.stream or ends:

@@ -14,6 +14,8 @@ from typing import Any
 import openai
 import pytest
 
+from jaxserve.openai import schema
+from jaxserve.openai.endpoint import SAMPLING
 from jaxserve.server.keys import VARIABLE
 from tests.server.conftest import RunningServer
 
@@ -232,6 +234,15 @@ def test_bad_requests_fail_alone(server: RunningServer, eventually: Callable[...
         assert error_of(send(server, "POST", COMPLETIONS, {"prompt": secret}), 500) == "internal error"
     assert send(server, "POST", COMPLETIONS, {"prompt": "a", "max_tokens": 1})[0] == HTTPStatus.OK
     eventually(lambda: not server.admission.num_active)
+
+
+def test_a_fault_is_logged_once(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
+    assert send(server, "POST", COMPLETIONS, {"prompt": "break"})[0] == HTTPStatus.INTERNAL_SERVER_ERROR
+    assert caplog.text.count("uncaught exception in an HTTP request") == 1
+
+
+def test_the_description_has_every_parameter_of_sampling() -> None:
+    assert {*schema.COMMON, *schema.COMPLETION} >= SAMPLING
 
 
 def test_a_body_over_the_limit(make_server: Callable[..., RunningServer]) -> None:

@@ -23,19 +23,23 @@ from jaxserve.prompts import ParsedPrompt
 from jaxserve.served_model import ServedModel
 from jaxserve.server.admission import Admission
 from jaxserve.server.errors import UnavailableError
-from jaxserve.server.http.errors import Failure, failure_of
+from jaxserve.server.http.door import Door
+from jaxserve.server.http.errors import failure_of
 from jaxserve.server.http.exchange import read_body
 from jaxserve.server.http.generate import Answer
 from jaxserve.server.http.page import add_page
 from jaxserve.server.http.steps import recent_steps
+from jaxserve.server.keys import Keys
 from jaxserve.server.text_threads import TextThreads
 
 
-def make_app(admission: Admission, texts: TextThreads, registry: CollectorRegistry, max_body_bytes: int) -> FastAPI:
+def make_app(
+    admission: Admission, texts: TextThreads, registry: CollectorRegistry, keys: Keys, max_body_bytes: int
+) -> FastAPI:
     """OpenAI's paths and vLLM's, and a page."""
     app = FastAPI(title="jaxserve", version=version("jaxserve"), docs_url=None, redoc_url=None)
-    for kind in (Failure, RequestError, RuntimeError, HTTPException, Exception):
-        app.add_exception_handler(kind, _respond_failure)
+    app.add_middleware(Door, keys=keys)
+    app.add_exception_handler(HTTPException, _respond_failure)
     for endpoint, properties, required in (
         (CHAT, schema.COMMON | schema.CHAT, "messages"),
         (COMPLETIONS, schema.COMMON | schema.COMPLETION, "prompt"),
@@ -105,8 +109,8 @@ def _handler(answer: Callable[[], Answer]) -> Callable[[], Any]:
 
 
 async def _respond_failure(request: Request, error: Exception) -> Response:
-    failure = failure_of(error)
-    return Response(failure.body(), failure.status, failure.headers, "application/json")
+    """For what FastAPI itself raises, and would answer in a shape of its own."""
+    return failure_of(error).response()
 
 
 def _json(value: object) -> Response:

@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,8 +24,8 @@ REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class Door:
-    """An ASGI application around ``app``: every response has an X-Request-Id, the caller's or a new one, and a line in
-    the log.
+    """ASGI middleware around ``app``, whose exceptions it turns into responses. Every response has an X-Request-Id, the
+    caller's or a new one, and a line in the log.
     """
 
     def __init__(self, app: ASGIApp, keys: Keys) -> None:
@@ -53,7 +52,7 @@ class Door:
         except Exception as error:
             failure = failure_of(error)
             if status == CLIENT_CLOSED_REQUEST:
-                await _send_failure(failure, named)
+                await failure.response()(scope, receive, named)
         finally:
             elapsed_seconds = time.monotonic() - started_seconds
             # Probes and the page ask every second.
@@ -67,11 +66,3 @@ class Door:
             failure = Failure(HTTPStatus.UNAUTHORIZED, "authentication_error", NO_KEY, bearer)
             failure.error["code"] = "invalid_api_key"
             raise failure
-
-
-async def _send_failure(failure: Failure, send: Any) -> None:
-    body = failure.body()
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **failure.headers}
-    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": failure.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})

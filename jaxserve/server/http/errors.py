@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 from jaxserve.errors import RequestError
 from jaxserve.served_model import UnknownModelError
@@ -31,6 +32,9 @@ class Failure(Exception):
 
     def body(self) -> bytes:
         return orjson.dumps({"error": self.error})
+
+    def response(self) -> Response:
+        return Response(self.body(), self.status, self.headers, "application/json")
 
 
 def failure_of(error: Exception) -> Failure:

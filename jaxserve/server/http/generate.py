@@ -60,7 +60,7 @@ class Answer(StarletteResponse):
         async for index, delta in deltas:
             response.completions[index].add(delta)
         if any(completion.finish_reason is FinishReason.ABORT for completion in response.completions):
-            raise AbortedError("the request was aborted")
+            raise AbortedError()
         await exchange.respond(response.whole())
 
     async def _stream(
@@ -80,6 +80,6 @@ class Answer(StarletteResponse):
     async def _event(self, exchange: Exchange, response: Response, indexed: IndexedDelta) -> None:
         index, delta = indexed
         if delta.finish_reason is FinishReason.ABORT:
-            raise AbortedError("the request was aborted")
+            raise AbortedError()
         if delta.text or delta.token_ids or delta.finish_reason is not None:
             await exchange.event(orjson.dumps(response.chunk(index, delta)))

@@ -14,7 +14,6 @@ from prometheus_client import CollectorRegistry
 from jaxserve.config import ServerConfig
 from jaxserve.server.admission import Admission
 from jaxserve.server.http.app import make_app
-from jaxserve.server.http.door import Door
 from jaxserve.server.keys import Keys
 from jaxserve.server.listener import listen_error, socket_address
 from jaxserve.server.text_threads import TextThreads
@@ -33,7 +32,7 @@ class HttpServer:
     ) -> None:
         assert config.http_port is not None
         self._host, self.port, self._is_secure = config.host, config.http_port, config.ssl_certfile is not None
-        app = Door(make_app(admission, texts, registry, config.max_message_bytes), keys)
+        app = make_app(admission, texts, registry, keys, config.max_message_bytes)
         self._server = _Server(
             uvicorn.Config(
                 app, http="httptools", ws="none", lifespan="off", log_config=None, log_level="warning",
