@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -234,6 +235,13 @@ def server(make_server: Callable[..., RunningServer]) -> RunningServer:
 def client(server: RunningServer) -> Iterator[Client]:
     with Client(server.target) as client:
         yield client
+
+
+@pytest.fixture
+def channel_to() -> Iterator[Callable[[RunningServer], grpc.Channel]]:
+    """Opens a channel, which is closed afterwards."""
+    with contextlib.ExitStack() as stack:
+        yield lambda server: stack.enter_context(grpc.insecure_channel(server.target))
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -77,16 +77,8 @@ class Stream:
 
 
 @pytest.fixture
-def stub_of() -> Iterator[Callable[[RunningServer], Any]]:
-    channels = []
-
-    def stub_of(server: RunningServer) -> Any:
-        channels.append(grpc.insecure_channel(server.target))
-        return pb_grpc.GRPCInferenceServiceStub(channels[-1])
-
-    yield stub_of
-    for channel in channels:
-        channel.close()
+def stub_of(channel_to: Callable[[RunningServer], grpc.Channel]) -> Callable[[RunningServer], Any]:
+    return lambda server: pb_grpc.GRPCInferenceServiceStub(channel_to(server))
 
 
 @pytest.fixture

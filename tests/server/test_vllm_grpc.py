@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -32,16 +32,8 @@ def ask(ids: tuple[int, ...] = (97, 98, 99), *, request_id: str = "", stream: bo
 
 
 @pytest.fixture
-def stub_of() -> Iterator[Callable[[RunningServer], Any]]:
-    channels = []
-
-    def stub_of(server: RunningServer) -> Any:
-        channels.append(grpc.insecure_channel(server.target))
-        return pb_grpc.VllmEngineStub(channels[-1])
-
-    yield stub_of
-    for channel in channels:
-        channel.close()
+def stub_of(channel_to: Callable[[RunningServer], grpc.Channel]) -> Callable[[RunningServer], Any]:
+    return lambda server: pb_grpc.VllmEngineStub(channel_to(server))
 
 
 @pytest.fixture
