@@ -126,16 +126,15 @@ class DenseMatrix:
         bias: jax.Array | None,
         groups: jax.Array | None = None,
     ) -> jax.Array:
+        x = x if rows is None else x[rows]
         if groups is not None:
-            x = x if rows is None else x[rows]
             halves = jnp.stack([jax.lax.ragged_dot(x, half, groups) for half in self.weight], axis=1)
         elif self.layout.is_divided:
             # Not as one matrix: each device holds a share of both halves.
-            halves = jnp.einsum("th,gih->tgi", x if rows is None else x[rows], self.weight)
+            halves = jnp.einsum("th,gih->tgi", x, self.weight)
         else:
             # As one matrix: of three dimensions, XLA on CPUs transposes the weights in every step.
-            product = self.multiply(x, rows)
-            halves = product.reshape(len(product), 2, -1)
+            halves = self.multiply(x).reshape(len(x), 2, -1)
         return gate(halves, activation, bias)
 
     def lookup(self, ids: jax.Array) -> jax.Array:
