@@ -200,7 +200,7 @@ class BatchRun:
             self._results.append([_result(line, 400, body=None, error=str(error))])
             self._summary.num_errors += 1
             return 1
-        answer = _Answer(line, Response(line.endpoint, ask, completions, line.id, self._model), len(completions))
+        answer = _Answer(line, line.endpoint.respond(ask, completions, line.id, self._model), len(completions))
         for completion in completions:
             self._engine.add_request(completion.request_id, completion.prompt_token_ids, completion.params)
             self._in_flight[completion.request_id] = completion, answer
@@ -223,8 +223,8 @@ class BatchRun:
     def _finish(self, answer: _Answer) -> dict[str, Any]:
         body = answer.response.whole()
         self._summary.num_succeeded += 1
-        self._summary.num_prompt_tokens += body["usage"]["prompt_tokens"]
-        self._summary.num_output_tokens += body["usage"]["completion_tokens"]
+        self._summary.num_prompt_tokens += answer.response.num_prompt_tokens
+        self._summary.num_output_tokens += answer.response.num_output_tokens
         return _result(answer.line, 200, body, error=None)
 
 

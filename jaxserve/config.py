@@ -50,6 +50,7 @@ class EngineConfig:
         LOAD_FORMATS,
     )
     tokenizer: str | None = option(None, "folder or hub id of the tokenizer; the model's own by default")
+    chat_template: str | None = option(None, "file of a chat template (Jinja) in place of the tokenizer's own")
     dtype: str = option("auto", "weights and activations; auto: float32 on CPUs, bfloat16 on GPUs", DTYPES)
     max_model_len: int | None = option(None, "longest prompt + output; the model's own limit by default")
     token_budget: int | Literal["auto"] = option(
@@ -115,6 +116,8 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
         if not self.model:
             raise ConfigError("model must not be empty")
+        if self.chat_template is not None and not os.access(self.chat_template, os.R_OK):
+            raise ConfigError(f"chat_template must be a file that can be read, got {self.chat_template!r}")
         if self.token_budget != "auto" and self.max_num_seqs > self.token_budget:
             raise ConfigError(
                 f"max_num_seqs must not exceed token_budget (every running decode is in every batch), "

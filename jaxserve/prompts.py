@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from jaxserve.errors import RequestError
@@ -35,6 +36,8 @@ class ParsedPrompt(NamedTuple):
     token_ids: list[int] | None = None
     messages: Any = None
     """A chat's, unchecked: the tokenizer does that."""
+    template_options: Mapping[str, Any] = MappingProxyType({})
+    """What else the chat template is rendered with: see Tokenizer.apply_chat_template."""
 
 
 def parse_prompts(prompts: Prompt | Iterable[Prompt]) -> list[ParsedPrompt]:

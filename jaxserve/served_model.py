@@ -84,7 +84,8 @@ class ServedModel:
         if limit is not None and isinstance(prompt.messages, list) and len(prompt.messages) > limit.num_tokens:
             raise RequestError(f"messages of {len(prompt.messages)} items exceeds {limit.name} {limit.num_tokens}")
         # The template writes the special tokens itself.
-        return encode(self.tokenizer.apply_chat_template(prompt.messages), add_special_tokens=False)
+        text = self.tokenizer.apply_chat_template(prompt.messages, **prompt.template_options)
+        return encode(text, add_special_tokens=False)
 
     def text(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids. Raises RequestError."""

@@ -1,23 +1,18 @@
-"""Text to token ids and back, chat templates, and text that arrives token by token."""
+"""Text to token ids and back, and text that arrives token by token."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
+from jaxserve.chat_template import ChatTemplate
 from jaxserve.errors import RequestError
 from jaxserve.token_length import TokenLength, byte_alphabet
 
@@ -31,7 +26,8 @@ class Tokenizer:
     """A model's tokenizer. Safe to use from several threads.
 
     ``special_tokens`` maps bos_token, eos_token, unk_token and so on, as far as the model has them, to their text.
-    ``eos_tokens`` are those that its files give besides special_tokens' eos_token.
+    ``tool_template`` is the chat template for conversations with tools, where it is another. ``eos_tokens`` are those
+    that its files give besides special_tokens' eos_token.
     """
 
     def __init__(
@@ -40,14 +36,16 @@ class Tokenizer:
         *,
         special_tokens: Mapping[str, str],
         chat_template: str | None,
+        tool_template: str | None = None,
         eos_tokens: Sequence[str] = (),
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self._special_tokens = dict(special_tokens)
-        self._chat_template = chat_template
-        self._compiled: jinja2.Template | None = None
+        self.chat_template: ChatTemplate | None = None
+        if chat_template is not None:
+            self.set_chat_template(chat_template, tool_template)
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(index for index, token in added.items() if token.special)
         self.vocab_size: int = backend.get_vocab_size()
@@ -70,8 +68,12 @@ class Tokenizer:
         self._backend.save(str(folder / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._special_tokens}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        if self._chat_template is not None:
-            (folder / "chat_template.jinja").write_text(self._chat_template, encoding="utf-8", newline="")
+        if self.chat_template is not None:
+            self.chat_template.save(folder)
+
+    def set_chat_template(self, source: str, tool_source: str | None = None) -> None:
+        """Use other chat templates than those of the tokenizer's files."""
+        self.chat_template = ChatTemplate(source, tool_source, self._special_tokens)
 
     def token_id(self, token: str) -> int | None:
         """The id of ``token``, None where the vocabulary has no such token."""
@@ -141,28 +143,19 @@ class Tokenizer:
         """For the text of tokens that arrive one by one and follow the tokens ``after``."""
         return TextStream(self, skip_special_tokens, after)
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The prompt for ``messages`` (each with a role and a content), to encode without adding special tokens.
 
         A content is a text, None, which stands for none, or a list of parts ``{"type": "text", "text": ...}``, whose
         texts become lines of one. An assistant's message, which may be a call of a tool, need not have any.
-        ``add_generation_prompt`` ends it where the assistant's answer begins. Raises RequestError for a model without
-        a template, malformed messages, and what the template itself rejects.
+        Options are transformers': ``add_generation_prompt``, true by default, ends the prompt where the assistant's
+        answer begins, ``continue_final_message`` within the last message; ``tools`` are JSON Schemas of functions, as
+        OpenAI has them; what else is given the template can read. Raises RequestError for a model without a template,
+        malformed messages, and what the template itself rejects.
         """
-        if self._chat_template is None:
+        if self.chat_template is None:
             raise RequestError("messages cannot be served: the model has no chat template")
-        rendered = [_checked(index, message) for index, message in enumerate(_checked_list(messages))]
-        try:
-            self._compiled = self._compiled or _environment().from_string(self._chat_template)
-            return self._compiled.render(
-                messages=rendered,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._special_tokens,
-            )
-        except Exception as error:  # a template is a program: any exception of its own is an answer to these messages
-            raise RequestError(f"messages rejected by the model's chat template: {error}") from error
+        return self.chat_template.render(messages, **options)
 
 
 class TextStream:
@@ -224,60 +217,3 @@ class TextStream:
             if num_tokens >= len(after) or (text and text[0] != "\ufffd"):
                 break
         return context
-
-
-def _checked_list(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise RequestError(f"messages must be a list of at least one message, got {messages!r}")
-    return messages
-
-
-def _checked(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message with its content as one text. Raises RequestError."""
-    name = f"messages[{index}]"
-    if not isinstance(message, Mapping):
-        raise RequestError(f"{name} must be an object, got {message!r}")
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str):
-        raise RequestError(f"{name}.role must be a string, got {role!r}")
-    if content is None and ("content" in message or role == "assistant"):
-        content = ""
-    if isinstance(content, list | tuple):
-        content = "\n".join(_text_of(f"{name}.content[{i}]", part) for i, part in enumerate(content))
-    if not isinstance(content, str):
-        raise RequestError(f"{name}.content must be a string, got {content!r}")
-    return {**message, "content": content}
-
-
-def _text_of(name: str, part: object) -> str:
-    if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-        raise RequestError(f"{name} must be {{'type': 'text', 'text': ...}}, got {part!r:.80}")
-    return part["text"]
-
-
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks the assistant's words for training; here its body stands for itself."""
-
-    tags = {"generation"}  # noqa: RUF012  (jinja2's interface)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> jinja2.Environment:
-    """The environment that Hugging Face's chat templates are written for (transformers' chat_template_utils)."""
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-    return environment

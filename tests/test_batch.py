@@ -42,7 +42,7 @@ class EchoTokenizer:
     def decode_stream(self, skip_special_tokens: bool, after: list[int]) -> Any:
         return SimpleNamespace(step=chr)
 
-    def apply_chat_template(self, messages: Any) -> str:
+    def apply_chat_template(self, messages: Any, **options: Any) -> str:
         return "".join(f"<{m['role']}>{m['content']}" for m in messages)
 
 
@@ -229,9 +229,9 @@ BAD_LINES = [
     (line("a") | {"method": "GET"}, "method must be 'POST', got 'GET'"),
     (
         line("a") | {"url": "/v1/embeddings"},
-        "url must be /v1/chat/completions or /v1/completions, got '/v1/embeddings'",
+        "url must be /v1/chat/completions or /v1/completions or /v1/responses, got '/v1/embeddings'",
     ),
-    (line("a") | {"url": []}, "url must be /v1/chat/completions or /v1/completions, got []"),
+    (line("a") | {"url": []}, "url must be /v1/chat/completions or /v1/completions or /v1/responses, got []"),
     (line("a") | {"body": "hello"}, "body must be a JSON object, got 'hello'"),
     (line("a", max_tokens=2), "prompt must be a string, a list of token ids, or a list of those, got None"),
     (line("a", prompt=["hello", 5]), "prompt must be a string, a list of token ids, or a list of those, got ['"),
@@ -240,7 +240,10 @@ BAD_LINES = [
     (line("a", prompt="hello", beams=2), "unknown parameter 'beams' for /v1/completions; known: ignore_eos, "),
     (line("a", prompt="hello", best_of=2), "best_of must be n, 1, got 2"),
     (line("a", prompt="hello", logit_bias={"5": 1}), "logit_bias must be {}, got {'5': 1}"),
-    (line("a", CHAT, messages=[], tools=[{"type": "function"}]), "tools must be [], got [{'type':"),
+    (
+        line("a", CHAT, messages=[], tools=[{"type": "function"}]),
+        "tools[0] must be {'type': 'function', 'function': ...}, got {'type':",
+    ),
     (line("a", CHAT, messages=[], tool_choice="required"), "tool_choice must be 'none' or 'auto', got "),
     (
         line("a", CHAT, messages=[], response_format={"type": "json_object"}),

@@ -32,6 +32,7 @@ def test_counts(name: str, value: Any) -> None:
     ("settings", "message"),
     [
         ({"model": ""}, "model must not be empty"),
+        ({"chat_template": "no/such"}, "chat_template must be a file that can be read, got 'no/such'"),
         (
             {"max_num_seqs": 17, "token_budget": 16},
             "max_num_seqs must not exceed token_budget (every running decode is in every batch), got 17 > 16",

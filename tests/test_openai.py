@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jaxserve.errors import RequestError
-from jaxserve.openai import CHAT, COMPLETIONS, Ask, Endpoint, Response
+from jaxserve.openai import CHAT, COMPLETIONS, Ask, Endpoint
 from jaxserve.request import Completion, FinishReason, Logprob, RequestDelta, RequestMetrics, SamplingParams
 from jaxserve.served_model import ServedModel
 from jaxserve.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ class ChatTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [ord(c) for c in ("^" if add_special_tokens else "") + text]
 
-    def apply_chat_template(self, messages: Any) -> str:
+    def apply_chat_template(self, messages: Any, **options: Any) -> str:
         return "".join(message["content"] for message in messages)
 
     def decode_stream(self, skip_special_tokens: bool, after: list[int]) -> Any:
@@ -67,7 +67,7 @@ def completion(
 
 def whole(endpoint: Endpoint, completions: Sequence[Completion], model: ServedModel = MODEL) -> dict[str, Any]:
     """Of as many prompts."""
-    return Response(endpoint, Ask((), {}), completions, "cmpl-1", model).whole()
+    return endpoint.respond(Ask(), completions, "cmpl-1", model).whole()
 
 
 def logprobs_of(endpoint: Endpoint, one: Completion, model: ServedModel = MODEL) -> dict[str, Any]:

@@ -212,6 +212,57 @@ def test_transformers_reads_the_saved_folder_alike(tmp_path: Path) -> None:
     assert TOKENIZER.apply_chat_template(HI) == expected
 
 
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}{{ mood }}"
+)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tools": [TOOL]},
+        {"tools": []},
+        {"add_generation_prompt": False, "continue_final_message": True},
+        {"mood": "!"},
+    ],
+)
+def test_options_of_templates_as_in_transformers(options: dict[str, Any]) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(tokenizer_object=build(METADATA))
+    for content in ("And so ", "on\n"):
+        messages = [*HI, {"role": "assistant", "content": content}]
+        # Ours ends where the assistant answers, unless told otherwise.
+        wanted = {"add_generation_prompt": True, **options}
+        expected = theirs.apply_chat_template(messages, chat_template=TEMPLATE, tokenize=False, **wanted)
+        assert with_template(TEMPLATE).apply_chat_template(messages, **options) == expected
+
+
+def test_conversations_with_tools_may_have_a_template_of_their_own(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(build(METADATA), special_tokens={}, chat_template="plain", tool_template="tools")
+    tokenizer.save(tmp_path)
+    for one in (tokenizer, hf_tokenizer.load(tmp_path)):
+        assert (one.apply_chat_template(HI), one.apply_chat_template(HI, tools=[TOOL])) == ("plain", "tools")
+    gguf = METADATA | {"tokenizer.chat_template": "plain", "tokenizer.chat_template.tool_use": "tools"}
+    assert gguf_tokenizer.load(gguf).apply_chat_template(HI, tools=[TOOL]) == "tools"
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "named"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named}))
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").unlink()
+    assert hf_tokenizer.load(tmp_path).apply_chat_template(HI, tools=[TOOL]) == "named"
+
+
+def test_what_options_refuse() -> None:
+    tokenizer = with_template("{{ messages[0].content | upper }}")
+    with pytest.raises(RequestError, match="add_generation_prompt must be false with continue_final_message, got true"):
+        tokenizer.apply_chat_template(HI, continue_final_message=True)
+    with pytest.raises(RequestError, match="the model's chat template changes the last message's content"):
+        tokenizer.apply_chat_template(HI, continue_final_message=True, add_generation_prompt=False)
+
+
 def test_folder_layouts(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"holds no tokenizer\.json, the supported kind of tokenizer; found: none"):
         hf_tokenizer.load(tmp_path)

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -17,6 +18,7 @@ from jaxserve.engine.runner import ModelRunner, prepare
 from jaxserve.engine.startup import StartupTimes, timed
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.loading import generation, hf_tokenizer
+from jaxserve.models.loading.files import read_text
 from jaxserve.models.loading.hub import resolve
 from jaxserve.request import SamplingParams
 from jaxserve.scheduler import Pace, Scheduler
@@ -57,6 +59,8 @@ def build(
     checkpoint, resolved = prepare(config)
     stored = read_profile(config.profile, resolved) if config.profile is not None else None
     tokenizer = hf_tokenizer.load(resolve(config.tokenizer)) if config.tokenizer else checkpoint.tokenizer()
+    if config.chat_template is not None:
+        tokenizer.set_chat_template(read_text(Path(config.chat_template)))
     eos = checkpoint.eos_token_ids(tokenizer)
     defaults = checkpoint.sampling_defaults if config.generation_config == "auto" else {}
     _log_sampling(defaults)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxserve.engine.sampler import TokenLogprobs
 from jaxserve.engine.step import Step
 from jaxserve.request import FinishReason, Logprob, Request, RequestDelta, RequestStatus
+from jaxserve.text import overlap
 from jaxserve.tokenizer import Tokenizer
 
 
@@ -103,16 +104,10 @@ class OutputStream:
     def _release(self) -> str:
         """Give out what can no longer become a stop string."""
         stops = self.request.params.stop
-        keep = max(_overlap(self._held, stop) for stop in stops) if stops else 0
+        keep = max(overlap(self._held, stop) for stop in stops) if stops else 0
         split = len(self._held) - keep
         text, self._held = self._held[:split], self._held[split:]
         return text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop``."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def host_logprobs(logprobs: TokenLogprobs[jax.Array]) -> TokenLogprobs[np.ndarray]:

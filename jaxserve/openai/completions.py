@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxserve.errors import RequestError
-from jaxserve.openai.endpoint import MAX_CHOICES, Choice, Endpoint, Part
+from jaxserve.openai.choices import Choice, ChoicesEndpoint
+from jaxserve.openai.endpoint import MAX_CHOICES, NO_TOOLS, Ask
+from jaxserve.openai.fields import take_switch
+from jaxserve.openai.response import Part
 from jaxserve.prompts import ParsedPrompt
 from jaxserve.request import Completion, Logprob
+from jaxserve.served_model import ServedModel
 
 if TYPE_CHECKING:
     from jaxserve.tokenizer import TextStream, Tokenizer
 
 
-class Completions(Endpoint):
+class Completions(ChoicesEndpoint):
     path = "/v1/completions"
     object = "text_completion"
     chunk_object = "text_completion"
-    id_prefix = "cmpl"
+    id_prefix = "cmpl-"
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {**ChoicesEndpoint.neutral, **NO_TOOLS}
 
-    def _take_prompts(self, given: dict[str, Any], echo: bool) -> Sequence[ParsedPrompt]:
-        prompt = given.pop("prompt", None)
-        if (one := _parsed(prompt)) is not None:
-            return [one]
-        several = [_parsed(element) for element in prompt] if isinstance(prompt, list) else []
-        if not several or not all(several):
-            raise RequestError(f"prompt must be a string, a list of token ids, or a list of those, got {prompt!r:.80}")
-        if len(several) > MAX_CHOICES:
-            raise RequestError(f"prompt must be a list of at most {MAX_CHOICES} prompts, got {len(several)}")
-        return [prompt for prompt in several if prompt is not None]
+    def _take(self, given: dict[str, Any], model: ServedModel) -> Ask:
+        ask = super()._take(given, model)
+        echo, sampling = take_switch(given, "echo"), {}
+        if echo and (given.get("logprobs") is not None or given.get("max_tokens") == 0):
+            sampling["prompt_logprobs"] = given.get("logprobs", 0)
+        return replace(ask, prompts=_take_prompts(given), sampling=sampling, echo=echo)
 
-    def choice(self, index: int, completion: Completion, echo: bool, tokenizer: Tokenizer) -> Choice:
-        return TextChoice(index, completion, echo, tokenizer)
+    def choice(self, index: int, completion: Completion, ask: Ask, model: ServedModel) -> Choice:
+        return TextChoice(index, completion, ask.echo, model.tokenizer)
+
+
+def _take_prompts(given: dict[str, Any]) -> Sequence[ParsedPrompt]:
+    prompt = given.pop("prompt", None)
+    if (one := _parsed(prompt)) is not None:
+        return [one]
+    several = [_parsed(element) for element in prompt] if isinstance(prompt, list) else []
+    if not several or not all(several):
+        raise RequestError(f"prompt must be a string, a list of token ids, or a list of those, got {prompt!r:.80}")
+    if len(several) > MAX_CHOICES:
+        raise RequestError(f"prompt must be a list of at most {MAX_CHOICES} prompts, got {len(several)}")
+    return [prompt for prompt in several if prompt is not None]
 
 
 def _parsed(prompt: object) -> ParsedPrompt | None:

@@ -6,18 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxserve.openai.endpoint import MAX_CHOICES
+from jaxserve.openai.responses import TEXT_PARTS
+from jaxserve.openai.tools import MAX_TOOLS
 from jaxserve.request import MAX_LOGPROBS, MAX_SEED, MAX_STOP_STRINGS
 
 BOOLEAN: dict[str, Any] = {"type": ["boolean", "null"]}
 TOKEN_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-COMMON: dict[str, dict[str, Any]] = {
+SAMPLING: dict[str, dict[str, Any]] = {
     "model": {"type": ["string", "null"], "description": "One of the names that /v1/models lists."},
-    "n": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_CHOICES},
     "stream": BOOLEAN,
-    "stream_options": {
-        "type": ["object", "null"], "properties": {"include_usage": BOOLEAN, "continuous_usage_stats": BOOLEAN},
-    },
-    "max_tokens": {"type": ["integer", "null"], "minimum": 1},
     "temperature": {"type": ["number", "null"], "minimum": 0, "maximum": 100},
     "top_p": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1},
     "top_k": {"type": ["integer", "null"], "minimum": -1, "description": "0 or -1 keeps the whole vocabulary."},
@@ -35,6 +32,17 @@ COMMON: dict[str, dict[str, Any]] = {
     "include_stop_str_in_output": BOOLEAN,
     "user": {"type": ["string", "null"]},
 }  # fmt: skip
+"""What every endpoint takes."""
+MAX_TOKENS: dict[str, Any] = {"type": ["integer", "null"], "minimum": 1}
+COMMON: dict[str, dict[str, Any]] = {
+    **SAMPLING,
+    "n": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_CHOICES},
+    "stream_options": {
+        "type": ["object", "null"], "properties": {"include_usage": BOOLEAN, "continuous_usage_stats": BOOLEAN},
+    },
+    "max_tokens": MAX_TOKENS,
+}  # fmt: skip
+"""Of endpoints with choices."""
 COMPLETION: dict[str, dict[str, Any]] = {
     "prompt": {
         "anyOf": [
@@ -45,34 +53,64 @@ COMPLETION: dict[str, dict[str, Any]] = {
     "echo": BOOLEAN,
     "logprobs": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_LOGPROBS},
 }  # fmt: skip
-MESSAGE: dict[str, Any] = {
-    "type": "object",
-    "required": ["role", "content"],
+
+
+def _message(*types: str) -> dict[str, Any]:
+    """One whose content is a text or parts of these types."""
+    part = {
+        "type": "object", "required": ["type", "text"],
+        "properties": {"type": {"enum": list(types)}, "text": {"type": "string"}},
+    }  # fmt: skip
+    content = {"anyOf": [{"type": "string"}, {"type": "array", "items": part}]}
+    return {
+        "type": "object", "required": ["role", "content"],
+        "properties": {"role": {"type": "string"}, "content": content},
+    }  # fmt: skip
+
+
+MESSAGE = _message("text")
+TEMPLATE: dict[str, dict[str, Any]] = {
+    "add_generation_prompt": BOOLEAN,
+    "continue_final_message": BOOLEAN,
+    "chat_template_kwargs": {"type": ["object", "null"]},
+}
+"""What chat templates are rendered with."""
+TOOL: dict[str, Any] = {
+    "type": "object", "required": ["type", "function"],
     "properties": {
-        "role": {"type": "string"},
-        "content": {
-            "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": {
-                    "type": "object", "required": ["type", "text"],
-                    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                }},
-            ]
+        "type": {"const": "function"},
+        "function": {
+            "type": "object", "required": ["name"],
+            "properties": {
+                "name": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
+                "description": {"type": ["string", "null"]},
+                "parameters": {"type": ["object", "null"]},
+            },
         },
     },
 }  # fmt: skip
 CHAT: dict[str, dict[str, Any]] = {
     "messages": {"type": "array", "items": MESSAGE, "minItems": 1},
-    "max_completion_tokens": {"type": ["integer", "null"], "minimum": 1},
+    "max_completion_tokens": MAX_TOKENS,
     "logprobs": BOOLEAN,
     "top_logprobs": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_LOGPROBS},
+    "tools": {"type": ["array", "null"], "items": TOOL, "maxItems": MAX_TOOLS},
+    "tool_choice": {"enum": ["none", "auto", None]},
+    "parallel_tool_calls": BOOLEAN,
+    **TEMPLATE,
 }
-
+RESPONSE: dict[str, dict[str, Any]] = {
+    "input": {"anyOf": [{"type": "string"}, {"type": "array", "items": _message(*TEXT_PARTS), "minItems": 1}]},
+    "instructions": {"type": ["string", "null"]},
+    "max_output_tokens": MAX_TOKENS,
+    **TEMPLATE,
+}
 TOKENIZE: dict[str, dict[str, Any]] = {
     "model": COMMON["model"],
     "prompt": {"type": ["string", "null"], "description": "Or messages."},
     "messages": {"type": ["array", "null"], "items": MESSAGE, "minItems": 1},
     "return_token_strs": BOOLEAN,
+    **TEMPLATE,
 }
 DETOKENIZE: dict[str, dict[str, Any]] = {"model": COMMON["model"], "tokens": TOKEN_IDS}
 

@@ -30,8 +30,13 @@ class _TokenType(IntEnum):
 
 def load(metadata: Mapping[str, Any], where: object = "GGUF file") -> Tokenizer:
     """The tokenizer of a GGUF file's metadata. Raises ModelError, with ``where`` in it, for what is not supported."""
-    template = Fields(metadata, where).text("tokenizer.chat_template")
-    return Tokenizer(build(metadata, where), special_tokens=special_tokens(metadata, where), chat_template=template)
+    fields = Fields(metadata, where)
+    return Tokenizer(
+        build(metadata, where),
+        special_tokens=special_tokens(metadata, where),
+        chat_template=fields.text("tokenizer.chat_template"),
+        tool_template=fields.text("tokenizer.chat_template.tool_use"),
+    )
 
 
 def special_tokens(metadata: Mapping[str, Any], where: object = "GGUF file") -> dict[str, str]:

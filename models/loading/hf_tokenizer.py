@@ -13,6 +13,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
+from jaxserve.chat_template import TEMPLATE_FOLDER
 from jaxserve.errors import ModelError
 from jaxserve.models.fields import Fields
 from jaxserve.models.loading.eos import is_token_id
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-_TEMPLATE_FOLDER = "additional_chat_templates"
+_DEFAULT = "default"
 
 
 def load(folder: Path) -> Tokenizer:
@@ -54,8 +55,13 @@ def load(folder: Path) -> Tokenizer:
     _report_moved(path, backend, listed)
     eos_tokens = [_token(fields, "eos_token").content for fields in (config, legacy) if fields.values.get("eos_token")]
     special = {name: token.content for name, token in named.items()}
-    template = _chat_template(folder, config)
-    return Tokenizer(backend, special_tokens=special, chat_template=template, eos_tokens=eos_tokens)
+    return Tokenizer(
+        backend,
+        special_tokens=special,
+        chat_template=_chat_template(folder, config, _DEFAULT),
+        tool_template=_chat_template(folder, config, "tool_use"),
+        eos_tokens=eos_tokens,
+    )
 
 
 def _fields(path: Path) -> Fields:
@@ -136,22 +142,26 @@ def _report_moved(path: Path, backend: tokenizers.Tokenizer, listed: Mapping[int
         logger.warning("%s: added tokens have other ids here than in their file: %s", path, ", ".join(moved)[:500])
 
 
-def _chat_template(folder: Path, config: Fields) -> str | None:
-    """The default one of a file of its own, of tokenizer_config.json, or of a processor's chat_template.json."""
-    for path in (folder / _TEMPLATE_FOLDER / "default.jinja", folder / "chat_template.jinja"):
+def _chat_template(folder: Path, config: Fields, name: str) -> str | None:
+    """The one of this name, in a file of its own, in tokenizer_config.json, or in a processor's chat_template.json."""
+    files = [folder / TEMPLATE_FOLDER / f"{name}.jinja"]
+    if name == _DEFAULT:
+        files.append(folder / "chat_template.jinja")
+    for path in files:
         if path.is_file():
             return read_text(path)
-    found = (_default_template(fields) for fields in (config, _fields(folder / "chat_template.json")))
+    found = (_named_template(fields, name) for fields in (config, _fields(folder / "chat_template.json")))
     return next((template for template in found if template is not None), None)
 
 
-def _default_template(fields: Fields) -> str | None:
-    """A text, or several by name, of which "default" is used."""
+def _named_template(fields: Fields, name: str) -> str | None:
+    """Of a text, which is the default one, or of several by name."""
     value: Any = fields.values.get("chat_template")
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
         value = {entry.get("name"): entry.get("template") for entry in value}
-    if isinstance(value, dict):
-        value = value.get("default")
-    if value is not None and not isinstance(value, str):
+    if not isinstance(value, dict):
+        value = {_DEFAULT: value}
+    template = value.get(name)
+    if template is not None and not isinstance(template, str):
         raise fields.error("chat_template", "a string, or a list of objects with name and template")
-    return value
+    return template

@@ -52,13 +52,14 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def start(model: Path, generation_config: str) -> LLM:
+def start(model: Path, generation_config: str, chat_template: Path | None = None) -> LLM:
     return LLM(
         model=str(model),
         token_budget=64,
         max_num_seqs=2,
         max_model_len=LIMIT,
         generation_config=generation_config,
+        chat_template=None if chat_template is None else str(chat_template),
         show_progress=False,
     )
 
@@ -92,13 +93,18 @@ def test_requests_that_say_nothing_get_the_models_own(
         assert body["choices"][0]["text"] == output.outputs[0].text
 
 
-def test_none_and_bad_values(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_none_and_bad_values(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And a chat template in place of the tokenizer's own."""
     caplog.set_level(logging.INFO, logger="jaxserve")
     config = model / orbax.CONFIG
     config.write_text(config.read_text().replace('"temperature": 0', '"temperature": -1'))
     with pytest.raises(ModelError, match=r"jaxserve_config\.json: temperature must be in \[0, 100\], got -1"):
         start(model, "auto")
-    with start(model, "none") as llm:
+    template = tmp_path / "template.jinja"
+    template.write_text("Q: {{ messages[0].content }} A:")
+    with start(model, "none", template) as llm:
+        (chat,) = llm.chat(CHAT, use_tqdm=False)
+        assert chat.prompt_token_ids == llm.engine.tokenizer.encode("Q: hi A:")
         assert llm.get_default_sampling_params() == SamplingParams()
         assert len(llm.generate([7, 8, 9], use_tqdm=False)[0].outputs[0].token_ids) == 16
     line = "sampling defaults: temperature 1.0, top_p 1.0, top_k 0, min_p 0.0, max_tokens 16; of the model: none"

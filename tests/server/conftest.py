@@ -57,7 +57,7 @@ class FakeTokenizer:
     def token(self, token_id: int) -> str:
         return chr(token_id)
 
-    def apply_chat_template(self, messages: list[dict[str, str]]) -> str:
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> str:
         return "".join(f"<{m['role']}>{m['content']}" for m in messages)
 
 

@@ -218,7 +218,7 @@ BAD = [
     (CHATS, {"messages": CHAT, "echo": True}, "echo must be false for /v1/chat/completions, got true"),
     (CHATS, {"messages": [{}] * 1001}, "messages of 1001 items exceeds max_model_len 1000"),
     ("/tokenize", {}, "prompt must be a text, or messages a list, and not both, got {}"),
-    ("/tokenize", {"prompt": "a", "x": 1}, "unknown parameter 'x' for /tokenize; known: messages, model, prompt"),
+    ("/tokenize", {"prompt": "a", "x": 1}, "unknown parameter 'x' for /tokenize; known: add_generation_prompt, chat_"),
     ("/detokenize", {"tokens": ["a"]}, "tokens must be a list of token ids, got ['a']"),
     ("/detokenize", {"tokens": [-1]}, "token_ids must be in [0, 159], got -1"),
 ]  # fmt: skip

@@ -17,8 +17,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from jaxserve.errors import RequestError
-from jaxserve.openai import CHAT, COMPLETIONS, schema
-from jaxserve.openai.endpoint import take_switch
+from jaxserve.openai import CHAT, COMPLETIONS, RESPONSES, schema
+from jaxserve.openai.chat import take_template_options
+from jaxserve.openai.fields import take_switch
 from jaxserve.prompts import ParsedPrompt
 from jaxserve.served_model import ServedModel
 from jaxserve.server.admission import Admission
@@ -43,6 +44,7 @@ def make_app(
     for endpoint, properties, required in (
         (CHAT, schema.COMMON | schema.CHAT, "messages"),
         (COMPLETIONS, schema.COMMON | schema.COMPLETION, "prompt"),
+        (RESPONSES, schema.SAMPLING | schema.RESPONSE, "input"),
     ):
         answer = partial(Answer, endpoint, admission, texts, max_body_bytes)
         described = schema.body(properties, required)
@@ -135,12 +137,13 @@ def _model_card(name: str, model: ServedModel) -> dict[str, Any]:
 def _tokenize(body: dict[str, Any], model: ServedModel) -> dict[str, Any]:
     given = {name: value for name, value in body.items() if value is not None and name != "model"}
     with_strings = take_switch(given, "return_token_strs")
-    prompt = ParsedPrompt(given.pop("prompt", None), messages=given.pop("messages", None))
+    options = take_template_options(given)
+    prompt = ParsedPrompt(given.pop("prompt", None), messages=given.pop("messages", None), template_options=options)
     if (prompt.text is None) == (prompt.messages is None) or not isinstance(prompt.text, str | None):
         raise RequestError(f"prompt must be a text, or messages a list, and not both, got {body!r:.80}")
     if given:
         raise RequestError(
-            f"unknown parameter {min(given)!r} for /tokenize; known: messages, model, prompt, return_token_strs"
+            f"unknown parameter {min(given)!r} for /tokenize; known: {', '.join(sorted(schema.TOKENIZE))}"
         )
     token_ids = model.token_ids(prompt, model.text_limit)
     strings = [model.tokenizer.token(token_id) for token_id in token_ids] if with_strings else None

@@ -70,12 +70,13 @@ class Exchange:
         # For proxies: events are of use only as they come.
         await self._begin({"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"})
 
-    async def event(self, data: bytes) -> None:
+    async def event(self, data: bytes, name: str | None = None) -> None:
         """Waits while the caller reads more slowly than events come."""
-        await self._send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
+        line = b"" if name is None else b"event: " + name.encode() + b"\n"
+        await self._send({"type": "http.response.body", "body": line + b"data: " + data + b"\n\n", "more_body": True})
 
     async def end_events(self) -> None:
-        await self._send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+        await self._send({"type": "http.response.body", "body": b""})
 
     async def _begin(self, headers: dict[str, str]) -> None:
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from functools import partial
+from typing import Any
 
 import orjson
 from starlette.responses import Response as StarletteResponse
@@ -19,6 +20,8 @@ from jaxserve.server.http.errors import failure_of
 from jaxserve.server.http.exchange import Exchange, read_body
 from jaxserve.server.replicas import IndexedDelta, Replicas
 from jaxserve.server.text_threads import TextThreads
+
+DONE = b"[DONE]"
 
 
 class Answer(StarletteResponse):
@@ -38,11 +41,11 @@ class Answer(StarletteResponse):
             await exchange.until_disconnect(partial(self._answer, exchange, replicas, ask, num_bytes))
 
     async def _answer(self, exchange: Exchange, replicas: Replicas, ask: Ask, num_bytes: int) -> None:
-        model, response_id = replicas.model, f"{self._endpoint.id_prefix}-{uuid.uuid4().hex}"
+        model, response_id = replicas.model, f"{self._endpoint.id_prefix}{uuid.uuid4().hex}"
         prepare = partial(self._endpoint.completions, ask, response_id, model, model.prompt_limit)
         # Tokenizers and templates may take long: not in the event loop, and with a limit.
         completions = await self._texts.run(prepare, num_bytes)
-        response = Response(self._endpoint, ask, completions, response_id, model)
+        response = self._endpoint.respond(ask, completions, response_id, model)
         with self._admission.request(num_sequences=len(completions) - 1):
             async with contextlib.aclosing(replicas.generate_all(completions)) as deltas:
                 # A request that cannot be served is told so with a status, which goes before the first event.
@@ -68,18 +71,26 @@ class Answer(StarletteResponse):
     ) -> None:
         await exchange.begin_events()
         try:
-            await self._event(exchange, response, first)
+            await self._send(exchange, response.first_events())
+            await self._send(exchange, _events(response, first))
             async for delta in deltas:
-                await self._event(exchange, response, delta)
-            if (last := response.last_chunk()) is not None:
-                await exchange.event(orjson.dumps(last))
+                await self._send(exchange, _events(response, delta))
+            await self._send(exchange, response.last_events())
         except Exception as error:  # the status has gone out; an event is what is left to tell it with
-            await exchange.event(failure_of(error).body())
+            await exchange.event(failure_of(error).body(), "error" if self._endpoint.names_events else None)
+        if not self._endpoint.names_events:
+            await exchange.event(DONE)
         await exchange.end_events()
 
-    async def _event(self, exchange: Exchange, response: Response, indexed: IndexedDelta) -> None:
-        index, delta = indexed
-        if delta.finish_reason is FinishReason.ABORT:
-            raise AbortedError()
-        if delta.text or delta.token_ids or delta.finish_reason is not None:
-            await exchange.event(orjson.dumps(response.chunk(index, delta)))
+    async def _send(self, exchange: Exchange, events: Iterable[dict[str, Any]]) -> None:
+        for event in events:
+            await exchange.event(orjson.dumps(event), event["type"] if self._endpoint.names_events else None)
+
+
+def _events(response: Response, indexed: IndexedDelta) -> Iterable[dict[str, Any]]:
+    index, delta = indexed
+    if delta.finish_reason is FinishReason.ABORT:
+        raise AbortedError()
+    if delta.text or delta.token_ids or delta.finish_reason is not None:
+        return response.events(index, delta)
+    return ()

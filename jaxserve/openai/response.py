@@ -1,0 +1,66 @@
+"""The bodies that answer what was asked for."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from jaxserve.openai.endpoint import Ask
+from jaxserve.request import Completion, FinishReason, Logprob
+from jaxserve.served_model import ServedModel
+
+
+class Part(Protocol):
+    """What is written of a completion: all of it, or what a RequestDelta adds."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def token_ids(self) -> list[int]: ...
+    @property
+    def logprobs(self) -> list[dict[int, Logprob]] | None: ...
+    @property
+    def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None: ...
+    @property
+    def finish_reason(self) -> FinishReason | None: ...
+
+
+class Response(ABC):
+    """One response: as a whole once all completions have ended, or in the events of a stream."""
+
+    def __init__(self, ask: Ask, completions: Sequence[Completion], response_id: str, model: ServedModel) -> None:
+        self.ask, self.completions, self.response_id, self.model = ask, completions, response_id, model
+        self.created = int(time.time())
+        self.num_output_tokens = 0
+        """Those that have been written."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Each prompt's once, however many choices it has."""
+        return sum(len(completion.prompt_token_ids) for completion in self.completions[:: self.ask.num_choices])
+
+    def whole(self) -> dict[str, Any]:
+        """The body of a response that is not streamed."""
+        self.num_output_tokens = sum(len(completion.token_ids) for completion in self.completions)
+        return self._whole()
+
+    def events(self, index: int, part: Part) -> Iterator[dict[str, Any]]:
+        """What ``part`` adds to the completion of this number."""
+        self.num_output_tokens += len(part.token_ids)
+        return self._events(index, part)
+
+    def first_events(self) -> Iterator[dict[str, Any]]:
+        """What goes before all parts."""
+        return iter(())
+
+    @abstractmethod
+    def last_events(self) -> Iterator[dict[str, Any]]:
+        """What comes after all completions have ended."""
+
+    @abstractmethod
+    def _whole(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _events(self, index: int, part: Part) -> Iterator[dict[str, Any]]: ...
