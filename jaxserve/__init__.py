@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError, RequestError
 from jaxserve.prompts import TextPrompt, TokensPrompt
-from jaxserve.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+from jaxserve.request import CompletionOutput, Logprob, RequestOutput
+from jaxserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from jaxserve.llm import LLM

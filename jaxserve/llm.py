@@ -12,7 +12,8 @@ from jaxserve.engine.engine import Engine, clear
 from jaxserve.errors import RequestError
 from jaxserve.progress import progress_bar
 from jaxserve.prompts import Message, ParsedPrompt, Prompt, parse_conversations, parse_prompts
-from jaxserve.request import Completion, Logprob, RequestOutput, SamplingParams
+from jaxserve.request import Completion, Logprob, RequestOutput
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.served_model import ServedModel
 
 

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from jaxserve.errors import RequestError
-from jaxserve.request import as_integer
+from jaxserve.sampling_params import as_integer
 
 
 class TextPrompt(TypedDict):

@@ -1,20 +1,14 @@
-"""A request's life: what the caller asks for, what the engine tracks, what the caller gets back."""
+"""A request's life: what the engine tracks, and what the caller gets back."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple
 
-from jaxserve.errors import RequestError
-
-MAX_LOGPROBS = 20
-"""Most alternatives per position that ``logprobs`` and ``prompt_logprobs`` may ask for (vLLM's default)."""
-MAX_STOP_STRINGS = 16
-MAX_SEED = 2**31 - 1
+from jaxserve.sampling_params import SamplingParams
 
 
 class FinishReason(StrEnum):
@@ -34,135 +28,6 @@ class Logprob(NamedTuple):
 
     logprob: float
     rank: int
-
-
-class SoftLimit(int):
-    """A ``max_tokens`` that the caller did not set: cut to what max_model_len leaves instead of refused."""
-
-
-def as_integer(value: object) -> int:
-    """Python's own integer for any kind of integer, numpy's and jax's included. Raises TypeError, also for booleans."""
-    if isinstance(value, bool):
-        raise TypeError("a boolean is no integer")
-    return value if isinstance(value, int) else operator.index(value)  # type: ignore[arg-type]
-
-
-def _plain(value: Any) -> Any:
-    """Python's own value for a scalar of numpy's or jax's."""
-    return value.item() if getattr(value, "shape", None) == () else value
-
-
-def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
-    number = _plain(value)
-    ok = isinstance(number, int | float) and not isinstance(number, bool) and low <= number <= high
-    if not ok or (open_low and number == low):
-        bracket = "(" if open_low else "["
-        raise RequestError(f"{name} must be in {bracket}{low:g}, {high:g}], got {value!r}")
-    return number
-
-
-def _integer(name: str, value: object, low: int, high: int) -> int:
-    try:
-        number = as_integer(value)
-    except TypeError:
-        number = low - 1
-    if not low <= number <= high:
-        raise RequestError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
-    return number
-
-
-def _as_tuple(name: str, value: object) -> tuple[Any, ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
-        raise RequestError(f"{name} must be a list, got {value!r}")
-    return tuple(value)
-
-
-_OPTIONAL_INTEGERS = (
-    ("seed", 0, MAX_SEED),
-    ("logprobs", 0, MAX_LOGPROBS),
-    ("prompt_logprobs", 0, MAX_LOGPROBS),
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How to continue a prompt; names and defaults are vLLM's.
-
-    temperature: 0 is greedy.   top_k: 0 or -1 keeps the whole vocabulary.
-    min_p: drops tokens less likely than ``min_p`` times the likeliest.
-    seed: makes a sampled request repeatable whatever it is batched with.
-    max_tokens: None continues up to the engine's max_model_len, where its default ends too; 0, for prompt_logprobs
-    alone, makes no output.
-    stop, stop_token_ids: end the output; a stop string is left out of the text unless include_stop_str_in_output.
-    logprobs, prompt_logprobs: that many alternatives per position besides the chosen token. A prompt as long as
-    max_model_len has prompt_logprobs and no output, unless max_tokens is set.
-    Numbers may be numpy's or jax's, lists any iterable; they become Python's own and tuples.
-    Raises RequestError, naming the field and the limit.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    max_tokens: int | None = SoftLimit(16)
-    stop: str | Iterable[str] | None = ()
-    stop_token_ids: Iterable[int] | None = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    skip_special_tokens: bool = True
-    include_stop_str_in_output: bool = False
-
-    def __post_init__(self) -> None:
-        checked: dict[str, Any] = {
-            "temperature": _number("temperature", self.temperature, 0.0, 100.0),
-            "top_p": _number("top_p", self.top_p, 0.0, 1.0, open_low=True),
-            "min_p": _number("min_p", self.min_p, 0.0, 1.0),
-            "top_k": _integer("top_k", self.top_k, -1, 2**31 - 1),
-        }
-        for name, low, high in _OPTIONAL_INTEGERS:
-            if (value := getattr(self, name)) is not None:
-                checked[name] = _integer(name, value, low, high)
-        if self.max_tokens is not None:
-            least = 1 if self.prompt_logprobs is None else 0
-            checked["max_tokens"] = _integer("max_tokens", self.max_tokens, least, 2**31 - 1)
-        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
-            checked[name] = _plain(getattr(self, name))
-            if not isinstance(checked[name], bool):
-                raise RequestError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
-        if len(stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in stop):
-            raise RequestError(f"stop must be at most {MAX_STOP_STRINGS} non-empty strings, got {stop!r}")
-        stop_token_ids = _as_tuple("stop_token_ids", self.stop_token_ids)
-        checked["stop"] = stop
-        checked["stop_token_ids"] = tuple(_integer("stop_token_ids", token, 0, 2**31 - 1) for token in stop_token_ids)
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-
-    @classmethod
-    def with_defaults(cls, given: Mapping[str, Any], defaults: Mapping[str, Any], num_room_tokens: int) -> Self:
-        """The fields ``given`` by a request, the model's ``defaults`` for the others, then those of this class.
-
-        A max_tokens that is not given is cut to the room that max_model_len leaves after the prompt: a request must not
-        fail for a limit that it did not set. Raises RequestError.
-        """
-        limit = defaults.get("max_tokens", cls.max_tokens)
-        if limit is not None:
-            defaults = {**defaults, "max_tokens": SoftLimit(max(1, min(limit, num_room_tokens)))}
-        return cls(**{**defaults, **given})
-
-    def of_choice(self, number: int) -> Self:
-        """For one of several outputs of a prompt, numbered from 0: with seeds of their own they differ."""
-        return self if self.seed is None else replace(self, seed=(self.seed + number) % (MAX_SEED + 1))
-
-    def max_output_tokens(self, num_room_tokens: int) -> int:
-        """Output tokens to make at most where max_model_len leaves ``num_room_tokens``."""
-        if self.max_tokens is None:
-            return num_room_tokens
-        return min(self.max_tokens, num_room_tokens) if isinstance(self.max_tokens, SoftLimit) else self.max_tokens
 
 
 @dataclass(slots=True)

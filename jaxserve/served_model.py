@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from jaxserve.errors import RequestError
 from jaxserve.prompts import ParsedPrompt
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from jaxserve import LLM, RequestError, RequestOutput, SamplingParams, TextPrompt, TokensPrompt
 from jaxserve.batch_file import BatchRun
 from jaxserve.prompts import parse_conversations, parse_prompts
-from jaxserve.request import SoftLimit
 from jaxserve.result_file import ResultFile
+from jaxserve.sampling_params import SoftLimit
 from tests.models.golden import Golden
 
 GOLDEN = Golden("llama_gqa_tied")

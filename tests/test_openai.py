@@ -11,7 +11,8 @@ import pytest
 
 from jaxserve.errors import RequestError
 from jaxserve.openai import CHAT, COMPLETIONS, Ask, Endpoint
-from jaxserve.request import Completion, FinishReason, Logprob, RequestDelta, RequestMetrics, SamplingParams
+from jaxserve.request import Completion, FinishReason, Logprob, RequestDelta, RequestMetrics
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.served_model import ServedModel
 from jaxserve.tokenizer import Tokenizer
 

@@ -12,17 +12,8 @@ import numpy as np
 import pytest
 
 from jaxserve.errors import RequestError
-from jaxserve.request import (
-    MAX_SEED,
-    MAX_STOP_STRINGS,
-    Completion,
-    FinishReason,
-    Logprob,
-    Request,
-    RequestDelta,
-    RequestMetrics,
-    SamplingParams,
-)
+from jaxserve.request import Completion, FinishReason, Logprob, Request, RequestDelta, RequestMetrics
+from jaxserve.sampling_params import MAX_SEED, MAX_STOP_STRINGS, SamplingParams
 
 INT_LIMIT = 2**31 - 1
 NOT_NUMBERS = [True, np.True_, np.float64("nan"), np.array([1]), math.nan, math.inf, -math.inf, "1", None, [1], 10**400]

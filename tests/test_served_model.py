@@ -8,7 +8,7 @@ import pytest
 
 from jaxserve.errors import RequestError
 from jaxserve.prompts import ParsedPrompt
-from jaxserve.request import SamplingParams, SoftLimit
+from jaxserve.sampling_params import SamplingParams, SoftLimit
 from jaxserve.served_model import MAX_TEXT_TOKENS, ServedModel, TokenLimit, UnknownModelError
 from jaxserve.tokenizer import Tokenizer
 

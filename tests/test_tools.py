@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from jaxserve.errors import RequestError
 from jaxserve.openai import CHAT, Ask
 from jaxserve.openai.tools import FORMATS, ToolCall, ToolParser, Tools
-from jaxserve.request import Completion, FinishReason, Logprob, RequestDelta, RequestMetrics, SamplingParams
+from jaxserve.request import Completion, FinishReason, Logprob, RequestDelta, RequestMetrics
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.served_model import ServedModel
 from jaxserve.tokenizer import Tokenizer
 

@@ -20,7 +20,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.loading import generation, hf_tokenizer
 from jaxserve.models.loading.files import read_text
 from jaxserve.models.loading.hub import resolve
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Pace, Scheduler
 from jaxserve.scheduler.step_time import Profile
 from jaxserve.sharding.mesh import make_mesh
@@ -71,7 +71,7 @@ def build(
     if config.needs_step_times:
         pace, resolved = _settle_pace(runner, resolved, stored, auto=config.token_budget == "auto")
     scheduler = config.policy(resolved.limits(runner.num_blocks, window=checkpoint.config.window, pace=pace))
-    runner.prepare_scores()
+    runner.prepare_rare()
     startup = StartupTimes(
         imports_seconds,
         runner.weights_seconds,

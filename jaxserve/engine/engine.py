@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxserve.config import EngineConfig
 from jaxserve.engine.build import build
 from jaxserve.engine.compile import CompileCounter
+from jaxserve.engine.edits import EditedRequests
 from jaxserve.engine.memory import return_freed_memory
 from jaxserve.engine.metrics import EngineMetrics, StepRecord
 from jaxserve.engine.output import OutputStream, collect_prompt_logprobs, drawn_tokens
@@ -20,7 +21,8 @@ from jaxserve.engine.runner import ModelRunner
 from jaxserve.engine.step import Packer, Step, prefills_of, wants_prompt_logprobs
 from jaxserve.engine.tracing import StepTracer
 from jaxserve.errors import RequestError
-from jaxserve.request import FinishReason, Request, RequestDelta, RequestMetrics, SamplingParams
+from jaxserve.request import FinishReason, Request, RequestDelta, RequestMetrics
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Batch, Chunk
 
 HELD_POLL_SECONDS = 0.01
@@ -62,9 +64,10 @@ class Engine:
             self.on_step.append(self._tracer.add)
         self._clock, self._random = clock, np.random.default_rng(config.seed)
         self._packer = Packer(self.blocks, absolute=config.pipeline_parallel > 1)
+        self._edited = EditedRequests(self.runner.edits, self.tokenizer)
         self._streams: dict[str, OutputStream] = {}
         self._held: dict[str, Request] = {}
-        """Requests for prompt logprobs that wait for the programs of those, where nobody queues behind them."""
+        """Requests that wait for rare programs, those of prompt logprobs and of edits; nobody queues behind them."""
         self._launched: Step | None = None
         """The step whose last stage the device works on: without a pipeline, the step launched last."""
         self._device_free_seconds = -math.inf
@@ -83,10 +86,20 @@ class Engine:
             raise RequestError(
                 f"prompt of {len(prompt_token_ids)} tokens leaves no room for output: max_model_len is {limit}"
             )
-        for name, token_ids in (("prompt", prompt_token_ids), ("stop_token_ids", params.stop_token_ids or ())):
+        for name, token_ids in (
+            ("prompt", prompt_token_ids),
+            ("stop_token_ids", params.stop_token_ids or ()),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+            ("logit_bias", params.logit_bias or ()),
+        ):
             if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab):
                 wrong = next(t for t in token_ids if not 0 <= t < vocab)
                 raise RequestError(f"{name} holds token id {wrong}, outside the vocabulary [0, {vocab})")
+        if params.min_tokens > room:
+            raise RequestError(
+                f"min_tokens of {params.min_tokens} after a prompt of {len(prompt_token_ids)} tokens "
+                f"exceeds max_model_len {limit}"
+            )
         if params.max_output_tokens(room) > room:
             raise RequestError(
                 f"max_tokens of {params.max_tokens} after a prompt of {len(prompt_token_ids)} tokens "
@@ -118,7 +131,9 @@ class Engine:
             seed=params.seed if params.seed is not None else int(self._random.integers(2**31)),
         )
         self._streams[request_id] = OutputStream(request, self.tokenizer)
-        if params.prompt_logprobs is None or self.runner.can_score():
+        self._edited.add(request)
+        needs_rare = params.prompt_logprobs is not None or params.edits_logits
+        if not needs_rare or self.runner.has_rare():
             self.scheduler.add(request)
         else:
             self._held[request_id] = request
@@ -148,8 +163,14 @@ class Engine:
             launched = self._launch(batch, start) if batch.chunks or self.runner.has_steps else None
         previous, self._launched = self._launched, launched
         deltas, self._aborted = self._aborted, []
+        # Where edits depend on tokens that the host has yet to read, only the forward pass overlaps with reading them.
+        waits = previous is not None and launched is not None and self._edited.needs_tokens(launched)
+        if launched is not None and not waits:
+            self._sample(launched)
         if previous is not None:
             deltas += self._process(previous)
+        if launched is not None and waits:
+            self._sample(launched)
         self.metrics.observe_queues(self.scheduler, len(self._held), self.blocks, self.compiles.count)
         return deltas
 
@@ -171,7 +192,7 @@ class Engine:
         if not self._held:
             return
         idle = not (self.scheduler.has_unfinished() or self._launched or self.runner.has_steps)
-        if self.runner.can_score(HELD_POLL_SECONDS if idle else 0.0):
+        if self.runner.has_rare(HELD_POLL_SECONDS if idle else 0.0):
             for request in self._held.values():
                 self.scheduler.add(request)
             self._held.clear()
@@ -183,11 +204,16 @@ class Engine:
         entered = self.runner.launch(step)
         if step is not None:
             step.record.launched_seconds = self._clock()
-        self.scheduler.sampled(entered.chunks)
-        if any(wants_prompt_logprobs(chunk) for chunk in prefills_of(entered.chunks)):
-            entered.prompt_logprobs = self.runner.score(entered)
         entered.record.device_start_seconds = self._clock()
+        self.scheduler.sampled(entered.chunks)
         return entered
+
+    def _sample(self, entered: Step) -> None:
+        """Start to sample what has been launched last."""
+        with self.compiles:
+            self.runner.sample(entered, self._edited.pack(entered, self.runner.num_draws(entered)))
+            if any(wants_prompt_logprobs(chunk) for chunk in prefills_of(entered.chunks)):
+                entered.prompt_logprobs = self.runner.score(entered)
 
     def _pack(self, batch: Batch, start: float, scheduled: float) -> Step:
         chunks = list(batch.chunks.values())
@@ -222,6 +248,7 @@ class Engine:
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self._held.pop(request.request_id, None)
+        self._edited.discard(request)
         self.scheduler.finish(request, reason)
         request.metrics.finished_seconds = self._clock()
         del self._streams[request.request_id]

@@ -40,7 +40,8 @@ class OutputStream:
             text = self._decoder.step(token_id) if params.include_stop_str_in_output else ""
             return self._held + text + self._decoder.flush(), FinishReason.STOP
         self._held += self._decoder.step(token_id)
-        stopped = self._cut_at_stop_string()
+        may_stop = len(request.output_token_ids) >= params.min_tokens
+        stopped = self._cut_at_stop_string() if may_stop else None
         if stopped is not None:
             return stopped, FinishReason.STOP
         if len(request.output_token_ids) >= request.max_tokens:

@@ -15,7 +15,8 @@ from jaxserve.config import ResolvedConfig
 from jaxserve.engine.runner import ModelRunner
 from jaxserve.engine.step import Packer, Step
 from jaxserve.errors import ConfigError
-from jaxserve.request import Request, RequestMetrics, SamplingParams
+from jaxserve.request import Request, RequestMetrics
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Chunk
 from jaxserve.scheduler.blocks import BlockManager
 from jaxserve.scheduler.step_time import BatchShape, Profile, Sample, StepTimeModel, held_out_error
@@ -104,7 +105,8 @@ class Profiler:
         times = []
         for _ in range(1 + NUM_REPEATS):
             start = time.perf_counter()
-            self._runner.launch(step).tokens()
+            self._runner.sample(self._runner.launch(step))
+            step.tokens()
             times.append(time.perf_counter() - start)
         return statistics.median(times[1:])
 
@@ -118,7 +120,7 @@ def pack_alone(runner: ModelRunner, batch: list[Chunk]) -> Step:
         blocks.grow(chunk.slot, chunk.start + chunk.num_tokens)
     layout = runner.layout(sum(chunk.num_tokens for chunk in batch))
     step = Packer(blocks, absolute=True).pack(layout, batch)
-    runner.launch(step)
+    runner.sample(runner.launch(step))
     return dataclasses.replace(step, admissions=())
 
 

@@ -22,6 +22,7 @@ from jaxserve.engine.forward import (
     StagedForward,
     WholeForward,
 )
+from jaxserve.engine.logits import EditLayout, edited
 from jaxserve.engine.memory import choose_num_blocks
 from jaxserve.engine.sampler import SamplingInputs, TokenLogprobs, optional_logprobs, sample, token_logprobs
 from jaxserve.engine.step import StepLayout, StepOutputs, step_layouts
@@ -97,6 +98,7 @@ class StepPrograms:
         self._options = gpu_options(config.gemm_backend) if self.uses_graphs else None
         self.layouts = step_layouts(config, self.num_blocks, self.backend.tiling, model_config.window)
         self.buckets = tuple(self.layouts)
+        self.edits = EditLayout(model_config.vocab_size)
         self.draw_layouts = {layout.num_draws: layout for layout in self.layouts.values()}
         """By number of draws, a layout that has as many."""
 
@@ -146,9 +148,17 @@ class StepPrograms:
 
     def lower_sample(self, num_draws: int) -> jax.stages.Lowered:
         """Of the parameters outside the layers, the sequences' state (donated), and ``Drawn.rows`` and ``draws``."""
+        return self._lower_sample(num_draws)
+
+    def lower_sample_edited(self, num_draws: int) -> jax.stages.Lowered:
+        """The same, and of ``int32[num_draws, edits.width]``."""
+        return self._lower_sample(num_draws, self._ints(num_draws, self.edits.width))
+
+    def _lower_sample(self, num_draws: int, *edits: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
         layout, hidden = self.draw_layouts[num_draws], self.forward.abstract_hidden(num_draws)
         rows = jax.ShapeDtypeStruct(hidden.shape[-2:], hidden.dtype, sharding=self.replicated)
-        arguments = self._abstract_outside(), self.abstract_sequences(), rows, self._ints(layout.num_draw_ints)
+        draws = self._ints(layout.num_draw_ints)
+        arguments = self._abstract_outside(), self.abstract_sequences(), rows, draws, *edits
         return self._lower(partial(self._sample, layout), *arguments, donate_argnums=1, out_shardings=self.replicated)
 
     def lower_admit(self) -> jax.stages.Lowered:
@@ -179,6 +189,7 @@ class StepPrograms:
         sequences: SequenceState[jax.Array],
         rows: jax.Array,
         draws: jax.Array,
+        edits: jax.Array | None = None,
     ) -> tuple[SequenceState[jax.Array], StepOutputs]:
         fields = layout.split_draws(draws)
         is_draw = fields["draw_rows"] >= 0
@@ -186,14 +197,19 @@ class StepPrograms:
         logits = self.forward.head(outside).logits(rows, drawn)
         positions, wanted = fields["draw_positions"], fields["want_logprobs"][0] > 0
 
-        def sample_rows(logits: jax.Array, inputs: SamplingInputs) -> StepOutputs:
-            tokens = sample(logits, inputs)
+        def sample_rows(logits: jax.Array, inputs: SamplingInputs, *edits: jax.Array) -> StepOutputs:
+            changed = logits
+            if edits:
+                packed, history = edits
+                changed = edited(logits, self.edits.split(packed), history, inputs.draw_positions)
+            tokens = sample(changed, inputs)
             return StepOutputs(tokens, optional_logprobs(wanted, logits, tokens))
 
         inputs = SamplingInputs(*(fields[name] for name in SamplingInputs._fields))
-        outputs = over_rows(sample_rows, self.mesh, logits, inputs)
         # Slots that do not exist are dropped.
         slots = jnp.where(fields["draw_seqs"] >= 0, fields["draw_seqs"], self.config.max_num_seqs)
+        changes = () if edits is None else (edits, sequences.history[slots])
+        outputs = over_rows(sample_rows, self.mesh, logits, inputs, *changes)
         history = sequences.history.at[slots, positions].set(outputs.tokens, mode="drop")
         return SequenceState(history, sequences.lengths.at[slots].set(positions + 1, mode="drop")), outputs
 

@@ -41,6 +41,7 @@ class Kind(IntEnum):
     SAMPLE = 1
     ADMIT = 2
     SCORE = 3
+    SAMPLE_EDITED = 4
 
 
 def prepare(config: EngineConfig) -> tuple[Checkpoint, ResolvedConfig]:
@@ -70,10 +71,11 @@ class ModelRunner:
         self.model_config = programs.model_config
         weights = programs.weights()
         checkpoint.check(programs.abstract_parameters, weights)
-        self._layouts, self.buckets = programs.layouts, list(programs.layouts)
+        self._layouts, self.buckets, self.edits = programs.layouts, list(programs.layouts), programs.edits
         self.num_blocks = programs.num_blocks
         self.config = dataclasses.replace(config, num_blocks=self.num_blocks)
-        rare = {(Kind.SCORE, rows): partial(programs.lower_score, rows) for rows in self.buckets}
+        rare = {(Kind.SAMPLE_EDITED, n): partial(programs.lower_sample_edited, n) for n in programs.draw_layouts}
+        rare |= {(Kind.SCORE, rows): partial(programs.lower_score, rows) for rows in self.buckets}
         common = {(Kind.ADMIT, 0): programs.lower_admit}
         common |= {(Kind.FORWARD, rows): partial(programs.lower_forward, rows) for rows in self.buckets}
         common |= {(Kind.SAMPLE, draws): partial(programs.lower_sample, draws) for draws in programs.draw_layouts}
@@ -114,7 +116,7 @@ class ModelRunner:
 
     def launch(self, step: Step | None) -> Step:
         """Start a step, or an empty one, and return at once, with the step that has entered the last stage: without a
-        pipeline the step itself. Its tokens are being copied to the host.
+        pipeline the step itself, which may then be sampled.
         """
         step = step or Step.empty(self._layouts[self.buckets[0]])
         for slot, token_ids in step.admissions:
@@ -125,29 +127,40 @@ class ModelRunner:
         layout, last = max((one.layout for one in self._in_stages), key=attrgetter("num_rows")), self._in_stages[-1]
         ints = np.stack([one.packed_for(layout) for one in self._in_stages])
         last.hidden = self.run(Kind.FORWARD, layout.num_rows, ints)
-        if any(chunk.samples for chunk in last.chunks):
-            last.outputs = self.run(Kind.SAMPLE, layout.num_draws)
         last.record.num_rows = layout.num_rows
         if self.num_stages > 1:
             tokens = [one.record.num_tokens for one in self._in_stages]
             last.record.bubble_share = bubble_share(tokens, layout.num_rows)
         return last
 
+    def sample(self, step: Step, edits: np.ndarray | None = None) -> None:
+        """Start to sample what ``step``, which the last launch returned, draws; its tokens will be copied to the host.
+
+        ``edits``: ``int32[R, edits.width]`` of its layout's R draws, if any of them has some.
+        """
+        if any(chunk.samples for chunk in step.chunks):
+            kind = Kind.SAMPLE if edits is None else Kind.SAMPLE_EDITED
+            step.outputs = self.run(kind, self.num_draws(step), edits)
+
+    def num_draws(self, step: Step) -> int:
+        """R of the program that has run the step's last stage."""
+        return self._layouts[step.record.num_rows].num_draws
+
     def score(self, step: Step) -> TokenLogprobs[jax.Array]:
         """Log-probabilities of the prompt tokens that follow the rows of ``step``, which the last launch returned."""
         rows = step.record.num_rows
         return self.run(Kind.SCORE, rows, prompt_targets(rows, step.chunks))
 
-    def prepare_scores(self) -> None:
-        """Compile the programs of ``score`` in the background: rare, so nobody's start waits for them.
+    def prepare_rare(self) -> None:
+        """Compile the programs of scores and of edits in the background: rare, so nobody's start waits for them.
 
         Not on GPUs, where they have been compiled ahead: a new CUDA graph throws away those of all other programs.
         """
         if self.config.warmup and not self._programs.uses_graphs:
             self._compiled.compile_in_background(self._rare)
 
-    def can_score(self, timeout_seconds: float = 0.0) -> bool:
-        """Whether they are there, after waiting for at most ``timeout_seconds``; ``score`` would wait for them."""
+    def has_rare(self, timeout_seconds: float = 0.0) -> bool:
+        """Whether they are there, after waiting for at most ``timeout_seconds``; who needs them would wait."""
         return self._compiled.wait(timeout_seconds)
 
     def run(self, kind: Kind, size: int, array: np.ndarray | None = None) -> Any:
@@ -157,13 +170,14 @@ class ModelRunner:
             Kind.SAMPLE: self._sample,
             Kind.ADMIT: self._admit,
             Kind.SCORE: self._score,
+            Kind.SAMPLE_EDITED: self._sample_edited,
         }
         return starts[kind](size, array)
 
     def warm_up(self) -> None:
         """Run every program on padding, so that what its first runs cost is paid before the first request.
 
-        All have been compiled before, and none is afterwards: see ``prepare_scores``.
+        All have been compiled before, and none is afterwards: see ``prepare_rare``.
         """
         graphs = self._programs.uses_graphs
         for _ in range(RUNS_OF_A_GRAPH if graphs else 1):
@@ -174,6 +188,8 @@ class ModelRunner:
                 self.run(Kind.FORWARD, rows, ints)
                 jax.block_until_ready(self.run(Kind.SAMPLE, layout.num_draws))
                 if graphs:
+                    blank = self.edits.blank(layout.num_draws)
+                    jax.block_until_ready(self.run(Kind.SAMPLE_EDITED, layout.num_draws, blank))
                     jax.block_until_ready(self.run(Kind.SCORE, rows, np.zeros(rows, np.int32)))
 
     def close(self) -> None:
@@ -192,8 +208,15 @@ class ModelRunner:
 
     def _sample(self, num_draws: int, _: None) -> StepOutputs:
         """What the last forward pass has drawn."""
-        program = self._compiled[Kind.SAMPLE, num_draws]
-        self._sequences, outputs = program(self._outside, self._sequences, self._drawn.rows, self._drawn.draws)
+        return self._sampled(self._compiled[Kind.SAMPLE, num_draws])
+
+    def _sample_edited(self, num_draws: int, edits: np.ndarray) -> StepOutputs:
+        """The same, of logits that are edited first."""
+        return self._sampled(self._compiled[Kind.SAMPLE_EDITED, num_draws], self._put(edits.reshape(num_draws, -1)))
+
+    def _sampled(self, program: jax.stages.Compiled, *edits: jax.Array) -> StepOutputs:
+        drawn = self._drawn
+        self._sequences, outputs = program(self._outside, self._sequences, drawn.rows, drawn.draws, *edits)
         outputs.tokens.copy_to_host_async()
         return outputs
 

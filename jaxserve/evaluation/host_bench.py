@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig, ResolvedConfig
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.logits import EditLayout
 from jaxserve.engine.metrics import StepRecord
 from jaxserve.engine.step import Step, StepLayout, StepOutputs, step_layouts
 from jaxserve.kernels.plan import BusyPrograms, Tiling, make_plan, new_plan
 from jaxserve.models.loading.checkpoint import Checkpoint
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Chunk
 from jaxserve.scheduler.buckets import bucket_of
 from jaxserve.server.serve import freeze_start_up
@@ -45,22 +46,28 @@ class StubRunner:
         shape = 64, config.max_num_seqs
         self._tokens = np.random.default_rng(0).integers(1000, checkpoint.config.vocab_size, shape, np.int32)
         self._num_steps = 0
+        self.edits = EditLayout(checkpoint.config.vocab_size)
 
     def layout(self, num_tokens: int) -> StepLayout:
         return self._layouts[bucket_of(num_tokens, list(self._layouts))]
 
+    def num_draws(self, step: Step) -> int:
+        return step.layout.num_draws
+
     def launch(self, step: Step) -> Step:
         self._num_steps += 1
-        tokens = self._tokens[self._num_steps % len(self._tokens)]
-        step.outputs = StepOutputs(tokens, None)  # type: ignore[arg-type]
         step.record.num_rows = step.layout.num_rows
         return step
+
+    def sample(self, step: Step, edits: None) -> None:
+        tokens = self._tokens[self._num_steps % len(self._tokens)]
+        step.outputs = StepOutputs(tokens, None)  # type: ignore[arg-type]
 
     def warm_up(self) -> None:
         """There is nothing to run."""
 
-    def prepare_scores(self) -> None:
-        """Nobody asks for prompt logprobs here."""
+    def prepare_rare(self) -> None:
+        """Nobody asks for prompt logprobs here, or edits."""
 
     def close(self) -> None:
         """Holds nothing."""

@@ -18,7 +18,8 @@ from jaxserve.engine.metrics import StepRecord
 from jaxserve.errors import RequestError
 from jaxserve.evaluation.latency import RunResult
 from jaxserve.evaluation.workload import WorkloadRequest
-from jaxserve.request import RequestMetrics, SamplingParams
+from jaxserve.request import RequestMetrics
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Chunk
 from jaxserve.server.client import AsyncClient
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb

@@ -17,7 +17,7 @@ from jaxserve.evaluation.latency import Objective, RunResult
 from jaxserve.evaluation.load import make_prompts, measure_engine, measure_server
 from jaxserve.evaluation.report import Series
 from jaxserve.evaluation.workload import WorkloadConfig, WorkloadRequest, make_workload
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Chunk
 from jaxserve.server.client import Client
 

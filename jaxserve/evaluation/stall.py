@@ -9,7 +9,8 @@ import numpy as np
 
 from jaxserve.engine.engine import Engine
 from jaxserve.evaluation.throughput import random_prompts
-from jaxserve.request import RequestMetrics, SamplingParams
+from jaxserve.request import RequestMetrics
+from jaxserve.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

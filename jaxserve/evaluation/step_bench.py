@@ -23,7 +23,8 @@ from jaxserve.evaluation.compiled import Launches, compile_into_cache
 from jaxserve.evaluation.device_bench import THOROUGH, Ceilings, Effort, Timing, Work, time_launches, write_results
 from jaxserve.evaluation.throughput import ThroughputResult
 from jaxserve.models.config import ModelConfig
-from jaxserve.request import Request, RequestMetrics, SamplingParams
+from jaxserve.request import Request, RequestMetrics
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Chunk
 from jaxserve.scheduler.buckets import bucket_of, token_buckets
 from jaxserve.scheduler.step_time import num_seen_keys
@@ -164,9 +165,9 @@ class StepBench:
         step = pack_alone(runner, chunks)
 
         def launch() -> jax.Array:
-            outputs = runner.launch(step).outputs
-            assert outputs is not None
-            return outputs.tokens
+            runner.sample(runner.launch(step))
+            assert step.outputs is not None
+            return step.outputs.tokens
 
         return launch
 

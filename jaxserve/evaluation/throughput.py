@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.metrics import StepRecord
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Chunk
 
 

@@ -173,7 +173,7 @@ class Follower:
 
     def run(self) -> None:
         """Run what the leader runs, until it stops. Raises ConfigError where this one has other settings."""
-        self._runner.prepare_scores()
+        self._runner.prepare_rare()
         while True:
             message = self._messages.get()
             if isinstance(message, ConfigError):

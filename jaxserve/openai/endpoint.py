@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxserve.errors import RequestError
 from jaxserve.prompts import ParsedPrompt
-from jaxserve.request import Completion, SamplingParams
+from jaxserve.request import Completion
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.served_model import ServedModel, TokenLimit, any_of
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxserve.errors import RequestError
-from jaxserve.request import as_integer
+from jaxserve.sampling_params import as_integer
 
 MAX_INT32 = 2**31 - 1
 

@@ -8,7 +8,7 @@ from typing import Any
 from jaxserve.openai.endpoint import MAX_CHOICES
 from jaxserve.openai.responses import TEXT_PARTS
 from jaxserve.openai.tools import MAX_TOOLS
-from jaxserve.request import MAX_LOGPROBS, MAX_SEED, MAX_STOP_STRINGS
+from jaxserve.sampling_params import MAX_LOGPROBS, MAX_SEED, MAX_STOP_STRINGS
 
 BOOLEAN: dict[str, Any] = {"type": ["boolean", "null"]}
 TOKEN_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from jaxserve.errors import RequestError
-from jaxserve.request import FinishReason, RequestDelta, SamplingParams
+from jaxserve.request import FinishReason, RequestDelta
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.server.errors import UnavailableError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import orjson
 
 from jaxserve.errors import RequestError
 from jaxserve.prompts import ParsedPrompt
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.served_model import ServedModel, UnknownModelError
 from jaxserve.server.messages import MAX_REQUEST_ID_CHARACTERS, check_request_id
 from jaxserve.server.proto.inference import grpc_service_pb2 as pb

@@ -9,7 +9,8 @@ from google.protobuf.message import Message
 
 from jaxserve.errors import RequestError
 from jaxserve.prompts import ParsedPrompt
-from jaxserve.request import MAX_STOP_STRINGS, FinishReason, Logprob, RequestDelta, SamplingParams
+from jaxserve.request import FinishReason, Logprob, RequestDelta
+from jaxserve.sampling_params import MAX_STOP_STRINGS, SamplingParams
 from jaxserve.served_model import ServedModel, TokenLimit
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
 

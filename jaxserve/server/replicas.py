@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.registry import Collector
 
-from jaxserve.request import Completion, RequestDelta, SamplingParams
+from jaxserve.request import Completion, RequestDelta
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.served_model import ServedModel
 from jaxserve.server.engine_thread import EngineThread
 

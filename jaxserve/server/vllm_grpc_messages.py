@@ -18,7 +18,8 @@ from google.protobuf.message import Message
 from jaxserve.errors import RequestError
 from jaxserve.openai.endpoint import MAX_CHOICES
 from jaxserve.prompts import ParsedPrompt
-from jaxserve.request import Completion, Logprob, RequestDelta, SamplingParams
+from jaxserve.request import Completion, Logprob, RequestDelta
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.served_model import ServedModel
 from jaxserve.server.messages import check_request_id, check_stops
 from jaxserve.server.proto.vllm import vllm_engine_pb2 as pb

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from jaxserve.errors import RequestError
 from jaxserve.evaluation.latency import RunResult
 from jaxserve.evaluation.workload import WorkloadRequest
-from jaxserve.request import FinishReason, Request, RequestMetrics, RequestStatus, SamplingParams
+from jaxserve.request import FinishReason, Request, RequestMetrics, RequestStatus
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Chunk, Limits, Scheduler
 from jaxserve.scheduler.buckets import token_buckets
 from jaxserve.simulator.cost import CostModel

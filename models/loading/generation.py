@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxserve.errors import ModelError, RequestError
 from jaxserve.models.loading.files import read_json
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 

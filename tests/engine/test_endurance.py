@@ -11,7 +11,7 @@ import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from tests.models.golden import Golden
 
 NUM_STEPS, WARM_UP_STEPS = 1000, 300
@@ -34,7 +34,7 @@ def test_a_thousand_steps(tensor: int, pipe: int, tiny_tokenizer: Path) -> None:
         token_budget=32, max_num_seqs=4, max_model_len=golden.length + 1, block_size=8, num_blocks=14,
     )  # fmt: skip
     engine = Engine(config, show_progress=False)
-    assert engine.runner.can_score(timeout_seconds=300)  # what compiles in the background takes memory too
+    assert engine.runner.has_rare(timeout_seconds=300)  # what compiles in the background takes memory too
     chance, names = random.Random(0), itertools.count()
     live: list[str] = []
     before = 0

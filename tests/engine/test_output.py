@@ -14,7 +14,8 @@ from jaxserve.engine.sampler import TokenLogprobs
 from jaxserve.models.loading import gguf_tokenizer
 from jaxserve.models.loading.gguf_file import read_gguf
 from jaxserve.models.loading.hub import resolve
-from jaxserve.request import FinishReason, Logprob, Request, RequestMetrics, SamplingParams
+from jaxserve.request import FinishReason, Logprob, Request, RequestMetrics
+from jaxserve.sampling_params import SamplingParams
 from tests.test_tokenizer import sentencepiece
 
 TOKENIZER = gguf_tokenizer.load(read_gguf(resolve("smollm2-135m")).metadata)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jaxserve.engine import sampler
 from jaxserve.engine.sampler import SamplingInputs, TokenLogprobs, optional_logprobs, sample, token_logprobs
-from jaxserve.request import MAX_LOGPROBS
+from jaxserve.sampling_params import MAX_LOGPROBS
 
 VOCAB = 64
 SLACK = 1e-5

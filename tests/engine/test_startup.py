@@ -157,15 +157,21 @@ def test_programs_of_cuda_graphs_are_run_until_they_replay(
     assert events[0] == ("weights",)
     num_draws = {rows: min(rows, engine.config.max_num_seqs) for rows in buckets}
     compiled = {(f"compile {kind}", rows) for kind in ("forward", "score") for rows in buckets}
-    compiled |= {("compile sample", draws) for draws in num_draws.values()} | {("compile admit",)}
+    samples = ("sample", "sample_edited")
+    compiled |= {(f"compile {kind}", draws) for kind in samples for draws in num_draws.values()} | {("compile admit",)}
     assert set(events[1 : 1 + len(compiled)]) == compiled
     assert events[1 + len(compiled) :] == runs
     assert runs == [("run admit", 0)] * 3 + [
         run
         for rows in buckets
-        for run in [("run forward", rows), ("run sample", num_draws[rows]), ("run score", rows)] * 3
+        for run in [
+            ("run forward", rows),
+            *((f"run {kind}", num_draws[rows]) for kind in samples),
+            ("run score", rows),
+        ]
+        * 3
     ]
-    assert engine.runner.can_score()
+    assert engine.runner.has_rare()
     served = serve(engine, scored=SCORED, plain=PLAIN)
     assert tokens(served["scored"]) == tokens(served["plain"])
     assert {event.split()[0] for event, *_ in events[start:]} == {"run"}
@@ -183,9 +189,9 @@ def test_other_programs_are_run_once(
     assert notes.runs() == [("run admit", 0)] + [
         run for rows in engine.runner.buckets for run in [("run forward", rows), ("run sample", min(rows, num_draws))]
     ]
-    assert not engine.runner.can_score()
+    assert not engine.runner.has_rare()
     scores_go_on.set()
-    assert engine.runner.can_score(60.0)
+    assert engine.runner.has_rare(60.0)
     engine.close()
 
 

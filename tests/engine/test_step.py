@@ -13,7 +13,8 @@ from jaxserve.engine.forward import SequenceState, rows_of
 from jaxserve.engine.step import FIELDS, Packer, Step, StepLayout, prompt_targets, wants_prompt_logprobs
 from jaxserve.kernels.backend import CPU_TILING
 from jaxserve.kernels.plan import PlanLimits
-from jaxserve.request import Request, RequestMetrics, SamplingParams
+from jaxserve.request import Request, RequestMetrics
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Chunk
 from jaxserve.scheduler.blocks import BlockManager
 

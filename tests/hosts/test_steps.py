@@ -28,7 +28,7 @@ class FakeRunner:
         self.num_blocks, self.num_stages = 10, NUM_STAGES
         self.calls: list[tuple[Any, ...]] = []
 
-    def prepare_scores(self) -> None:
+    def prepare_rare(self) -> None:
         """Has no programs."""
 
     def run(self, kind: Kind, size: int, array: np.ndarray) -> None:
@@ -85,6 +85,7 @@ def test_followers_run_what_the_leader_sends_and_stop_with_it(leading: Leading) 
         (Kind.FORWARD, 16, np.arange(200, dtype=np.int32).reshape(NUM_STAGES, 100)),
         (Kind.SAMPLE, 4, targets[:0]),
         (Kind.SCORE, 16, targets),
+        (Kind.SAMPLE_EDITED, 4, targets),
     ]
     for kind, size, array in sent:
         leading.followers.send(kind, size, array if array.size else None)

@@ -22,7 +22,8 @@ from jaxserve.models.decoder import Decoder
 from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.matrix import DenseMatrix, layouts_of, taken
 from jaxserve.models.registry import family_of
-from jaxserve.request import Request, RequestMetrics, SamplingParams
+from jaxserve.request import Request, RequestMetrics
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Chunk
 from jaxserve.scheduler.blocks import BlockManager
 from jaxserve.sharding.mesh import make_mesh

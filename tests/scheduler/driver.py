@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from hypothesis import strategies as st
 
-from jaxserve.request import FinishReason, Request, RequestMetrics, RequestStatus, SamplingParams
+from jaxserve.request import FinishReason, Request, RequestMetrics, RequestStatus
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import POLICIES, Batch, Limits, Pace, Scheduler
 from jaxserve.scheduler.blocks import BlockManager
 

@@ -19,7 +19,8 @@ from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.engine.recent import Recent
 from jaxserve.errors import RequestError
 from jaxserve.models.config import ModelConfig
-from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestMetrics, SamplingParams
+from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestMetrics
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.server.client import Client
 from jaxserve.server.serve import Server
 

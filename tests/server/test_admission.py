@@ -8,7 +8,8 @@ import contextlib
 import pytest
 
 from jaxserve.config import ServerConfig
-from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.request import FinishReason
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.served_model import UnknownModelError
 from jaxserve.server.admission import Admission
 from jaxserve.server.errors import OverloadedError, UnavailableError

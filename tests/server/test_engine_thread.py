@@ -9,7 +9,8 @@ import threading
 import pytest
 
 from jaxserve.errors import RequestError
-from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.request import FinishReason
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.server.engine_thread import JOINED_TOKENS, MAX_WAITING_DELTAS, EngineDeadError, EngineThread
 
 ENDLESS = SamplingParams(max_tokens=None)

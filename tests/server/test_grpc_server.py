@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
-from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestMetrics, SamplingParams
+from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestMetrics
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.served_model import MAX_TEXT_TOKENS
 from jaxserve.server import door, listener, messages, text_threads
 from jaxserve.server.client import AsyncClient, Client

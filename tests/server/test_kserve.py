@@ -13,7 +13,7 @@ from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.server import listener
 from jaxserve.server.kserve import KSERVE_NAME
 from jaxserve.server.proto.inference import grpc_service_pb2 as pb

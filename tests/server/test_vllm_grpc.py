@@ -16,7 +16,7 @@ from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.server.client import Client
 from jaxserve.server.proto.vllm import vllm_engine_pb2 as pb
 from jaxserve.server.proto.vllm import vllm_engine_pb2_grpc as pb_grpc

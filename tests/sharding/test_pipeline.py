@@ -16,7 +16,8 @@ from jaxserve.engine.programs import StepPrograms
 from jaxserve.errors import ConfigError, ModelError
 from jaxserve.evaluation.compiled import collectives
 from jaxserve.models.config import Experts, ModelConfig
-from jaxserve.request import RequestDelta, SamplingParams
+from jaxserve.request import RequestDelta
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.pipeline import Stages
 from tests.models.golden import Golden

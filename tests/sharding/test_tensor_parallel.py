@@ -15,7 +15,7 @@ from jaxserve.engine.programs import StepPrograms
 from jaxserve.errors import ConfigError, ModelError
 from jaxserve.evaluation.compiled import collectives
 from jaxserve.models.config import ModelConfig, Rope
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.sharding.mesh import make_mesh
 from tests.models.golden import Golden
 

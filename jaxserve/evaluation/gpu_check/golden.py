@@ -10,7 +10,7 @@ import tokenizers
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.evaluation.gpu_check.stage import ROOT, Context, StageFailed
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 
 FOLDER = ROOT / "tests" / "golden" / "tiny"
 NEAR_TIE = 1e-3

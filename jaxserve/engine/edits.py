@@ -1,0 +1,104 @@
+"""The host's side of logit edits: what each request changes, draw by draw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxserve.engine.logits import BITS, EditLayout
+from jaxserve.engine.step import Step
+from jaxserve.request import Request
+from jaxserve.scheduler import Chunk
+from jaxserve.tokenizer import Tokenizer
+
+
+class RequestEdits:
+    """Of one request whose parameters ask for some."""
+
+    def __init__(self, request: Request, layout: EditLayout, tokenizer: Tokenizer) -> None:
+        params = request.params
+        self._request = request
+        self._packed = layout.blank(1)
+        edits = layout.split(self._packed)
+        if params.allowed_token_ids is not None:
+            edits.allowed.fill(0)
+            _set_bits(edits.allowed[0], list(params.allowed_token_ids), True)
+        bias = params.logit_bias or {}
+        edits.bias_ids[0, : len(bias)] = list(bias)
+        edits.bias[0, : len(bias)] = list(bias.values())
+        edits.penalties[0] = params.presence_penalty, params.frequency_penalty, params.repetition_penalty
+        edits.prompt_lengths[0] = request.num_prompt_tokens
+        self._bad_words = [tuple(ids) for word in params.bad_words or () for ids in _spellings(word, tokenizer)]
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether a draw's edits depend on the tokens before it: then the host must know them all."""
+        return any(len(word) > 1 for word in self._bad_words)
+
+    def write(self, packed: np.ndarray, layout: EditLayout, num_outputs: int) -> None:
+        """Those of the draw that follows ``num_outputs`` output tokens, into ``int32[1, layout.width]``."""
+        packed[:] = self._packed
+        allowed = layout.split(packed).allowed[0]
+        if num_outputs < self._request.params.min_tokens:
+            _set_bits(allowed, list(self._request.stop_token_ids), False)
+        _set_bits(allowed, [word[-1] for word in self._bad_words if self._ends_with(word[:-1])], False)
+
+    def _ends_with(self, token_ids: tuple[int, ...]) -> bool:
+        return not token_ids or tuple(self._request.output_token_ids[-len(token_ids) :]) == token_ids
+
+
+def _set_bits(mask: np.ndarray, token_ids: list[int], value: bool) -> None:
+    """``mask``: as in LogitEdits.allowed, of one draw."""
+    ids = np.array(token_ids, int)
+    bits = np.uint32(1) << (ids % BITS).astype(np.uint32)
+    view = mask.view(np.uint32)
+    if value:
+        np.bitwise_or.at(view, ids // BITS, bits)
+    else:
+        np.bitwise_and.at(view, ids // BITS, ~bits)
+
+
+def _spellings(word: str, tokenizer: Tokenizer) -> list[list[int]]:
+    """The usual tokens of a word at the beginning of a text and, where they are others of the same number, behind a
+    space: vLLM's choice."""
+    first = tokenizer.encode(word, add_special_tokens=False)
+    spaced = tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
+    return [first, spaced] if len(spaced) == len(first) and spaced[0] != first[0] else [first]
+
+
+class EditedRequests:
+    """Those of an engine's requests that edit their logits."""
+
+    def __init__(self, layout: EditLayout, tokenizer: Tokenizer) -> None:
+        self._layout, self._tokenizer = layout, tokenizer
+        self._edits: dict[str, RequestEdits] = {}
+
+    def add(self, request: Request) -> None:
+        if request.params.edits_logits:
+            self._edits[request.request_id] = RequestEdits(request, self._layout, self._tokenizer)
+
+    def discard(self, request: Request) -> None:
+        self._edits.pop(request.request_id, None)
+
+    def needs_tokens(self, step: Step) -> bool:
+        """Whether sampling the step must wait until the host has the tokens of the one before."""
+        return any(edits.needs_tokens for _, _, edits in self._of(step))
+
+    def pack(self, step: Step, num_draws: int) -> np.ndarray | None:
+        """``int32[num_draws, layout.width]`` of a step's draws; None where no request among them has any."""
+        packed = None
+        for draw, chunk, edits in self._of(step):
+            if packed is None:
+                packed = self._layout.blank(num_draws)
+            num_outputs = chunk.start + chunk.num_tokens - chunk.request.num_prompt_tokens
+            edits.write(packed[draw : draw + 1], self._layout, num_outputs)
+        return packed
+
+    def _of(self, step: Step) -> Iterator[tuple[int, Chunk, RequestEdits]]:
+        """The draws that have edits, by number."""
+        if not self._edits:
+            return
+        for draw, chunk in enumerate(chunk for chunk in step.chunks if chunk.samples):
+            if (edits := self._edits.get(chunk.request.request_id)) is not None:
+                yield draw, chunk, edits
