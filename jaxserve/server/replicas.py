@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TYPE_CHECKING
-
-from prometheus_client import CollectorRegistry, Metric
-from prometheus_client.registry import Collector
 
 from jaxserve.request import Completion, RequestDelta, SamplingParams
 from jaxserve.served_model import ServedModel
@@ -101,19 +98,3 @@ class Replicas:
 
     def _thread_of(self, request_id: str) -> EngineThread | None:
         return next((thread for thread in self._threads if request_id in thread), None)
-
-
-class ReplicaMetrics(Collector):
-    """The engines' metrics as one, told apart by the label ``engine`` as in vLLM."""
-
-    def __init__(self, registries: Sequence[CollectorRegistry]) -> None:
-        self._registries = registries
-
-    def collect(self) -> Iterator[Metric]:
-        for families in zip(*(registry.collect() for registry in self._registries), strict=True):
-            first = families[0]
-            merged = Metric(first.name, first.documentation, first.type)
-            for number, family in enumerate(families):
-                for sample in family.samples:
-                    merged.samples.append(sample._replace(labels={**sample.labels, "engine": str(number)}))
-            yield merged

@@ -22,7 +22,7 @@ from jaxserve.server.admission import Admission
 from jaxserve.server.grpc_server import GrpcServer
 from jaxserve.server.keys import Keys
 from jaxserve.server.listener import listen_error
-from jaxserve.server.replicas import ReplicaMetrics
+from jaxserve.server.metrics import ServedMetrics
 from jaxserve.server.signals import stop_signal
 from jaxserve.server.text_threads import TextThreads
 
@@ -67,9 +67,9 @@ class Server:
 
     async def set_ready(self, engines: Sequence[Engine]) -> None:
         """Admit requests to warm engines of one model."""
-        registries = [engine.metrics.registry for engine in engines]
-        self._registry.register(registries[0] if len(engines) == 1 else ReplicaMetrics(registries))
         self.admission.open(engines)
+        name = self.admission.replicas().model.names[0]
+        self._registry.register(ServedMetrics([engine.metrics.registry for engine in engines], name))
         await self.grpc.set_ready()
 
     async def shutdown(self) -> None:

@@ -45,7 +45,8 @@ def test_metrics_count_what_ran(llm: LLM) -> None:
         return registry.get_sample_value(f"jaxserve_{name}", labels) or 0.0
 
     names = ("prompt_tokens_total", "generation_tokens_total", "time_to_first_token_seconds_count", "stalls_total",
-             "inter_token_latency_seconds_count", "step_tokens_total", "request_queue_time_seconds_count")  # fmt: skip
+             "inter_token_latency_seconds_count", "step_tokens_total", "request_queue_time_seconds_count",
+             "iteration_tokens_total_count", "iteration_tokens_total_sum")  # fmt: skip
     before = {name: value(name) for name in names}
     ended = value("request_success_total", finished_reason="length")
     records: list[StepRecord] = []
@@ -56,7 +57,7 @@ def test_metrics_count_what_ran(llm: LLM) -> None:
     assert grown == {
         "prompt_tokens_total": 340, "generation_tokens_total": 10, "time_to_first_token_seconds_count": 2,
         "inter_token_latency_seconds_count": 8, "step_tokens_total": 348, "request_queue_time_seconds_count": 2,
-        "stalls_total": 0,
+        "stalls_total": 0, "iteration_tokens_total_count": 6, "iteration_tokens_total_sum": 348,
     }  # fmt: skip
     assert value("request_success_total", finished_reason="length") == ended + 2
     assert value("compiles_after_warmup") == 0

@@ -7,16 +7,15 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
-from prometheus_client import CollectorRegistry
 
 from jaxserve.config import EngineConfig, ServerConfig
-from jaxserve.engine.recent import Recent
+from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.errors import RequestError
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestMetrics, SamplingParams
@@ -62,12 +61,6 @@ class FakeTokenizer:
 
 
 @dataclass
-class FakeMetrics:
-    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
-    recent: Recent = field(default_factory=lambda: Recent(token_budget=64, num_blocks=100))
-
-
-@dataclass
 class FakeRequest:
     prompt_token_ids: list[int]
     params: SamplingParams
@@ -85,7 +78,7 @@ class FakeEngine:
             num_kv_heads=1, head_dim=8, max_position_embeddings=MAX_MODEL_LEN, norm_eps=1e-5,
         )  # fmt: skip
         self.tokenizer = FakeTokenizer()
-        self.metrics = FakeMetrics()
+        self.metrics = EngineMetrics(token_budget=64, num_blocks=100)
         self.eos_token_ids = (0,)
         self.max_model_len = MAX_MODEL_LEN
         self.sampling_defaults: dict[str, Any] = {}
