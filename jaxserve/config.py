@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -270,6 +271,9 @@ class ServerConfig:
     ssl_certfile: str | None = option(None, "certificate chain (PEM), for TLS on both ports")
     ssl_keyfile: str | None = option(None, "its private key (PEM)")
     ssl_ca_certs: str | None = option(None, "authorities (PEM) of one of which clients need a certificate, for mTLS")
+    otlp_traces_endpoint: str | None = option(
+        None, "URL of an OpenTelemetry collector (OTLP over gRPC) that gets a span for every request; needs extra otel"
+    )
     max_waiting: int = option(1024, "requests in flight before new ones are refused: RESOURCE_EXHAUSTED, 429")
     max_message_bytes: int = option(16 * 1024 * 1024, "largest gRPC message or HTTP body")
     drain_seconds: float = option(30.0, "how long SIGTERM waits for running requests")
@@ -292,6 +296,10 @@ class ServerConfig:
             path = getattr(self, name)
             if path is not None and not os.access(path, os.R_OK):
                 raise ConfigError(f"{name} must be a file that can be read, got {path!r}")
+        if self.otlp_traces_endpoint is not None and not re.match(r"https?://[^/]", self.otlp_traces_endpoint):
+            raise ConfigError(
+                f"otlp_traces_endpoint must be a URL such as http://localhost:4317, got {self.otlp_traces_endpoint!r}"
+            )
         for name in ("max_waiting", "max_message_bytes", "data_parallel"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -26,6 +26,7 @@ from jaxserve.server.door import Context, StatusError
 from jaxserve.server.keys import Keys
 from jaxserve.server.listener import SERVICE_NAME, SERVING, Listener, message_limits
 from jaxserve.server.signals import stop_signal
+from jaxserve.server.spans import TRACE_HEADERS
 
 
 class Proxy(grpc.GenericRpcHandler):
@@ -47,7 +48,9 @@ class Proxy(grpc.GenericRpcHandler):
         if self.unavailable is not None:
             raise StatusError(grpc.StatusCode.UNAVAILABLE, self.unavailable)
         forward: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(method)
-        call = forward(request, timeout=context.time_remaining())
+        # What the leader's spans hang below.
+        metadata = [(name, value) for name, value in context.invocation_metadata() or () if name in TRACE_HEADERS]
+        call = forward(request, timeout=context.time_remaining(), metadata=metadata)
         try:
             async for response in call:
                 await context.write(response)

@@ -18,6 +18,7 @@ from jaxserve.errors import RequestError
 from jaxserve.served_model import UnknownModelError
 from jaxserve.server.errors import RETRY_AFTER_MS, AbortedError, OverloadedError, UnavailableError
 from jaxserve.server.keys import NO_KEY, Keys
+from jaxserve.server.spans import caller_headers
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,7 @@ class Door(grpc.aio.ServerInterceptor):
 
     async def _call(self, handler: Any, counted: bool, message: bytes, context: Context) -> Any:
         """Bytes in; out, the bytes of the one response, or nothing where the handler writes a stream of them."""
+        caller_headers.set(context.invocation_metadata() or ())
         async with _statuses(context):
             with self._admitted() if counted else contextlib.nullcontext():
                 request = self._parsed(handler, message)
@@ -139,6 +141,7 @@ class Door(grpc.aio.ServerInterceptor):
             with self._admitted():
                 yield self._parsed(handler, message)
 
+        caller_headers.set(context.invocation_metadata() or ())
         async with _statuses(context):
             with self._admitted():
                 await handler.stream_stream((functools.partial(opened, message) async for message in messages), context)

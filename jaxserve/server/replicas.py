@@ -13,6 +13,7 @@ from jaxserve.server.engine_thread import EngineThread
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine
+    from jaxserve.server.spans import Spans
 
 
 IndexedDelta = tuple[int, RequestDelta]
@@ -23,7 +24,7 @@ class Replicas:
     """Gives every request to the engine with the fewest in flight. Create it inside the event loop.
 
     ``on_death``, ``step_timeout_seconds``: see EngineThread; the death of one is that of all. ``names``: what requests
-    may call the model, instead of what it was started as.
+    may call the model, instead of what it was started as. ``spans``: where every request has one.
     """
 
     def __init__(
@@ -32,7 +33,9 @@ class Replicas:
         on_death: Callable[[], None],
         step_timeout_seconds: float,
         names: Sequence[str] = (),
+        spans: Spans | None = None,
     ) -> None:
+        self._spans = spans
         self._threads = [EngineThread(engine, on_death, step_timeout_seconds) for engine in engines]
         self.engine = engines[0]
         """Any of them, to ask for what they have in common."""
@@ -46,7 +49,10 @@ class Replicas:
         """As EngineThread.generate."""
         # The one that has a request of this name refuses another.
         thread = self._thread_of(request_id) or min(self._threads, key=lambda thread: thread.num_in_flight)
-        return thread.generate(request_id, prompt_token_ids, params)
+        deltas = thread.generate(request_id, prompt_token_ids, params)
+        if self._spans is None:
+            return deltas
+        return self._spans.around(deltas, self.model.names[0], request_id, prompt_token_ids, params)
 
     async def generate_all(self, completions: Sequence[Completion]) -> AsyncGenerator[IndexedDelta, None]:
         """Of several requests, as they come, to their ends. Closing it aborts them; raises what ``generate`` does."""

@@ -24,6 +24,7 @@ from jaxserve.server.keys import Keys
 from jaxserve.server.listener import listen_error
 from jaxserve.server.metrics import ServedMetrics
 from jaxserve.server.signals import stop_signal
+from jaxserve.server.spans import Spans
 from jaxserve.server.text_threads import TextThreads
 
 if TYPE_CHECKING:
@@ -39,11 +40,13 @@ SWITCH_SECONDS = 0.0005
 class Server:
     """The doors of one process: gRPC, and HTTP where it has a port. Create it inside the event loop.
 
-    ``socket``: see Listener; nobody but the front end calls there, and it asks for keys itself.
+    ``socket``: see Listener; nobody but the front end calls there, and it asks for keys itself. Raises ConfigError
+    where packages are missing.
     """
 
     def __init__(self, config: ServerConfig, socket: Path | None = None) -> None:
-        self.admission = Admission(config)
+        self._spans = None if config.otlp_traces_endpoint is None else Spans(config.otlp_traces_endpoint)
+        self.admission = Admission(config, self._spans)
         self._config = config
         self._registry = CollectorRegistry()
         self.keys = Keys(config.api_key_file)
@@ -79,6 +82,8 @@ class Server:
         await self.grpc.stop()
         if self.http is not None:
             await self.http.stop()
+        if self._spans is not None:
+            await self._spans.close()
 
 
 def start_metrics(host: str, port: int, registry: CollectorRegistry) -> None:

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jaxserve.server.http.errors import CLIENT_CLOSED_REQUEST, Failure, failure_of
 from jaxserve.server.http.page import PAGE
 from jaxserve.server.keys import NO_KEY, Keys
+from jaxserve.server.spans import caller_headers
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Door:
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         if REQUEST_ID.fullmatch(request_id) is None:
             request_id = uuid.uuid4().hex
+        caller_headers.set(scope["headers"])
         status = CLIENT_CLOSED_REQUEST  # unless a response begins
 
         async def named(message: Message) -> None:
