@@ -22,6 +22,7 @@ KV_CACHE_DTYPES = ("auto", "fp8_e4m3")
 GEMM_BACKENDS = ("auto", "no_split_k", "cublaslt")
 GENERATION_CONFIGS = ("auto", "none")
 LOAD_FORMATS = ("auto", "dummy")
+LOG_FORMATS = ("text", "json")
 AUTO_TOKEN_BUDGET = 2048
 """The largest that token_budget auto tries: the paper's budget under relaxed objectives."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -271,6 +272,7 @@ class ServerConfig:
     ssl_certfile: str | None = option(None, "certificate chain (PEM), for TLS on both ports")
     ssl_keyfile: str | None = option(None, "its private key (PEM)")
     ssl_ca_certs: str | None = option(None, "authorities (PEM) of one of which clients need a certificate, for mTLS")
+    log_format: str = option("text", "of the log: lines of text, or JSON objects, one in a line", LOG_FORMATS)
     otlp_traces_endpoint: str | None = option(
         None, "URL of an OpenTelemetry collector (OTLP over gRPC) that gets a span for every request; needs extra otel"
     )
@@ -300,6 +302,8 @@ class ServerConfig:
             raise ConfigError(
                 f"otlp_traces_endpoint must be a URL such as http://localhost:4317, got {self.otlp_traces_endpoint!r}"
             )
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(f"log_format must be one of {', '.join(LOG_FORMATS)}, got {self.log_format!r}")
         for name in ("max_waiting", "max_message_bytes", "data_parallel"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

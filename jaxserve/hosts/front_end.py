@@ -21,6 +21,7 @@ from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.hosts.group import Group
 from jaxserve.hosts.ranks import LOST, run_leader
 from jaxserve.server import serve
+from jaxserve.server.calls import Calls
 from jaxserve.server.client import NO_PROXY
 from jaxserve.server.door import Context, StatusError
 from jaxserve.server.keys import Keys
@@ -72,7 +73,7 @@ class FrontEnd:
         self._channel = grpc.aio.insecure_channel(f"unix:{socket}", options=options)
         self._proxy = Proxy(self._channel)
         self._keys = Keys(server_config.api_key_file)
-        self._listener = Listener(server_config, self._keys)
+        self._listener = Listener(server_config, self._keys, Calls())
         self._listener.server.add_generic_rpc_handlers((self._proxy,))
         # A fork would inherit gRPC's threads, or their locks.
         self._process = multiprocessing.get_context("spawn").Process(

@@ -1,11 +1,13 @@
-"""What the engines of a server count, for Prometheus: under our names, and under vLLM's for dashboards made for it."""
+"""What a server shows to Prometheus: its own state, and what its engines count, under our names and under vLLM's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Metric
+from prometheus_client import CollectorRegistry, Gauge, Metric
 from prometheus_client.registry import Collector
+
+from jaxserve.server.admission import Admission
 
 OURS, VLLMS = "jaxserve_", "vllm:"
 SHARED_NAMES = frozenset({
@@ -40,6 +42,17 @@ class ServedMetrics(Collector):
             labels = {**sample.labels, "model_name": self._model_name}
             renamed.samples.append(sample._replace(name=sample.name.replace(OURS, VLLMS), labels=labels))
         return renamed
+
+
+def watch_admission(admission: Admission, max_waiting: int, registry: CollectorRegistry) -> None:
+    """Show what a server's probes say, and how near to refusing requests it is."""
+
+    def gauge(name: str, text: str, value: Callable[[], float]) -> None:
+        Gauge(f"{OURS}{name}", text, registry=registry).set_function(value)
+
+    gauge("ready", "1 while requests are admitted, as /ready says", lambda: admission.is_ready)
+    gauge("requests_in_flight", "Requests under way, those that still tokenize included", lambda: admission.num_active)
+    gauge("max_waiting", "Requests in flight from which on new ones are refused", lambda: max_waiting)
 
 
 def _merged(families: Sequence[Metric]) -> Metric:

@@ -19,10 +19,11 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.server.admission import Admission
+from jaxserve.server.calls import Calls
 from jaxserve.server.grpc_server import GrpcServer
 from jaxserve.server.keys import Keys
 from jaxserve.server.listener import listen_error
-from jaxserve.server.metrics import ServedMetrics
+from jaxserve.server.metrics import ServedMetrics, watch_admission
 from jaxserve.server.signals import stop_signal
 from jaxserve.server.spans import Spans
 from jaxserve.server.text_threads import TextThreads
@@ -49,16 +50,17 @@ class Server:
         self.admission = Admission(config, self._spans)
         self._config = config
         self._registry = CollectorRegistry()
+        watch_admission(self.admission, config.max_waiting, self._registry)
         self.keys = Keys(config.api_key_file)
-        texts = TextThreads()
+        texts, calls = TextThreads(), Calls(self._registry)
         grpc_keys = self.keys if socket is None else Keys(None, {})
-        self.grpc = GrpcServer(config, self.admission, texts, grpc_keys, socket)
+        self.grpc = GrpcServer(config, self.admission, texts, calls, grpc_keys, socket)
         self.http: HttpServer | None = None
         if config.http_port is not None:
             # Imported late: FastAPI takes half a second.
             from jaxserve.server.http.server import HttpServer
 
-            self.http = HttpServer(config, self.admission, texts, self._registry, self.keys)
+            self.http = HttpServer(config, self.admission, texts, self._registry, calls, self.keys)
 
     async def start(self) -> None:
         """Listen; whoever asks is told that the server warms up. Raises ConfigError when a port is taken."""

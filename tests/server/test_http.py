@@ -277,7 +277,7 @@ def test_a_disconnect_aborts_at_once(
 def test_names_go_in_and_out(
     server: RunningServer, caplog: pytest.LogCaptureFixture, eventually: Callable[..., None]
 ) -> None:
-    with caplog.at_level("DEBUG", logger="jaxserve.server.http.door"):
+    with caplog.at_level("DEBUG", logger="jaxserve.server.calls"):
         assert send(server, "GET", "/health", headers={"X-Request-Id": "mine-7"})[1]["x-request-id"] == "mine-7"
         eventually(lambda: "mine-7 GET '/health': 200 in" in caplog.text)
         for bad in ("", "a" * 200, "two words"):

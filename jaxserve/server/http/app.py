@@ -22,6 +22,7 @@ from jaxserve.openai.endpoint import take_switch
 from jaxserve.prompts import ParsedPrompt
 from jaxserve.served_model import ServedModel
 from jaxserve.server.admission import Admission
+from jaxserve.server.calls import Calls
 from jaxserve.server.errors import UnavailableError
 from jaxserve.server.http.door import Door
 from jaxserve.server.http.errors import failure_of
@@ -34,11 +35,16 @@ from jaxserve.server.text_threads import TextThreads
 
 
 def make_app(
-    admission: Admission, texts: TextThreads, registry: CollectorRegistry, keys: Keys, max_body_bytes: int
+    admission: Admission,
+    texts: TextThreads,
+    registry: CollectorRegistry,
+    calls: Calls,
+    keys: Keys,
+    max_body_bytes: int,
 ) -> FastAPI:
     """OpenAI's paths and vLLM's, and a page."""
     app = FastAPI(title="jaxserve", version=version("jaxserve"), docs_url=None, redoc_url=None)
-    app.add_middleware(Door, keys=keys)
+    app.add_middleware(Door, keys=keys, calls=calls)
     app.add_exception_handler(HTTPException, _respond_failure)
     for endpoint, properties, required in (
         (CHAT, schema.COMMON | schema.CHAT, "messages"),
