@@ -37,6 +37,8 @@ class Replicas:
     ) -> None:
         self._spans = spans
         self._threads = [EngineThread(engine, on_death, step_timeout_seconds) for engine in engines]
+        self.engines = tuple(engines)
+        """To look on."""
         self.engine = engines[0]
         """Any of them, to ask for what they have in common."""
         self.model = ServedModel.of(engines[0], names)

@@ -9,7 +9,7 @@ import pytest
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.engine.metrics import StepRecord
-from jaxserve.engine.tracing import StepTracer
+from jaxserve.engine.tracing import StepTracer, open_trace
 from jaxserve.request import Request, RequestMetrics
 from jaxserve.scheduler import Chunk
 
@@ -80,7 +80,7 @@ def test_metrics_count_what_ran(llm: LLM) -> None:
 @pytest.mark.parametrize("closed", [True, False])
 def test_trace_is_readable_even_after_a_crash(tmp_path: Path, closed: bool) -> None:
     path = tmp_path / "trace.json"
-    tracer = StepTracer(path)
+    tracer = StepTracer(open_trace(str(path)))
     request = Request("r1", [1, 2, 3], SamplingParams(), 4, RequestMetrics(0.0))
     record = StepRecord(1.0, 1.001, 1.002, num_tokens=3, num_decode_tokens=0, num_rows=16,
                         device_start_seconds=1.002, waited_seconds=1.003, ready_seconds=1.05,

@@ -15,10 +15,11 @@ import grpc
 import pytest
 
 from jaxserve.config import EngineConfig, ServerConfig
-from jaxserve.engine.metrics import EngineMetrics
+from jaxserve.engine.metrics import EngineMetrics, StepRecord
 from jaxserve.errors import RequestError
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestMetrics, SamplingParams
+from jaxserve.scheduler import Chunk
 from jaxserve.server.client import Client
 from jaxserve.server.serve import Server
 
@@ -89,6 +90,7 @@ class FakeEngine:
         self.starved: set[str] = set()
         """Requests that get no tokens."""
         self.num_steps = 0
+        self.on_step: list[Callable[[StepRecord, list[Chunk]], None]] = []
         self.closed = False
 
     def add_request(
@@ -120,6 +122,8 @@ class FakeEngine:
         time.sleep(STEP_SECONDS)
         if self.step_error is not None:
             raise self.step_error
+        for observe in self.on_step:
+            observe(StepRecord(num_rows=self.num_steps), [])
         deltas, self.last_deltas = self.last_deltas, []
         for request_id, request in list(self.running.items()):
             if request_id in self.starved:

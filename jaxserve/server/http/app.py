@@ -29,7 +29,8 @@ from jaxserve.server.http.errors import failure_of
 from jaxserve.server.http.exchange import read_body
 from jaxserve.server.http.generate import Answer
 from jaxserve.server.http.page import add_page
-from jaxserve.server.http.steps import recent_steps
+from jaxserve.server.http.steps import integer, recent_steps
+from jaxserve.server.http.trace import DEFAULT_TRACED_STEPS, MAX_TRACED_STEPS, trace_next_steps
 from jaxserve.server.keys import Keys
 from jaxserve.server.text_threads import TextThreads
 
@@ -102,6 +103,13 @@ def make_app(
     @app.get("/debug/steps")
     async def steps(request: Request) -> Response:
         return _json(recent_steps(admission.replicas().recent, request.query_params))
+
+    @app.get("/debug/trace")
+    async def trace(request: Request) -> Response:
+        engines, query = admission.replicas().engines, request.query_params
+        engine = engines[integer(query, "engine", len(engines) - 1)]
+        num_steps = integer(query, "steps", MAX_TRACED_STEPS, low=1, default=DEFAULT_TRACED_STEPS)
+        return Response(await trace_next_steps(engine, num_steps), media_type="application/json")
 
     add_page(app)
     return app
