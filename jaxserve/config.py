@@ -276,6 +276,9 @@ class ServerConfig:
     otlp_traces_endpoint: str | None = option(
         None, "URL of an OpenTelemetry collector (OTLP over gRPC) that gets a span for every request; needs extra otel"
     )
+    profiler_dir: str | None = option(
+        None, "folder for what jax's profiler writes; with it POST /start_profile and /stop_profile are served"
+    )
     max_waiting: int = option(1024, "requests in flight before new ones are refused: RESOURCE_EXHAUSTED, 429")
     max_message_bytes: int = option(16 * 1024 * 1024, "largest gRPC message or HTTP body")
     drain_seconds: float = option(30.0, "how long SIGTERM waits for running requests")
@@ -302,6 +305,8 @@ class ServerConfig:
             raise ConfigError(
                 f"otlp_traces_endpoint must be a URL such as http://localhost:4317, got {self.otlp_traces_endpoint!r}"
             )
+        if self.profiler_dir is not None and self.http_port is None:
+            raise ConfigError(f"profiler_dir needs http_port, got {self.profiler_dir!r} without")
         if self.log_format not in LOG_FORMATS:
             raise ConfigError(f"log_format must be one of {', '.join(LOG_FORMATS)}, got {self.log_format!r}")
         for name in ("max_waiting", "max_message_bytes", "data_parallel"):

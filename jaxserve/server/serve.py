@@ -42,7 +42,7 @@ class Server:
     """The doors of one process: gRPC, and HTTP where it has a port. Create it inside the event loop.
 
     ``socket``: see Listener; nobody but the front end calls there, and it asks for keys itself. Raises ConfigError
-    where packages are missing.
+    where packages are missing, or a folder cannot be made.
     """
 
     def __init__(self, config: ServerConfig, socket: Path | None = None) -> None:
