@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ KV_CACHE_DTYPES = ("auto", "fp8_e4m3")
 GEMM_BACKENDS = ("auto", "no_split_k", "cublaslt")
 GENERATION_CONFIGS = ("auto", "none")
 LOAD_FORMATS = ("auto", "dummy")
+LOG_FORMATS = ("text", "json")
 AUTO_TOKEN_BUDGET = 2048
 """The largest that token_budget auto tries: the paper's budget under relaxed objectives."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -273,6 +275,13 @@ class ServerConfig:
     ssl_certfile: str | None = option(None, "certificate chain (PEM), for TLS on both ports")
     ssl_keyfile: str | None = option(None, "its private key (PEM)")
     ssl_ca_certs: str | None = option(None, "authorities (PEM) of one of which clients need a certificate, for mTLS")
+    log_format: str = option("text", "of the log: lines of text, or JSON objects, one in a line", LOG_FORMATS)
+    otlp_traces_endpoint: str | None = option(
+        None, "URL of an OpenTelemetry collector (OTLP over gRPC) that gets a span for every request; needs extra otel"
+    )
+    profiler_dir: str | None = option(
+        None, "folder for what jax's profiler writes; with it POST /start_profile and /stop_profile are served"
+    )
     max_waiting: int = option(1024, "requests in flight before new ones are refused: RESOURCE_EXHAUSTED, 429")
     max_message_bytes: int = option(16 * 1024 * 1024, "largest gRPC message or HTTP body")
     drain_seconds: float = option(30.0, "how long SIGTERM waits for running requests")
@@ -295,6 +304,14 @@ class ServerConfig:
             path = getattr(self, name)
             if path is not None and not os.access(path, os.R_OK):
                 raise ConfigError(f"{name} must be a file that can be read, got {path!r}")
+        if self.otlp_traces_endpoint is not None and not re.match(r"https?://[^/]", self.otlp_traces_endpoint):
+            raise ConfigError(
+                f"otlp_traces_endpoint must be a URL such as http://localhost:4317, got {self.otlp_traces_endpoint!r}"
+            )
+        if self.profiler_dir is not None and self.http_port is None:
+            raise ConfigError(f"profiler_dir needs http_port, got {self.profiler_dir!r} without")
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(f"log_format must be one of {', '.join(LOG_FORMATS)}, got {self.log_format!r}")
         for name in ("max_waiting", "max_message_bytes", "data_parallel"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Serve one model over gRPC until SIGTERM, which drains. On several hosts, run it on each."
     )
     engine_config, server_config, hosts_config, _ = parse_config(parser, argv, EngineConfig, ServerConfig, HostsConfig)
-    set_up_logging()
+    set_up_logging(server_config.log_format)
     return exit_code_of(lambda: run(engine_config, server_config, Group.find(hosts_config, os.environ)))
 
 

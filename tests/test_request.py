@@ -31,6 +31,9 @@ def error(**fields: Any) -> str:
         ("temperature", [-0.1, 100.5], "in [0, 100]"),
         ("top_p", [0, 0.0, -0.1, 1.01], "in (0, 1]"),
         ("min_p", [-0.1, 1.01], "in [0, 1]"),
+        ("presence_penalty", [-2.1, 2.1], "in [-2, 2]"),
+        ("frequency_penalty", [-2.1, 2.1], "in [-2, 2]"),
+        ("repetition_penalty", [-1, 0, 100.5], "in (0, 100]"),
     ],
 )
 def test_numbers(name: str, values: list[float], limits: str) -> None:
@@ -46,10 +49,11 @@ def test_numbers(name: str, values: list[float], limits: str) -> None:
         ("max_tokens", [0, -1, INT_LIMIT + 1], f"[1, {INT_LIMIT}]"),
         ("logprobs", [-1, 21], "[0, 20]"),
         ("prompt_logprobs", [-1, 21], "[0, 20]"),
+        ("min_tokens", [-1, INT_LIMIT + 1], f"[0, {INT_LIMIT}]"),
     ],
 )
 def test_integers(name: str, values: list[int], limits: str) -> None:
-    optional = name != "top_k"
+    optional = name not in ("top_k", "min_tokens")
     for value in [*values, 1.0, np.float64(1), *(value for value in NOT_NUMBERS if value is not None or not optional)]:
         assert error(**{name: value}) == f"{name} must be an integer in {limits}, got {value!r}"
 
@@ -59,6 +63,35 @@ def test_stop_strings(stop: Any) -> None:
     message = error(stop=stop)
     assert message.startswith(f"stop must be at most {MAX_STOP_STRINGS} non-empty strings, got ")
     assert repr(stop).strip("[](),") in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"logit_bias": [(1, 2)]}, "logit_bias must be a mapping of at most 300 tokens, got [(1, 2)]"),
+        ({"logit_bias": dict.fromkeys(range(301), 1)}, "logit_bias must be a mapping of at most 300 tokens, got {0: 1"),
+        ({"logit_bias": {1: 100.5}}, "logit_bias must be in [-100, 100], got 100.5"),
+        ({"logit_bias": {"x": 1}}, f"logit_bias: token id must be an integer in [0, {INT_LIMIT}], got 'x'"),
+        ({"logit_bias": {-1: 1}}, f"logit_bias: token id must be an integer in [0, {INT_LIMIT}], got -1"),
+        ({"allowed_token_ids": []}, "allowed_token_ids must hold at least one token id, got none"),
+        ({"allowed_token_ids": [-1]}, f"allowed_token_ids must be an integer in [0, {INT_LIMIT}], got -1"),
+        ({"bad_words": "a"}, "bad_words must be a list, got 'a'"),
+        ({"bad_words": [" "]}, "bad_words must be at most 128 strings of 1 to 128 characters that are not blank, got"),
+        ({"bad_words": ["a"] * 129}, "bad_words must be at most 128 strings of 1 to 128 characters that are not "),
+        ({"bad_words": ["a" * 129]}, "bad_words must be at most 128 strings of 1 to 128 characters that are not "),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens must not exceed max_tokens, 8, got 9"),
+    ],
+)
+def test_edits_of_logits(fields: dict[str, Any], message: str) -> None:
+    assert error(**fields).startswith(message)
+
+
+def test_which_parameters_edit_logits() -> None:
+    neutral = {"presence_penalty": 0, "repetition_penalty": 1.0, "logit_bias": {}, "bad_words": [], "min_tokens": 0}
+    assert not SamplingParams(**neutral, temperature=0.5, top_k=3).edits_logits
+    for fields in ({"presence_penalty": 0.1}, {"logit_bias": {"7": 1}}, {"allowed_token_ids": [1]}, {"min_tokens": 1}):
+        assert SamplingParams(**fields).edits_logits
+    assert SamplingParams(logit_bias={"7": 1}) == SamplingParams(logit_bias={np.int64(7): 1.0})
 
 
 @pytest.mark.parametrize("value", [-1, INT_LIMIT + 1, True, 1.0, "1", None])

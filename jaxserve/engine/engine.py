@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
@@ -19,7 +18,7 @@ from jaxserve.engine.metrics import EngineMetrics, StepRecord
 from jaxserve.engine.output import OutputStream, collect_prompt_logprobs, drawn_tokens
 from jaxserve.engine.runner import ModelRunner
 from jaxserve.engine.step import Packer, Step, prefills_of, wants_prompt_logprobs
-from jaxserve.engine.tracing import StepTracer
+from jaxserve.engine.tracing import StepTracer, open_trace
 from jaxserve.errors import RequestError
 from jaxserve.request import FinishReason, Request, RequestDelta, RequestMetrics
 from jaxserve.sampling_params import SamplingParams
@@ -47,7 +46,7 @@ class Engine:
         imports_seconds: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._tracer = StepTracer(Path(config.trace)) if config.trace else None
+        self._tracer = StepTracer(open_trace(config.trace)) if config.trace else None
         parts = build(config, mesh, make_runner, show_progress=show_progress, imports_seconds=imports_seconds)
         self.config, self.model_config = parts.config, parts.model_config
         self.max_model_len = parts.config.max_model_len
@@ -59,7 +58,7 @@ class Engine:
         self.metrics = EngineMetrics(self.config.token_budget, self.blocks.num_blocks - 1)
         self.metrics.observe_startup(self.startup)
         self.on_step: list[Callable[[StepRecord, list[Chunk]], None]] = [self.metrics.observe_step]
-        """Called with every processed step and its chunks."""
+        """Called with every processed step and its chunks. Who looks on from another thread replaces the list."""
         if self._tracer is not None:
             self.on_step.append(self._tracer.add)
         self._clock, self._random = clock, np.random.default_rng(config.seed)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import io
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import orjson
 
 from jaxserve.engine.metrics import StepRecord
 from jaxserve.errors import ConfigError
@@ -12,22 +15,37 @@ from jaxserve.scheduler import Chunk
 
 _HOST, _DEVICE, _SLOTS = 1, 2, 10
 
+type TracedStep = tuple[StepRecord, list[Chunk]]
+"""A step that has been processed: nothing changes it any more."""
+
+
+def open_trace(path: str) -> BinaryIO:
+    """A file to trace to; nothing of it waits in a buffer. Raises ConfigError."""
+    try:
+        return Path(path).open("wb", buffering=0)
+    except OSError as error:
+        raise ConfigError(f"trace: cannot write {path!r}: {error.strerror}") from error
+
+
+def trace_of(steps: Iterable[TracedStep]) -> bytes:
+    """A whole trace."""
+    sink = io.BytesIO()
+    tracer = StepTracer(sink)
+    for record, chunks in steps:
+        tracer.add(record, chunks)
+    tracer.end()
+    return sink.getvalue()
+
 
 class StepTracer:
-    """Writes events as they happen. The format allows a missing end, so a killed server leaves a readable file.
+    """Writes events as they happen. The format allows a missing end, so a killed server leaves a readable file."""
 
-    Raises ConfigError when the file cannot be written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._file = path.open("w")
-        except OSError as error:
-            raise ConfigError(f"trace: cannot write {str(path)!r}: {error.strerror}") from error
-        self._file.write("[\n")
-        for track, name in ((_HOST, "host"), (_DEVICE, "device")):
-            self._write({"name": "thread_name", "ph": "M", "pid": 1, "tid": track, "args": {"name": name}})
-        self._named_slots: set[int] = set()
+    def __init__(self, sink: BinaryIO) -> None:
+        self._sink, self._named_slots = sink, set[int]()
+        self._events: list[bytes] = []
+        sink.write(b"[\n")
+        self._name_track(_HOST, "host")
+        self._name_track(_DEVICE, "device")
 
     def add(self, step: StepRecord, chunks: list[Chunk]) -> None:
         """One step: the host's phases, the device's span, and a span for each sequence slot."""
@@ -41,23 +59,34 @@ class StepTracer:
             track = _SLOTS + chunk.slot
             if chunk.slot not in self._named_slots:
                 self._named_slots.add(chunk.slot)
-                name = {"name": f"sequence slot {chunk.slot}"}
-                self._write({"name": "thread_name", "ph": "M", "pid": 1, "tid": track, "args": name})
+                self._name_track(track, f"sequence slot {chunk.slot}")
             kind = "decode" if chunk.start >= chunk.request.num_prompt_tokens else "prefill"
             args = {"request": chunk.request.request_id, "start": chunk.start, "tokens": chunk.num_tokens}
             self._span(track, kind, step.device_start_seconds, step.ready_seconds, args)
-        self._file.flush()
+        self._flush()
+
+    def end(self) -> None:
+        self._flush()
+        end = {"name": "process_name", "ph": "M", "pid": 1, "args": {"name": "jaxserve"}}
+        self._sink.write(orjson.dumps(end) + b"]\n")
 
     def close(self) -> None:
-        end = {"name": "process_name", "ph": "M", "pid": 1, "args": {"name": "jaxserve"}}
-        self._file.write(json.dumps(end) + "]\n")
-        self._file.close()
+        """End it, and close its file."""
+        self.end()
+        self._sink.close()
+
+    def _name_track(self, track: int, name: str) -> None:
+        self._add({"name": "thread_name", "ph": "M", "pid": 1, "tid": track, "args": {"name": name}})
 
     def _span(self, track: int, name: str, start_seconds: float, end_seconds: float, args: dict | None = None) -> None:
         start_us, length_us = start_seconds * 1e6, (end_seconds - start_seconds) * 1e6
-        self._write(
+        self._add(
             {"name": name, "ph": "X", "pid": 1, "tid": track, "ts": start_us, "dur": length_us, "args": args or {}}
         )
 
-    def _write(self, event: dict) -> None:
-        self._file.write(json.dumps(event) + ",\n")
+    def _add(self, event: dict[str, Any]) -> None:
+        self._events.append(orjson.dumps(event) + b",\n")
+
+    def _flush(self) -> None:
+        self._sink.write(b"".join(self._events))
+        self._events.clear()

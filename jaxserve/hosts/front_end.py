@@ -21,11 +21,13 @@ from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.hosts.group import Group
 from jaxserve.hosts.ranks import LOST, run_leader
 from jaxserve.server import serve
+from jaxserve.server.calls import Calls
 from jaxserve.server.client import NO_PROXY
 from jaxserve.server.door import Context, StatusError
 from jaxserve.server.keys import Keys
 from jaxserve.server.listener import SERVICE_NAME, SERVING, Listener, message_limits
 from jaxserve.server.signals import stop_signal
+from jaxserve.server.spans import TRACE_HEADERS
 
 
 class Proxy(grpc.GenericRpcHandler):
@@ -47,7 +49,9 @@ class Proxy(grpc.GenericRpcHandler):
         if self.unavailable is not None:
             raise StatusError(grpc.StatusCode.UNAVAILABLE, self.unavailable)
         forward: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(method)
-        call = forward(request, timeout=context.time_remaining())
+        # What the leader's spans hang below.
+        metadata = [(name, value) for name, value in context.invocation_metadata() or () if name in TRACE_HEADERS]
+        call = forward(request, timeout=context.time_remaining(), metadata=metadata)
         try:
             async for response in call:
                 await context.write(response)
@@ -69,7 +73,7 @@ class FrontEnd:
         self._channel = grpc.aio.insecure_channel(f"unix:{socket}", options=options)
         self._proxy = Proxy(self._channel)
         self._keys = Keys(server_config.api_key_file)
-        self._listener = Listener(server_config, self._keys)
+        self._listener = Listener(server_config, self._keys, Calls())
         self._listener.server.add_generic_rpc_handlers((self._proxy,))
         # A fork would inherit gRPC's threads, or their locks.
         self._process = multiprocessing.get_context("spawn").Process(

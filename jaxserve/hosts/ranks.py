@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.errors import ConfigError, ModelError
@@ -29,9 +29,24 @@ LOST, WRONG = 1, 2
 """Exit codes: the group has lost a process and can only be started again; a configuration that cannot work."""
 
 
-def set_up_logging() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+def set_up_logging(log_format: str) -> None:
+    """``log_format``: of LOG_FORMATS."""
+    logging.basicConfig(level=logging.INFO, handlers=[log_handler(log_format)])
     logging.getLogger("jax").setLevel(logging.WARNING)
+
+
+def log_handler(log_format: str) -> logging.StreamHandler[TextIO]:
+    """Writes lines to stderr, or JSON objects, in which a record's extra fields are fields."""
+    handler = logging.StreamHandler()
+    if log_format == "text":
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    else:
+        # Imported late: nobody else needs it.
+        from pythonjsonlogger.json import JsonFormatter
+
+        names = {"levelname": "level", "name": "logger"}
+        handler.setFormatter(JsonFormatter([*names, "message"], rename_fields=names, timestamp="time"))
+    return handler
 
 
 def exit_code_of(run: Callable[[], int]) -> int:
@@ -45,7 +60,7 @@ def exit_code_of(run: Callable[[], int]) -> int:
 
 def run_leader(engine_config: EngineConfig, server_config: ServerConfig, group: Group, socket: Path) -> NoReturn:
     """The process of rank 0: serves on ``socket`` what the whole group computes. Ends with its parent."""
-    set_up_logging()
+    set_up_logging(server_config.log_format)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def build() -> list[Engine]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from jaxserve.errors import RequestError
-from jaxserve.openai.endpoint import MAX_CHOICES, NEUTRAL, Ask, Endpoint
+from jaxserve.openai.endpoint import MAX_CHOICES, Ask, Endpoint
 from jaxserve.openai.fields import rename_max_tokens, take_integer, take_object, take_switch
 from jaxserve.openai.response import Part, Response
 from jaxserve.request import Completion
@@ -29,7 +29,6 @@ class ChoicesEndpoint(Endpoint):
     chunk_object: ClassVar[str]
     """What the chunks of a streamed response call themselves."""
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **NEUTRAL,
         "suffix": ("",),
         "response_format": ({"type": "text"},),
         "modalities": (["text"],),

@@ -24,20 +24,12 @@ IGNORED = {
     "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
 }  # fmt: skip
 """Body parameters that clients write and that no output depends on."""
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_tokens": (0,),
-    "logit_bias": ({},),
-}
-"""Body parameters that clients write although only these values can be served; null is always one."""
 NO_TOOLS: Mapping[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
 }
-"""The same, of endpoints without tools."""
+"""Body parameters of tools where there are none; see Endpoint.neutral."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +60,7 @@ class Endpoint(ABC):
     names_events: ClassVar[bool] = False
     """Whether the events of a stream have their types as names; those of the others end with ``[DONE]``."""
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]]
-    """Its body parameters as in NEUTRAL."""
+    """Body parameters that clients write although only these values can be served; null is always one."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Sampling parameters that neither a body nor the model gives."""
 

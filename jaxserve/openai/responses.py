@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from jaxserve.errors import RequestError
 from jaxserve.openai.chat import take_template_options
-from jaxserve.openai.endpoint import NEUTRAL, NO_TOOLS, Ask, Endpoint
+from jaxserve.openai.endpoint import NO_TOOLS, Ask, Endpoint
 from jaxserve.openai.fields import rename_max_tokens, take_switch
 from jaxserve.openai.response import Part, Response
 from jaxserve.prompts import ParsedPrompt
@@ -25,7 +25,6 @@ class Responses(Endpoint):
     id_prefix = "resp_"
     names_events = True
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **NEUTRAL,
         **NO_TOOLS,
         "background": (False,),
         "include": ([],),

@@ -8,7 +8,14 @@ from typing import Any
 from jaxserve.openai.endpoint import MAX_CHOICES
 from jaxserve.openai.responses import TEXT_PARTS
 from jaxserve.openai.tools import MAX_TOOLS
-from jaxserve.sampling_params import MAX_LOGPROBS, MAX_SEED, MAX_STOP_STRINGS
+from jaxserve.sampling_params import (
+    MAX_BAD_WORD_CHARACTERS,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_SEED,
+    MAX_STOP_STRINGS,
+)
 
 BOOLEAN: dict[str, Any] = {"type": ["boolean", "null"]}
 TOKEN_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
@@ -19,6 +26,19 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "top_p": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1},
     "top_k": {"type": ["integer", "null"], "minimum": -1, "description": "0 or -1 keeps the whole vocabulary."},
     "min_p": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
+    "presence_penalty": {"type": ["number", "null"], "minimum": -2, "maximum": 2},
+    "frequency_penalty": {"type": ["number", "null"], "minimum": -2, "maximum": 2},
+    "repetition_penalty": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 100},
+    "logit_bias": {
+        "type": ["object", "null"], "maxProperties": MAX_LOGIT_BIAS, "propertyNames": {"pattern": "^[0-9]+$"},
+        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    },
+    "allowed_token_ids": {"anyOf": [{"type": "null"}, TOKEN_IDS]},
+    "bad_words": {
+        "type": ["array", "null"], "maxItems": MAX_BAD_WORDS,
+        "items": {"type": "string", "minLength": 1, "maxLength": MAX_BAD_WORD_CHARACTERS},
+    },
+    "min_tokens": {"type": ["integer", "null"], "minimum": 0},
     "seed": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_SEED},
     "stop": {
         "anyOf": [

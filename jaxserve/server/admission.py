@@ -14,6 +14,7 @@ from jaxserve.server.replicas import Replicas
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine
+    from jaxserve.server.spans import Spans
 
 DRAIN_POLL_SECONDS = 0.02
 
@@ -21,21 +22,21 @@ DRAIN_POLL_SECONDS = 0.02
 class Admission:
     """The engines of a server and the requests among them: warming up until ``open``, and from ``drain`` on closed.
 
-    ``failed`` is set once an engine has failed, and with it all.
+    ``failed`` is set once an engine has failed, and with it all. ``spans``: see Replicas.
     """
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, spans: Spans | None = None) -> None:
         self.failed = asyncio.Event()
         self.num_active = 0
         """Requests under way, those that still tokenize included."""
-        self._config = config
+        self._config, self._spans = config, spans
         self._replicas: Replicas | None = None
         self._draining = False
 
     def open(self, engines: Sequence[Engine]) -> None:
         """Admit requests to warm engines of one model, which from now on belong to this. Call it in the event loop."""
         names = self._config.served_model_names
-        self._replicas = Replicas(engines, self.failed.set, self._config.step_timeout_seconds, names)
+        self._replicas = Replicas(engines, self.failed.set, self._config.step_timeout_seconds, names, self._spans)
 
     def replicas(self, model: str = "") -> Replicas:
         """The engines, for all but requests, if the caller wants their ``model`` or names none.

@@ -240,16 +240,30 @@ def _sampling_message(sampling: dict[str, Any]) -> pb.SamplingParams:
     for name, value in sampling.items():
         if name not in fields:
             raise RequestError(f"{name} is no sampling parameter; those are {', '.join(fields)}")
-        if name == "stop":
-            stop = [value] if isinstance(value, str) else _items(name, () if value is None else value)
-            message.stop.extend(_text(f"stop[{i}]", text) for i, text in enumerate(stop))
-        elif name == "stop_token_ids":
-            message.stop_token_ids.extend(_token_ids(name, () if value is None else value))
+        if name == "logit_bias":
+            _add_bias(message, {} if value is None else value)
+        elif fields[name].is_repeated:
+            items = (
+                [value] if name == "stop" and isinstance(value, str) else _items(name, () if value is None else value)
+            )
+            add = getattr(message, name).extend
+            if fields[name].type == FieldDescriptor.TYPE_STRING:
+                add(_text(f"{name}[{i}]", text) for i, text in enumerate(items))
+            else:
+                add(_integer(f"{name}[{i}]", item, 0, MAX_UINT32) for i, item in enumerate(items))
         elif value is not None:
             setattr(message, name, _number(name, fields[name], value))
         elif name == "max_tokens":  # as in SamplingParams: None is no limit
             message.max_tokens = NO_TOKEN_LIMIT
     return message
+
+
+def _add_bias(message: pb.SamplingParams, bias: Any) -> None:
+    if not isinstance(bias, Mapping):
+        raise RequestError(f"logit_bias must be a mapping, got {bias!r:.80}")
+    for token_id, value in bias.items():
+        number = _number("logit_bias", pb.SamplingParams.DESCRIPTOR.fields_by_name["temperature"], value)
+        message.logit_bias[_integer("logit_bias: token id", token_id, 0, MAX_UINT32)] = number
 
 
 def _number(name: str, field: Any, value: Any) -> bool | int | float:

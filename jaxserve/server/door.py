@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -16,8 +17,10 @@ from grpc_reflection.v1alpha import reflection
 
 from jaxserve.errors import RequestError
 from jaxserve.served_model import UnknownModelError
+from jaxserve.server.calls import Calls, name_of
 from jaxserve.server.errors import RETRY_AFTER_MS, AbortedError, OverloadedError, UnavailableError
 from jaxserve.server.keys import NO_KEY, Keys
+from jaxserve.server.spans import caller_headers
 
 logger = logging.getLogger(__name__)
 
@@ -69,20 +72,8 @@ def check_response_size(num_bytes: int, max_message_bytes: int) -> None:
         raise RequestError(f"response of {num_bytes} bytes exceeds max_message_bytes {max_message_bytes}")
 
 
-@contextlib.asynccontextmanager
-async def _statuses(context: Context) -> AsyncIterator[None]:
-    """End the call with the status of the exception that ends the block."""
-    try:
-        yield
-    except grpc.aio.AbortError:
-        raise
-    except Exception as error:
-        status = status_of(error)
-        await context.abort(status.code, status.message, status.trailing_metadata)
-
-
-async def _refuse(requests: object, context: Context) -> None:
-    await context.abort(grpc.StatusCode.UNAUTHENTICATED, NO_KEY)
+def _is_probe(method: str) -> bool:
+    return method.startswith(f"/{health.SERVICE_NAME}/")
 
 
 class Door(grpc.aio.ServerInterceptor):
@@ -93,11 +84,11 @@ class Door(grpc.aio.ServerInterceptor):
     OpenMessage.
     """
 
-    def __init__(self, keys: Keys, max_calls: int, max_message_bytes: int) -> None:
+    def __init__(self, keys: Keys, calls: Calls, max_calls: int, max_message_bytes: int) -> None:
         self.max_request_bytes: int | None = None
         """Larger requests are refused before they are parsed, which takes Python's lock for as long as it takes."""
         self._keys, self._max_calls, self._max_message_bytes = keys, max_calls, max_message_bytes
-        self._num_calls = 0
+        self._calls, self._num_calls = calls, 0
 
     async def intercept_service(
         self,
@@ -105,25 +96,29 @@ class Door(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         method = handler_call_details.method
-        counted = not method.startswith(f"/{health.SERVICE_NAME}/")
+        counted = not _is_probe(method)
         metadata = dict(handler_call_details.invocation_metadata or ())
         if counted and not self._keys.admit(str(metadata.get("authorization", "")).encode()):
-            return grpc.stream_stream_rpc_method_handler(_refuse)
+            return grpc.stream_stream_rpc_method_handler(functools.partial(self._refuse, method))
         handler = await continuation(handler_call_details)
         if handler is None or method.startswith(f"/{reflection.SERVICE_NAME}/"):  # an unknown method; gRPC's own
             return handler
         if handler.request_streaming:
-            stream = functools.partial(self._stream, handler)
+            stream = functools.partial(self._stream, handler, method)
             return grpc.stream_stream_rpc_method_handler(stream, None, handler.response_serializer)
-        call = functools.partial(self._call, handler, counted)
+        call = functools.partial(self._call, handler, method)
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(call, None, handler.response_serializer)
         return grpc.unary_unary_rpc_method_handler(call)
 
-    async def _call(self, handler: Any, counted: bool, message: bytes, context: Context) -> Any:
+    async def _refuse(self, method: str, requests: object, context: Context) -> None:
+        async with self._serving(method, context):
+            raise StatusError(grpc.StatusCode.UNAUTHENTICATED, NO_KEY)
+
+    async def _call(self, handler: Any, method: str, message: bytes, context: Context) -> Any:
         """Bytes in; out, the bytes of the one response, or nothing where the handler writes a stream of them."""
-        async with _statuses(context):
-            with self._admitted() if counted else contextlib.nullcontext():
+        async with self._serving(method, context):
+            with contextlib.nullcontext() if _is_probe(method) else self._admitted():
                 request = self._parsed(handler, message)
                 if handler.response_streaming:
                     return await handler.unary_stream(request, context)
@@ -131,7 +126,7 @@ class Door(grpc.aio.ServerInterceptor):
                 check_response_size(len(response), self._max_message_bytes)
                 return response
 
-    async def _stream(self, handler: Any, messages: AsyncIterator[bytes], context: Context) -> None:
+    async def _stream(self, handler: Any, method: str, messages: AsyncIterator[bytes], context: Context) -> None:
         """A stream of bytes in, to a handler that writes its responses."""
 
         @contextlib.contextmanager
@@ -139,9 +134,32 @@ class Door(grpc.aio.ServerInterceptor):
             with self._admitted():
                 yield self._parsed(handler, message)
 
-        async with _statuses(context):
+        async with self._serving(method, context):
             with self._admitted():
                 await handler.stream_stream((functools.partial(opened, message) async for message in messages), context)
+
+    @contextlib.asynccontextmanager
+    async def _serving(self, method: str, context: Context) -> AsyncIterator[None]:
+        """End the call with the status of the exception that ends the block, and tell of it."""
+        started_seconds, metadata = time.monotonic(), context.invocation_metadata() or ()
+        caller_headers.set(metadata)
+        code = grpc.StatusCode.CANCELLED  # unless it comes to an end
+        try:
+            yield
+            code = grpc.StatusCode.OK
+        except grpc.aio.AbortError:  # of a health check
+            code = grpc.StatusCode.NOT_FOUND
+            raise
+        except Exception as error:
+            status = status_of(error)
+            code = status.code
+            await context.abort(code, status.message, status.trailing_metadata)
+        finally:
+            self._calls.end(
+                "grpc", request_id=name_of(str(dict(metadata).get("x-request-id", ""))), method="gRPC", path=method,
+                status=code.name, started_seconds=started_seconds,
+                level=logging.DEBUG if _is_probe(method) else logging.INFO,
+            )  # fmt: skip
 
     def _parsed(self, handler: Any, message: bytes) -> Any:
         if self.max_request_bytes is not None and len(message) > self.max_request_bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 from jaxserve.config import ServerConfig
 from jaxserve.server import messages
 from jaxserve.server.admission import Admission
+from jaxserve.server.calls import Calls
 from jaxserve.server.keys import Keys
 from jaxserve.server.kserve import KSERVE_NAME, KServeServicer
 from jaxserve.server.listener import SERVICE_NAME, Listener
@@ -23,10 +24,16 @@ class GrpcServer:
     """What ``admission`` leads to, over gRPC, and its state as health. ``socket``: see Listener."""
 
     def __init__(
-        self, config: ServerConfig, admission: Admission, texts: TextThreads, keys: Keys, socket: Path | None = None
+        self,
+        config: ServerConfig,
+        admission: Admission,
+        texts: TextThreads,
+        calls: Calls,
+        keys: Keys,
+        socket: Path | None = None,
     ) -> None:
         self._admission = admission
-        self.listener = Listener(config, keys, socket, services=(SERVICE_NAME, KSERVE_NAME, VLLM_NAME))
+        self.listener = Listener(config, keys, calls, socket, services=(SERVICE_NAME, KSERVE_NAME, VLLM_NAME))
         server, max_message_bytes = self.listener.server, config.max_message_bytes
         pb_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(admission, texts, max_message_bytes), server)
         kserve_grpc.add_GRPCInferenceServiceServicer_to_server(

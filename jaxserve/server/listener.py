@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
+from jaxserve.server.calls import Calls
 from jaxserve.server.door import Door
 from jaxserve.server.keys import Keys
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
@@ -42,13 +43,14 @@ class Listener:
         self,
         config: ServerConfig,
         keys: Keys,
+        calls: Calls,
         socket: Path | None = None,
         services: Sequence[str] = (SERVICE_NAME,),
     ) -> None:
         self._services = services
         self._config, self._socket = config, socket
         self._health = health.aio.HealthServicer()
-        self.door = Door(keys, config.max_waiting + SPARE_CALLS, config.max_message_bytes)
+        self.door = Door(keys, calls, config.max_waiting + SPARE_CALLS, config.max_message_bytes)
         self.server = grpc.aio.server(interceptors=[self.door], options=channel_options(config.max_message_bytes))
         self.port = config.port
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from google.protobuf.message import Message
 
 from jaxserve.errors import RequestError
 from jaxserve.prompts import ParsedPrompt
 from jaxserve.request import FinishReason, Logprob, RequestDelta
-from jaxserve.sampling_params import MAX_STOP_STRINGS, SamplingParams
+from jaxserve.sampling_params import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_STRINGS, SamplingParams
 from jaxserve.served_model import ServedModel, TokenLimit
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
 
@@ -44,23 +44,18 @@ LARGEST_USAGE = pb.Usage(
 )
 
 
-class Stops(Protocol):
-    """What messages of all protocols say of the end of an output."""
-
-    @property
-    def stop(self) -> Sized: ...
-    @property
-    def stop_token_ids(self) -> Sized: ...
+LISTS = ("stop", "bad_words", "logit_bias", "stop_token_ids", "allowed_token_ids")
+"""Fields of sampling, in the messages of all protocols, that hold any number of values."""
 
 
-def check_stops(message: Stops, model: ServedModel) -> None:
-    """Raise RequestError for more than may be, before anything is made of them."""
-    if len(message.stop) > MAX_STOP_STRINGS:
-        raise RequestError(f"stop must be at most {MAX_STOP_STRINGS} non-empty strings, got {len(message.stop)}")
-    if len(message.stop_token_ids) > model.vocab_size:
-        raise RequestError(
-            f"stop_token_ids must be at most the vocabulary's {model.vocab_size}, got {len(message.stop_token_ids)}"
-        )
+def check_lists(message: Message, model: ServedModel) -> None:
+    """Raise RequestError for more values than may be, before anything is made of them."""
+    limits = {"stop": MAX_STOP_STRINGS, "bad_words": MAX_BAD_WORDS, "logit_bias": MAX_LOGIT_BIAS}
+    for name in LISTS:
+        number, limit = len(getattr(message, name, ())), limits.get(name, model.vocab_size)
+        if number > limit:
+            what = "values" if name in limits else "token ids"
+            raise RequestError(f"{name} must be at most {limit} {what}, got {number}")
 
 
 def check_request_id(name: str, value: str) -> None:
@@ -71,9 +66,9 @@ def check_request_id(name: str, value: str) -> None:
 
 def sampling_params(message: pb.SamplingParams, model: ServedModel, num_prompt_tokens: int) -> SamplingParams:
     """The fields that the caller set; the others have the model's defaults, or SamplingParams'. Raises RequestError."""
-    check_stops(message, model)
+    check_lists(message, model)
     given = {field.name: value for field, value in message.ListFields()}
-    for name in ("stop", "stop_token_ids"):
+    for name in ("stop", "stop_token_ids", "allowed_token_ids", "bad_words"):
         if name in given:
             given[name] = tuple(given[name])
     if given.get("max_tokens") == NO_TOKEN_LIMIT:

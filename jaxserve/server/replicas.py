@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TYPE_CHECKING
-
-from prometheus_client import CollectorRegistry, Metric
-from prometheus_client.registry import Collector
 
 from jaxserve.request import Completion, RequestDelta
 from jaxserve.sampling_params import SamplingParams
@@ -17,6 +14,7 @@ from jaxserve.server.engine_thread import EngineThread
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine
+    from jaxserve.server.spans import Spans
 
 
 IndexedDelta = tuple[int, RequestDelta]
@@ -27,7 +25,7 @@ class Replicas:
     """Gives every request to the engine with the fewest in flight. Create it inside the event loop.
 
     ``on_death``, ``step_timeout_seconds``: see EngineThread; the death of one is that of all. ``names``: what requests
-    may call the model, instead of what it was started as.
+    may call the model, instead of what it was started as. ``spans``: where every request has one.
     """
 
     def __init__(
@@ -36,8 +34,12 @@ class Replicas:
         on_death: Callable[[], None],
         step_timeout_seconds: float,
         names: Sequence[str] = (),
+        spans: Spans | None = None,
     ) -> None:
+        self._spans = spans
         self._threads = [EngineThread(engine, on_death, step_timeout_seconds) for engine in engines]
+        self.engines = tuple(engines)
+        """To look on."""
         self.engine = engines[0]
         """Any of them, to ask for what they have in common."""
         self.model = ServedModel.of(engines[0], names)
@@ -50,7 +52,10 @@ class Replicas:
         """As EngineThread.generate."""
         # The one that has a request of this name refuses another.
         thread = self._thread_of(request_id) or min(self._threads, key=lambda thread: thread.num_in_flight)
-        return thread.generate(request_id, prompt_token_ids, params)
+        deltas = thread.generate(request_id, prompt_token_ids, params)
+        if self._spans is None:
+            return deltas
+        return self._spans.around(deltas, self.model.names[0], request_id, prompt_token_ids, params)
 
     async def generate_all(self, completions: Sequence[Completion]) -> AsyncGenerator[IndexedDelta, None]:
         """Of several requests, as they come, to their ends. Closing it aborts them; raises what ``generate`` does."""
@@ -102,19 +107,3 @@ class Replicas:
 
     def _thread_of(self, request_id: str) -> EngineThread | None:
         return next((thread for thread in self._threads if request_id in thread), None)
-
-
-class ReplicaMetrics(Collector):
-    """The engines' metrics as one, told apart by the label ``engine`` as in vLLM."""
-
-    def __init__(self, registries: Sequence[CollectorRegistry]) -> None:
-        self._registries = registries
-
-    def collect(self) -> Iterator[Metric]:
-        for families in zip(*(registry.collect() for registry in self._registries), strict=True):
-            first = families[0]
-            merged = Metric(first.name, first.documentation, first.type)
-            for number, family in enumerate(families):
-                for sample in family.samples:
-                    merged.samples.append(sample._replace(labels={**sample.labels, "engine": str(number)}))
-            yield merged

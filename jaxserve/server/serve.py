@@ -19,11 +19,13 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.server.admission import Admission
+from jaxserve.server.calls import Calls
 from jaxserve.server.grpc_server import GrpcServer
 from jaxserve.server.keys import Keys
 from jaxserve.server.listener import listen_error
-from jaxserve.server.replicas import ReplicaMetrics
+from jaxserve.server.metrics import ServedMetrics, watch_admission
 from jaxserve.server.signals import stop_signal
+from jaxserve.server.spans import Spans
 from jaxserve.server.text_threads import TextThreads
 
 if TYPE_CHECKING:
@@ -39,23 +41,26 @@ SWITCH_SECONDS = 0.0005
 class Server:
     """The doors of one process: gRPC, and HTTP where it has a port. Create it inside the event loop.
 
-    ``socket``: see Listener; nobody but the front end calls there, and it asks for keys itself.
+    ``socket``: see Listener; nobody but the front end calls there, and it asks for keys itself. Raises ConfigError
+    where packages are missing, or a folder cannot be made.
     """
 
     def __init__(self, config: ServerConfig, socket: Path | None = None) -> None:
-        self.admission = Admission(config)
+        self._spans = None if config.otlp_traces_endpoint is None else Spans(config.otlp_traces_endpoint)
+        self.admission = Admission(config, self._spans)
         self._config = config
         self._registry = CollectorRegistry()
+        watch_admission(self.admission, config.max_waiting, self._registry)
         self.keys = Keys(config.api_key_file)
-        texts = TextThreads()
+        texts, calls = TextThreads(), Calls(self._registry)
         grpc_keys = self.keys if socket is None else Keys(None, {})
-        self.grpc = GrpcServer(config, self.admission, texts, grpc_keys, socket)
+        self.grpc = GrpcServer(config, self.admission, texts, calls, grpc_keys, socket)
         self.http: HttpServer | None = None
         if config.http_port is not None:
             # Imported late: FastAPI takes half a second.
             from jaxserve.server.http.server import HttpServer
 
-            self.http = HttpServer(config, self.admission, texts, self._registry, self.keys)
+            self.http = HttpServer(config, self.admission, texts, self._registry, calls, self.keys)
 
     async def start(self) -> None:
         """Listen; whoever asks is told that the server warms up. Raises ConfigError when a port is taken."""
@@ -67,9 +72,9 @@ class Server:
 
     async def set_ready(self, engines: Sequence[Engine]) -> None:
         """Admit requests to warm engines of one model."""
-        registries = [engine.metrics.registry for engine in engines]
-        self._registry.register(registries[0] if len(engines) == 1 else ReplicaMetrics(registries))
         self.admission.open(engines)
+        name = self.admission.replicas().model.names[0]
+        self._registry.register(ServedMetrics([engine.metrics.registry for engine in engines], name))
         await self.grpc.set_ready()
 
     async def shutdown(self) -> None:
@@ -79,6 +84,8 @@ class Server:
         await self.grpc.stop()
         if self.http is not None:
             await self.http.stop()
+        if self._spans is not None:
+            await self._spans.close()
 
 
 def start_metrics(host: str, port: int, registry: CollectorRegistry) -> None:

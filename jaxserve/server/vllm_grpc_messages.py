@@ -21,7 +21,7 @@ from jaxserve.prompts import ParsedPrompt
 from jaxserve.request import Completion, Logprob, RequestDelta
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.served_model import ServedModel
-from jaxserve.server.messages import check_request_id, check_stops
+from jaxserve.server.messages import check_lists, check_request_id
 from jaxserve.server.proto.vllm import vllm_engine_pb2 as pb
 
 if TYPE_CHECKING:
@@ -77,10 +77,8 @@ def completions(
 
 
 def _sampling_params(message: pb.SamplingParams, model: ServedModel, num_prompt_tokens: int) -> SamplingParams:
-    check_stops(message, model)
+    check_lists(message, model)
     given = _given(message)
-    if given.get("repetition_penalty") == 1:  # what gateways write for none
-        del given["repetition_penalty"]
     _check_served(given, SAMPLING | NOT_THE_ENGINES)
     given = {name: value for name, value in given.items() if name not in NOT_THE_ENGINES}
     return model.sampling_params({**UNSET, **given}, num_prompt_tokens)

@@ -9,7 +9,7 @@ import pytest
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.engine.metrics import StepRecord
-from jaxserve.engine.tracing import StepTracer
+from jaxserve.engine.tracing import StepTracer, open_trace
 from jaxserve.request import Request, RequestMetrics
 from jaxserve.scheduler import Chunk
 
@@ -45,7 +45,8 @@ def test_metrics_count_what_ran(llm: LLM) -> None:
         return registry.get_sample_value(f"jaxserve_{name}", labels) or 0.0
 
     names = ("prompt_tokens_total", "generation_tokens_total", "time_to_first_token_seconds_count", "stalls_total",
-             "inter_token_latency_seconds_count", "step_tokens_total", "request_queue_time_seconds_count")  # fmt: skip
+             "inter_token_latency_seconds_count", "step_tokens_total", "request_queue_time_seconds_count",
+             "iteration_tokens_total_count", "iteration_tokens_total_sum")  # fmt: skip
     before = {name: value(name) for name in names}
     ended = value("request_success_total", finished_reason="length")
     records: list[StepRecord] = []
@@ -56,7 +57,7 @@ def test_metrics_count_what_ran(llm: LLM) -> None:
     assert grown == {
         "prompt_tokens_total": 340, "generation_tokens_total": 10, "time_to_first_token_seconds_count": 2,
         "inter_token_latency_seconds_count": 8, "step_tokens_total": 348, "request_queue_time_seconds_count": 2,
-        "stalls_total": 0,
+        "stalls_total": 0, "iteration_tokens_total_count": 6, "iteration_tokens_total_sum": 348,
     }  # fmt: skip
     assert value("request_success_total", finished_reason="length") == ended + 2
     assert value("compiles_after_warmup") == 0
@@ -79,7 +80,7 @@ def test_metrics_count_what_ran(llm: LLM) -> None:
 @pytest.mark.parametrize("closed", [True, False])
 def test_trace_is_readable_even_after_a_crash(tmp_path: Path, closed: bool) -> None:
     path = tmp_path / "trace.json"
-    tracer = StepTracer(path)
+    tracer = StepTracer(open_trace(str(path)))
     request = Request("r1", [1, 2, 3], SamplingParams(), 4, RequestMetrics(0.0))
     record = StepRecord(1.0, 1.001, 1.002, num_tokens=3, num_decode_tokens=0, num_rows=16,
                         device_start_seconds=1.002, waited_seconds=1.003, ready_seconds=1.05,

@@ -7,20 +7,20 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
-from prometheus_client import CollectorRegistry
 
 from jaxserve.config import EngineConfig, ServerConfig
-from jaxserve.engine.recent import Recent
+from jaxserve.engine.metrics import EngineMetrics, StepRecord
 from jaxserve.errors import RequestError
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestMetrics
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.scheduler import Chunk
 from jaxserve.server.client import Client
 from jaxserve.server.serve import Server
 
@@ -63,12 +63,6 @@ class FakeTokenizer:
 
 
 @dataclass
-class FakeMetrics:
-    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
-    recent: Recent = field(default_factory=lambda: Recent(token_budget=64, num_blocks=100))
-
-
-@dataclass
 class FakeRequest:
     prompt_token_ids: list[int]
     params: SamplingParams
@@ -86,7 +80,7 @@ class FakeEngine:
             num_kv_heads=1, head_dim=8, max_position_embeddings=MAX_MODEL_LEN, norm_eps=1e-5,
         )  # fmt: skip
         self.tokenizer = FakeTokenizer()
-        self.metrics = FakeMetrics()
+        self.metrics = EngineMetrics(token_budget=64, num_blocks=100)
         self.eos_token_ids = (0,)
         self.max_model_len = MAX_MODEL_LEN
         self.sampling_defaults: dict[str, Any] = {}
@@ -97,6 +91,7 @@ class FakeEngine:
         self.starved: set[str] = set()
         """Requests that get no tokens."""
         self.num_steps = 0
+        self.on_step: list[Callable[[StepRecord, list[Chunk]], None]] = []
         self.closed = False
 
     def add_request(
@@ -128,6 +123,8 @@ class FakeEngine:
         time.sleep(STEP_SECONDS)
         if self.step_error is not None:
             raise self.step_error
+        for observe in self.on_step:
+            observe(StepRecord(num_rows=self.num_steps), [])
         deltas, self.last_deltas = self.last_deltas, []
         for request_id, request in list(self.running.items()):
             if request_id in self.starved:

@@ -231,8 +231,10 @@ def test_what_is_too_long_is_refused_untouched(server, client, fails, monkeypatc
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
-        ({"stop": [""] * 17}, "stop must be at most 16 non-empty strings, got 17"),
-        ({"stop_token_ids": [2] * 161}, "stop_token_ids must be at most the vocabulary's 160, got 161"),
+        ({"stop": [""] * 17}, "stop must be at most 16 values, got 17"),
+        ({"bad_words": ["a"] * 129}, "bad_words must be at most 128 values, got 129"),
+        ({"logit_bias": dict.fromkeys(range(301), 1.0)}, "logit_bias must be at most 300 values, got 301"),
+        ({"stop_token_ids": [2] * 161}, "stop_token_ids must be at most 160 token ids, got 161"),
     ],
 )
 def test_too_many_stops_are_refused_untouched(client, fails, sampling, message):

@@ -10,13 +10,11 @@ from pathlib import Path
 import jax
 import pytest
 from grpc import StatusCode
-from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.errors import ConfigError
 from jaxserve.server.client import Client
 from jaxserve.server.process import running_server
-from jaxserve.server.replicas import ReplicaMetrics
 from jaxserve.server.serve import build_engines
 from tests.hosts.test_several_hosts import free_ports
 from tests.models.golden import Golden
@@ -64,18 +62,6 @@ def test_the_death_of_one_engine_is_that_of_the_server(make_server, fails):
         server.engine.step_error = RuntimeError("secret of the device")
         fails(StatusCode.UNAVAILABLE, lambda: [list(client.generate("abc", max_tokens=None)) for _ in range(2)])
         assert server.admission.failed.is_set()
-
-
-def test_metrics_tell_engines_apart():
-    registries = [CollectorRegistry(), CollectorRegistry()]
-    for number, registry in enumerate(registries):
-        Counter("things", "Things", ["kind"], registry=registry).labels("a").inc(number + 1)
-        Histogram("seconds", "Seconds", buckets=[1], registry=registry).observe(number)
-    merged = CollectorRegistry()
-    merged.register(ReplicaMetrics(registries))
-    assert merged.get_sample_value("things_total", {"kind": "a", "engine": "1"}) == 2
-    assert merged.get_sample_value("seconds_sum", {"engine": "0"}) == 0
-    assert [family.name for family in merged.collect()] == ["things", "seconds"]
 
 
 def test_replicas_of_a_divided_model_on_devices_of_their_own(tiny_tokenizer: Path) -> None:

@@ -23,23 +23,30 @@ from jaxserve.openai.fields import take_switch
 from jaxserve.prompts import ParsedPrompt
 from jaxserve.served_model import ServedModel
 from jaxserve.server.admission import Admission
+from jaxserve.server.calls import Calls
 from jaxserve.server.errors import UnavailableError
 from jaxserve.server.http.door import Door
 from jaxserve.server.http.errors import failure_of
 from jaxserve.server.http.exchange import read_body
 from jaxserve.server.http.generate import Answer
 from jaxserve.server.http.page import add_page
-from jaxserve.server.http.steps import recent_steps
+from jaxserve.server.http.steps import integer, recent_steps
+from jaxserve.server.http.trace import DEFAULT_TRACED_STEPS, MAX_TRACED_STEPS, trace_next_steps
 from jaxserve.server.keys import Keys
 from jaxserve.server.text_threads import TextThreads
 
 
 def make_app(
-    admission: Admission, texts: TextThreads, registry: CollectorRegistry, keys: Keys, max_body_bytes: int
+    admission: Admission,
+    texts: TextThreads,
+    registry: CollectorRegistry,
+    calls: Calls,
+    keys: Keys,
+    max_body_bytes: int,
 ) -> FastAPI:
     """OpenAI's paths and vLLM's, and a page."""
     app = FastAPI(title="jaxserve", version=version("jaxserve"), docs_url=None, redoc_url=None)
-    app.add_middleware(Door, keys=keys)
+    app.add_middleware(Door, keys=keys, calls=calls)
     app.add_exception_handler(HTTPException, _respond_failure)
     for endpoint, properties, required in (
         (CHAT, schema.COMMON | schema.CHAT, "messages"),
@@ -98,6 +105,13 @@ def make_app(
     @app.get("/debug/steps")
     async def steps(request: Request) -> Response:
         return _json(recent_steps(admission.replicas().recent, request.query_params))
+
+    @app.get("/debug/trace")
+    async def trace(request: Request) -> Response:
+        engines, query = admission.replicas().engines, request.query_params
+        engine = engines[integer(query, "engine", len(engines) - 1)]
+        num_steps = integer(query, "steps", MAX_TRACED_STEPS, low=1, default=DEFAULT_TRACED_STEPS)
+        return Response(await trace_next_steps(engine, num_steps), media_type="application/json")
 
     add_page(app)
     return app

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
-import uuid
 from collections.abc import Mapping
 from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jaxserve.server.calls import Calls, name_of
 from jaxserve.server.http.errors import CLIENT_CLOSED_REQUEST, Failure, failure_of
 from jaxserve.server.http.page import PAGE
 from jaxserve.server.keys import NO_KEY, Keys
-
-logger = logging.getLogger(__name__)
+from jaxserve.server.spans import caller_headers
 
 OPEN_PATHS = ("/health", "/ready", *PAGE)
 """What probes ask for, who have no key, and the page, which asks for one and holds no secret."""
-REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-"""An X-Request-Id that is taken over; any other is replaced, for it goes into a header and the log."""
 
 
 class Door:
@@ -28,14 +24,13 @@ class Door:
     caller's or a new one, and a line in the log.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
-        self._app, self._keys = app, keys
+    def __init__(self, app: ASGIApp, keys: Keys, calls: Calls) -> None:
+        self._app, self._keys, self._calls = app, keys, calls
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started_seconds, headers = time.monotonic(), dict(scope["headers"])
-        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
-        if REQUEST_ID.fullmatch(request_id) is None:
-            request_id = uuid.uuid4().hex
+        request_id = name_of(headers.get(b"x-request-id", b"").decode("latin-1"))
+        caller_headers.set(scope["headers"])
         status = CLIENT_CLOSED_REQUEST  # unless a response begins
 
         async def named(message: Message) -> None:
@@ -54,11 +49,12 @@ class Door:
             if status == CLIENT_CLOSED_REQUEST:
                 await failure.response()(scope, receive, named)
         finally:
-            elapsed_seconds = time.monotonic() - started_seconds
             # Probes and the page ask every second.
             level = logging.DEBUG if scope["method"] == "GET" and status < HTTPStatus.BAD_REQUEST else logging.INFO
-            line = "%s %s %r: %d in %.3f s"
-            logger.log(level, line, request_id, scope["method"], scope["path"], status, elapsed_seconds)
+            self._calls.end(
+                "http", request_id=request_id, method=scope["method"], path=scope["path"], status=str(int(status)),
+                started_seconds=started_seconds, level=level,
+            )  # fmt: skip
 
     def _check_key(self, headers: Mapping[bytes, bytes]) -> None:
         if not self._keys.admit(headers.get(b"authorization", b"")):

@@ -13,7 +13,9 @@ from prometheus_client import CollectorRegistry
 
 from jaxserve.config import ServerConfig
 from jaxserve.server.admission import Admission
+from jaxserve.server.calls import Calls
 from jaxserve.server.http.app import make_app
+from jaxserve.server.http.profile import add_profiling
 from jaxserve.server.keys import Keys
 from jaxserve.server.listener import listen_error, socket_address
 from jaxserve.server.text_threads import TextThreads
@@ -25,14 +27,21 @@ FLUSH_SECONDS = 1
 
 
 class HttpServer:
-    """What ``admission`` leads to, over HTTP. Create it inside the event loop."""
+    """What ``admission`` leads to, over HTTP. Create it inside the event loop. Raises ConfigError."""
 
     def __init__(
-        self, config: ServerConfig, admission: Admission, texts: TextThreads, registry: CollectorRegistry, keys: Keys
+        self,
+        config: ServerConfig,
+        admission: Admission,
+        texts: TextThreads,
+        registry: CollectorRegistry,
+        calls: Calls,
+        keys: Keys,
     ) -> None:
         assert config.http_port is not None
         self._host, self.port, self._is_secure = config.host, config.http_port, config.ssl_certfile is not None
-        app = make_app(admission, texts, registry, keys, config.max_message_bytes)
+        app = make_app(admission, texts, registry, calls, keys, config.max_message_bytes)
+        add_profiling(app, config.profiler_dir)
         self._server = _Server(
             uvicorn.Config(
                 app, http="httptools", ws="none", lifespan="off", log_config=None, log_level="warning",

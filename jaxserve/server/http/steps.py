@@ -15,7 +15,7 @@ def recent_steps(engines: Sequence[Recent], query: Mapping[str, str]) -> dict[st
     """The kept steps of one ``engine``, 0 by default, that are numbered after ``since``, by default all; and a summary
     of it. Raises RequestError.
     """
-    recent = engines[_integer(query, "engine", len(engines) - 1)]
+    recent = engines[integer(query, "engine", len(engines) - 1)]
     return {
         "num_engines": len(engines),
         "token_budget": recent.token_budget,
@@ -24,7 +24,7 @@ def recent_steps(engines: Sequence[Recent], query: Mapping[str, str]) -> dict[st
         **recent.load._asdict(),
         "ttft_seconds": recent.ttft()._asdict(),
         "tbt_seconds": recent.tbt()._asdict(),
-        "steps": [_step(step) for step in recent.steps_after(_integer(query, "since", 2**53))],
+        "steps": [_step(step) for step in recent.steps_after(integer(query, "since", 2**53))],
     }
 
 
@@ -34,8 +34,9 @@ def _step(step: RecentStep) -> dict[str, Any]:
     return {**fields, **load._asdict()}
 
 
-def _integer(query: Mapping[str, str], name: str, high: int) -> int:
-    text = query.get(name, "0")
-    if not (text.isascii() and text.isdigit() and len(text) <= 16 and int(text) <= high):
-        raise RequestError(f"{name} must be an integer in [0, {high}], got {text!r:.80}")
+def integer(query: Mapping[str, str], name: str, high: int, *, low: int = 0, default: int = 0) -> int:
+    """What ``name`` is in a query. Raises RequestError."""
+    text = query.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) <= 16 and low <= int(text) <= high):
+        raise RequestError(f"{name} must be an integer in [{low}, {high}], got {text!r:.80}")
     return int(text)
