@@ -271,6 +271,9 @@ class ServerConfig:
     ssl_keyfile: str | None = option(None, "its private key (PEM)")
     ssl_ca_certs: str | None = option(None, "authorities (PEM) of one of which clients need a certificate, for mTLS")
     max_waiting: int = option(1024, "requests in flight before new ones are refused: RESOURCE_EXHAUSTED, 429")
+    max_waiting_per_key: int | None = option(
+        None, "requests in flight of one API key before more of its are refused; none by default"
+    )
     max_message_bytes: int = option(16 * 1024 * 1024, "largest gRPC message or HTTP body")
     drain_seconds: float = option(30.0, "how long SIGTERM waits for running requests")
     step_timeout_seconds: float = option(120.0, "a step that takes longer hangs: the server ends with exit code 1")
@@ -292,9 +295,10 @@ class ServerConfig:
             path = getattr(self, name)
             if path is not None and not os.access(path, os.R_OK):
                 raise ConfigError(f"{name} must be a file that can be read, got {path!r}")
-        for name in ("max_waiting", "max_message_bytes", "data_parallel"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_waiting", "max_waiting_per_key", "max_message_bytes", "data_parallel"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
         if not self.drain_seconds >= 0:
             raise ConfigError(f"drain_seconds must not be negative, got {self.drain_seconds}")
         if not self.step_timeout_seconds > 0:

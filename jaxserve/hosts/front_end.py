@@ -47,7 +47,9 @@ class Proxy(grpc.GenericRpcHandler):
         if self.unavailable is not None:
             raise StatusError(grpc.StatusCode.UNAVAILABLE, self.unavailable)
         forward: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(method)
-        call = forward(request, timeout=context.time_remaining())
+        # Who calls, as admission, which is there, has a limit for each.
+        key = [(name, value) for name, value in context.invocation_metadata() or () if name == "authorization"]
+        call = forward(request, timeout=context.time_remaining(), metadata=key)
         try:
             async for response in call:
                 await context.write(response)

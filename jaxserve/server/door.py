@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from jaxserve.errors import RequestError
 from jaxserve.served_model import UnknownModelError
+from jaxserve.server.caller import current_caller
 from jaxserve.server.errors import RETRY_AFTER_MS, AbortedError, OverloadedError, UnavailableError
 from jaxserve.server.keys import NO_KEY, Keys
 
@@ -107,8 +108,11 @@ class Door(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         counted = not method.startswith(f"/{health.SERVICE_NAME}/")
         metadata = dict(handler_call_details.invocation_metadata or ())
-        if counted and not self._keys.admit(str(metadata.get("authorization", "")).encode()):
-            return grpc.stream_stream_rpc_method_handler(_refuse)
+        if counted:
+            caller = self._keys.caller(str(metadata.get("authorization", "")).encode())
+            if caller is None:
+                return grpc.stream_stream_rpc_method_handler(_refuse)
+            current_caller.set(caller)  # gRPC runs this and the handler in one task
         handler = await continuation(handler_call_details)
         if handler is None or method.startswith(f"/{reflection.SERVICE_NAME}/"):  # an unknown method; gRPC's own
             return handler

@@ -39,7 +39,7 @@ SWITCH_SECONDS = 0.0005
 class Server:
     """The doors of one process: gRPC, and HTTP where it has a port. Create it inside the event loop.
 
-    ``socket``: see Listener; nobody but the front end calls there, and it asks for keys itself.
+    ``socket``: see Listener; nobody but the front end calls there, with its callers' keys.
     """
 
     def __init__(self, config: ServerConfig, socket: Path | None = None) -> None:
@@ -48,8 +48,7 @@ class Server:
         self._registry = CollectorRegistry()
         self.keys = Keys(config.api_key_file)
         texts = TextThreads()
-        grpc_keys = self.keys if socket is None else Keys(None, {})
-        self.grpc = GrpcServer(config, self.admission, texts, grpc_keys, socket)
+        self.grpc = GrpcServer(config, self.admission, texts, self.keys, socket)
         self.http: HttpServer | None = None
         if config.http_port is not None:
             # Imported late: FastAPI takes half a second.

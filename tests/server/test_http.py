@@ -279,11 +279,11 @@ def test_names_go_in_and_out(
 ) -> None:
     with caplog.at_level("DEBUG", logger="jaxserve.server.http.door"):
         assert send(server, "GET", "/health", headers={"X-Request-Id": "mine-7"})[1]["x-request-id"] == "mine-7"
-        eventually(lambda: "mine-7 GET '/health': 200 in" in caplog.text)
+        eventually(lambda: "mine-7 - GET '/health': 200 in" in caplog.text)
         for bad in ("", "a" * 200, "two words"):
             assert len(send(server, "GET", "/nothing", headers={"X-Request-Id": bad})[1]["x-request-id"]) == 32
         send(server, "GET", "/forged%0Aline")
-        eventually(lambda: "GET '/forged\\nline': 404 in" in caplog.text)
+        eventually(lambda: "- GET '/forged\\nline': 404 in" in caplog.text)
 
 
 def test_keys(make_server: Callable[..., RunningServer], tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jaxserve.server.caller import ANYBODY, Caller, current_caller
 from jaxserve.server.http.errors import CLIENT_CLOSED_REQUEST, Failure, failure_of
 from jaxserve.server.http.page import PAGE
 from jaxserve.server.keys import NO_KEY, Keys
@@ -37,6 +38,7 @@ class Door:
         if REQUEST_ID.fullmatch(request_id) is None:
             request_id = uuid.uuid4().hex
         status = CLIENT_CLOSED_REQUEST  # unless a response begins
+        caller = ANYBODY
 
         async def named(message: Message) -> None:
             nonlocal status
@@ -47,7 +49,8 @@ class Door:
 
         try:
             if scope["path"] not in OPEN_PATHS:
-                self._check_key(headers)
+                caller = self._caller(headers)
+            current_caller.set(caller)
             await self._app(scope, receive, named)
         except Exception as error:
             failure = failure_of(error)
@@ -57,12 +60,14 @@ class Door:
             elapsed_seconds = time.monotonic() - started_seconds
             # Probes and the page ask every second.
             level = logging.DEBUG if scope["method"] == "GET" and status < HTTPStatus.BAD_REQUEST else logging.INFO
-            line = "%s %s %r: %d in %.3f s"
-            logger.log(level, line, request_id, scope["method"], scope["path"], status, elapsed_seconds)
+            line = "%s %s %s %r: %d in %.3f s"
+            logger.log(level, line, request_id, caller.name, scope["method"], scope["path"], status, elapsed_seconds)
 
-    def _check_key(self, headers: Mapping[bytes, bytes]) -> None:
-        if not self._keys.admit(headers.get(b"authorization", b"")):
+    def _caller(self, headers: Mapping[bytes, bytes]) -> Caller:
+        caller = self._keys.caller(headers.get(b"authorization", b""))
+        if caller is None:
             bearer = {"WWW-Authenticate": "Bearer"}
             failure = Failure(HTTPStatus.UNAUTHORIZED, "authentication_error", NO_KEY, bearer)
             failure.error["code"] = "invalid_api_key"
             raise failure
+        return caller
