@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from jaxserve.config import ServerConfig
 from jaxserve.server.admission import Admission
 from jaxserve.server.http.app import make_app
+from jaxserve.server.http.protocol import LimitedProtocol
 from jaxserve.server.keys import Keys
 from jaxserve.server.listener import listen_error, socket_address
 from jaxserve.server.text_threads import TextThreads
@@ -35,7 +36,7 @@ class HttpServer:
         app = make_app(admission, texts, registry, keys, config.max_message_bytes)
         self._server = _Server(
             uvicorn.Config(
-                app, http="httptools", ws="none", lifespan="off", log_config=None, log_level="warning",
+                app, http=LimitedProtocol, ws="none", lifespan="off", log_config=None, log_level="warning",
                 access_log=False, server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=FLUSH_SECONDS,
                 ssl_certfile=config.ssl_certfile, ssl_keyfile=config.ssl_keyfile, ssl_ca_certs=config.ssl_ca_certs,
