@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ GENERATION_CONFIGS = ("auto", "none")
 LOAD_FORMATS = ("auto", "dummy")
 AUTO_TOKEN_BUDGET = 2048
 """The largest that token_budget auto tries: the paper's budget under relaxed objectives."""
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s*]+")
+"""A scheme, a host and perhaps a port, as browsers write them."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -270,6 +273,9 @@ class ServerConfig:
     ssl_certfile: str | None = option(None, "certificate chain (PEM), for TLS on both ports")
     ssl_keyfile: str | None = option(None, "its private key (PEM)")
     ssl_ca_certs: str | None = option(None, "authorities (PEM) of one of which clients need a certificate, for mTLS")
+    allowed_origins: str | None = option(
+        None, "origins whose pages may call over HTTP (CORS), apart by commas, or *; none by default"
+    )
     max_waiting: int = option(1024, "requests in flight before new ones are refused: RESOURCE_EXHAUSTED, 429")
     max_waiting_per_key: int | None = option(
         None, "requests in flight of one API key before more of its are refused; none by default"
@@ -305,6 +311,16 @@ class ServerConfig:
             raise ConfigError(f"step_timeout_seconds must be positive, got {self.step_timeout_seconds}")
         if self.served_model_name is not None and not all(self.served_model_names):
             raise ConfigError(f"served_model_name must be names apart by commas, got {self.served_model_name!r}")
+
+        if not all(origin == "*" or ORIGIN.fullmatch(origin) for origin in self.cors_origins):
+            raise ConfigError(
+                "allowed_origins must be * or origins like https://example.org:8443 apart by commas, "
+                f"got {self.allowed_origins!r}"
+            )
+
+    @property
+    def cors_origins(self) -> tuple[str, ...]:
+        return () if self.allowed_origins is None else tuple(self.allowed_origins.split(","))
 
     @property
     def served_model_names(self) -> tuple[str, ...]:

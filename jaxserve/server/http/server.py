@@ -33,7 +33,7 @@ class HttpServer:
     ) -> None:
         assert config.http_port is not None
         self._host, self.port, self._is_secure = config.host, config.http_port, config.ssl_certfile is not None
-        app = make_app(admission, texts, registry, keys, config.max_message_bytes)
+        app = make_app(config, admission, texts, registry, keys)
         self._server = _Server(
             uvicorn.Config(
                 app, http=LimitedProtocol, ws="none", lifespan="off", log_config=None, log_level="warning",
