@@ -260,7 +260,9 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(50051, "gRPC port; 0 picks a free one")
+    grpc_uds: str | None = option(None, "path of a Unix socket for gRPC instead of port, without TLS")
     http_port: int | None = option(None, "port of OpenAI's API over HTTP; 0 picks a free one; none by default")
+    uds: str | None = option(None, "path of a Unix socket for HTTP instead of http_port, without TLS")
     metrics_port: int | None = option(None, "port of a Prometheus endpoint without keys or TLS; none by default")
     served_model_name: str | None = option(
         None, "what requests may call the model, several names apart by commas; what it was started as by default"
@@ -290,6 +292,11 @@ class ServerConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 65535:
                 raise ConfigError(f"{name} must be in [0, 65535], got {value}")
+        if self.uds is not None and self.http_port is not None:
+            raise ConfigError(f"uds stands for http_port, got both, {self.uds!r} and {self.http_port}")
+        for name in ("uds", "grpc_uds"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"{name} must not be empty")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError(
                 f"ssl_certfile and ssl_keyfile must be given together, got {self.ssl_certfile!r} and "
@@ -317,6 +324,10 @@ class ServerConfig:
                 "allowed_origins must be * or origins like https://example.org:8443 apart by commas, "
                 f"got {self.allowed_origins!r}"
             )
+
+    @property
+    def has_http(self) -> bool:
+        return self.http_port is not None or self.uds is not None
 
     @property
     def cors_origins(self) -> tuple[str, ...]:

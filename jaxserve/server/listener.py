@@ -17,6 +17,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.server.door import Door
 from jaxserve.server.keys import Keys
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
+from jaxserve.server.unix_socket import bind_unix
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 LIVE = ""
@@ -31,11 +32,11 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Listener:
-    """A port. The server as a whole is live from the start until ``set_dead``; its ``services`` are SERVING between
-    ``set_serving(True)`` and ``set_serving(False)``. Create it inside the event loop.
+    """A port or a Unix socket. The server as a whole is live from the start until ``set_dead``; its ``services`` are
+    SERVING between ``set_serving(True)`` and ``set_serving(False)``. Create it inside the event loop.
 
     Handlers of the services themselves are added to ``server`` before the start. ``socket``: the path of a Unix socket,
-    to listen on instead of the port, without TLS.
+    to listen on instead of what the configuration says, without TLS.
     """
 
     def __init__(
@@ -46,7 +47,8 @@ class Listener:
         services: Sequence[str] = (SERVICE_NAME,),
     ) -> None:
         self._services = services
-        self._config, self._socket = config, socket
+        self._config = config
+        self._path = config.grpc_uds if socket is None else str(socket)
         self._health = health.aio.HealthServicer()
         self.door = Door(keys, config.max_waiting + SPARE_CALLS, config.max_message_bytes)
         self.server = grpc.aio.server(interceptors=[self.door], options=channel_options(config.max_message_bytes))
@@ -54,17 +56,19 @@ class Listener:
 
     @property
     def address(self) -> str:
-        return f"unix:{self._socket}" if self._socket else socket_address(self._config.host, self.port)
+        return f"unix:{self._path}" if self._path else socket_address(self._config.host, self.port)
 
     async def start(self) -> None:
-        """Raises ConfigError when the port is taken."""
+        """Raises ConfigError when the port or the path is taken."""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         reflection.enable_server_reflection(
             (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server
         )
         await self.set_serving(False)
+        if self._path is not None:
+            bind_unix("grpc_uds", self._path).close()  # gRPC replaces any file, and removes its own at the end
         try:
-            if self._config.ssl_certfile is None or self._socket is not None:
+            if self._config.ssl_certfile is None or self._path is not None:
                 port = self.server.add_insecure_port(self.address)
             else:
                 port = self.server.add_secure_port(self.address, server_credentials(self._config))

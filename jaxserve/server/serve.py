@@ -50,7 +50,7 @@ class Server:
         texts = TextThreads()
         self.grpc = GrpcServer(config, self.admission, texts, self.keys, socket)
         self.http: HttpServer | None = None
-        if config.http_port is not None:
+        if config.has_http:
             # Imported late: FastAPI takes half a second.
             from jaxserve.server.http.server import HttpServer
 
