@@ -33,6 +33,14 @@ def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
+def check_readable(config: object, *names: str) -> None:
+    """Raise ConfigError for a field that names a file which is not there, or nobody may read."""
+    for name in names:
+        path = getattr(config, name)
+        if path is not None and not os.access(path, os.R_OK):
+            raise ConfigError(f"{name} must be a file that can be read, got {path!r}")
+
+
 def cache_dir() -> Path:
     """Where weights and compiled programs are kept: $JAXSERVE_CACHE, else the user's cache folder."""
     root = os.environ.get("JAXSERVE_CACHE")
@@ -304,10 +312,7 @@ class ServerConfig:
             )
         if self.ssl_ca_certs is not None and self.ssl_certfile is None:
             raise ConfigError(f"ssl_ca_certs needs ssl_certfile, got {self.ssl_ca_certs!r} without")
-        for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
-            path = getattr(self, name)
-            if path is not None and not os.access(path, os.R_OK):
-                raise ConfigError(f"{name} must be a file that can be read, got {path!r}")
+        check_readable(self, "ssl_certfile", "ssl_keyfile", "ssl_ca_certs")
         for name in ("max_waiting", "max_waiting_per_key", "max_message_bytes", "data_parallel"):
             value = getattr(self, name)
             if value is not None and value < 1:

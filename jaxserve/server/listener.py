@@ -71,11 +71,17 @@ class Listener:
             if self._config.ssl_certfile is None or self._path is not None:
                 port = self.server.add_insecure_port(self.address)
             else:
-                port = self.server.add_secure_port(self.address, server_credentials(self._config))
+                port = self.server.add_secure_port(self.address, self._credentials())
         except RuntimeError:
             raise listen_error(self._config.host, self._config.port) from None
         self.port = port
         await self.server.start()
+
+    def _credentials(self) -> grpc.ServerCredentials:
+        config = self._config
+        assert config.ssl_certfile is not None
+        assert config.ssl_keyfile is not None
+        return server_credentials(config.ssl_certfile, config.ssl_keyfile, config.ssl_ca_certs, settings="ssl")
 
     async def set_serving(self, serving: bool) -> None:
         for name in self._services:
@@ -90,18 +96,18 @@ class Listener:
         await self.server.stop(FLUSH_SECONDS)
 
 
-def server_credentials(config: ServerConfig) -> grpc.ServerCredentials:
-    """Of its ssl files. Raises ConfigError for what is in them."""
-    assert config.ssl_keyfile is not None
-    assert config.ssl_certfile is not None
-    pair = Path(config.ssl_keyfile).read_bytes(), Path(config.ssl_certfile).read_bytes()
-    authorities = None if config.ssl_ca_certs is None else Path(config.ssl_ca_certs).read_bytes()
+def server_credentials(certfile: str, keyfile: str, ca_certs: str | None, *, settings: str) -> grpc.ServerCredentials:
+    """Of PEM files; with ``ca_certs`` clients need a certificate. Raises ConfigError for what is in them, which calls
+    them ``settings`` _certfile and _keyfile.
+    """
+    pair = Path(keyfile).read_bytes(), Path(certfile).read_bytes()
+    authorities = None if ca_certs is None else Path(ca_certs).read_bytes()
     try:
-        ssl.create_default_context().load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+        ssl.create_default_context().load_cert_chain(certfile, keyfile)
     except ssl.SSLError as error:  # gRPC itself would log it, and listen all the same
         raise ConfigError(
-            f"ssl_certfile and ssl_keyfile must be a certificate and its key (PEM), got {config.ssl_certfile!r} and "
-            f"{config.ssl_keyfile!r}: {error}"
+            f"{settings}_certfile and {settings}_keyfile must be a certificate and its key (PEM), got {certfile!r} and "
+            f"{keyfile!r}: {error}"
         ) from None
     return grpc.ssl_server_credentials([pair], authorities, require_client_auth=authorities is not None)
 
