@@ -9,10 +9,10 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jaxserve.errors import ConfigError
 from jaxserve.scheduler import POLICIES, Limits, Pace, Scheduler
@@ -27,6 +27,9 @@ AUTO_TOKEN_BUDGET = 2048
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s*]+")
 """A scheme, a host and perhaps a port, as browsers write them."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+Headings = Mapping[str, str]
+"""What the fields of a configuration are about, in --help and docs/settings.md: from the named one to the next."""
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -53,6 +56,11 @@ def cache_dir() -> Path:
 class EngineConfig:
     """How one engine serves one model. Lengths and budgets are in tokens. Raises ConfigError."""
 
+    HEADINGS: ClassVar[Headings] = {
+        "model": "model", "token_budget": "batching", "attention_backend": "memory and kernels",
+        "tensor_parallel": "parallelism", "compilation_cache": "operations", "trace": "observability",
+    }  # fmt: skip
+
     model: str = option("smollm2-135m", "smollm2-135m, a local folder or .gguf file, or a Hugging Face hub id")
     load_format: str = option(
         "auto",
@@ -63,6 +71,12 @@ class EngineConfig:
     tokenizer: str | None = option(None, "folder or hub id of the tokenizer; the model's own by default")
     dtype: str = option("auto", "weights and activations; auto: float32 on CPUs, bfloat16 on GPUs", DTYPES)
     max_model_len: int | None = option(None, "longest prompt + output; the model's own limit by default")
+    generation_config: str = option(
+        "auto",
+        "sampling defaults; auto: the model's, as in generation_config.json, none: the engine's own (vLLM's 'vllm')",
+        GENERATION_CONFIGS,
+    )
+    seed: int = option(0, "seed of the sampled requests that bring none")
     token_budget: int | Literal["auto"] = option(
         256, "most tokens in one step, decodes and prefill chunks together; auto: the most that meets slo_tbt_seconds"
     )
@@ -95,19 +109,13 @@ class EngineConfig:
     kv_cache_dtype: str = option(
         "auto", "type of the KV cache; auto: that of the weights; fp8_e4m3 holds twice as many tokens", KV_CACHE_DTYPES
     )
+    block_size: int | None = option(None, "tokens in one KV-cache block; 16 on CPUs, 64 on GPUs by default")
+    num_blocks: int | None = option(None, "KV-cache blocks; by default what the memory holds")
+    gpu_memory_utilization: float = option(0.92, "share of the GPU's memory for weights, KV cache and steps")
     tensor_parallel: int = option(1, "devices that share every layer: heads, MLPs and the vocabulary are divided")
     pipeline_parallel: int = option(
         1, "stages, on tensor_parallel devices each, that the layers are divided into; each works on a batch of its own"
     )
-    block_size: int | None = option(None, "tokens in one KV-cache block; 16 on CPUs, 64 on GPUs by default")
-    num_blocks: int | None = option(None, "KV-cache blocks; by default what the memory holds")
-    gpu_memory_utilization: float = option(0.92, "share of the GPU's memory for weights, KV cache and steps")
-    generation_config: str = option(
-        "auto",
-        "sampling defaults; auto: the model's, as in generation_config.json, none: the engine's own (vLLM's 'vllm')",
-        GENERATION_CONFIGS,
-    )
-    seed: int = option(0, "seed of the sampled requests that bring none")
     compilation_cache: str | None = option(None, "folder of compiled programs; in the user's cache folder by default")
     warmup: bool = option(
         True, "compile and run every program before serving; without it, for development, each when it is first needed"
@@ -266,15 +274,24 @@ class ResolvedConfig(EngineConfig):
 class ServerConfig:
     """The server's doors. Raises ConfigError."""
 
+    HEADINGS: ClassVar[Headings] = {
+        "host": "doors", "max_waiting": "limits", "api_key_file": "security", "drain_seconds": "operations",
+        "metrics_port": "observability", "data_parallel": "parallelism",
+    }  # fmt: skip
+
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(50051, "gRPC port; 0 picks a free one")
     grpc_uds: str | None = option(None, "path of a Unix socket for gRPC instead of port, without TLS")
     http_port: int | None = option(None, "port of OpenAI's API over HTTP; 0 picks a free one; none by default")
     uds: str | None = option(None, "path of a Unix socket for HTTP instead of http_port, without TLS")
-    metrics_port: int | None = option(None, "port of a Prometheus endpoint without keys or TLS; none by default")
     served_model_name: str | None = option(
         None, "what requests may call the model, several names apart by commas; what it was started as by default"
     )
+    max_waiting: int = option(1024, "requests in flight before new ones are refused: RESOURCE_EXHAUSTED, 429")
+    max_waiting_per_key: int | None = option(
+        None, "requests in flight of one API key before more of its are refused; none by default"
+    )
+    max_message_bytes: int = option(16 * 1024 * 1024, "largest gRPC message or HTTP body")
     api_key_file: str | None = option(
         None,
         "keys of which every call but health needs one, one in a line, read again on SIGHUP; also those of "
@@ -286,13 +303,9 @@ class ServerConfig:
     allowed_origins: str | None = option(
         None, "origins whose pages may call over HTTP (CORS), apart by commas, or *; none by default"
     )
-    max_waiting: int = option(1024, "requests in flight before new ones are refused: RESOURCE_EXHAUSTED, 429")
-    max_waiting_per_key: int | None = option(
-        None, "requests in flight of one API key before more of its are refused; none by default"
-    )
-    max_message_bytes: int = option(16 * 1024 * 1024, "largest gRPC message or HTTP body")
     drain_seconds: float = option(30.0, "how long SIGTERM waits for running requests")
     step_timeout_seconds: float = option(120.0, "a step that takes longer hangs: the server ends with exit code 1")
+    metrics_port: int | None = option(None, "port of a Prometheus endpoint without keys or TLS; none by default")
     data_parallel: int = option(1, "engines, on devices of their own; requests go to the one with the fewest")
 
     def __post_init__(self) -> None:
@@ -323,7 +336,6 @@ class ServerConfig:
             raise ConfigError(f"step_timeout_seconds must be positive, got {self.step_timeout_seconds}")
         if self.served_model_name is not None and not all(self.served_model_names):
             raise ConfigError(f"served_model_name must be names apart by commas, got {self.served_model_name!r}")
-
         if not all(origin == "*" or ORIGIN.fullmatch(origin) for origin in self.cors_origins):
             raise ConfigError(
                 "allowed_origins must be * or origins like https://example.org:8443 apart by commas, "

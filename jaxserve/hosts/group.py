@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from jaxserve.config import check_readable, option
+from jaxserve.config import Headings, check_readable, option
 from jaxserve.errors import ConfigError
 from jaxserve.hosts.trust import BLIND, Trust
 
@@ -19,6 +20,8 @@ PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 @dataclass(frozen=True, kw_only=True)
 class HostsConfig:
     """The processes that serve one model together, one on each host. Raises ConfigError."""
+
+    HEADINGS: ClassVar[Headings] = {"hosts": "several hosts"}
 
     hosts: str | None = option(
         None, "hosts that share the model, the leader first, separated by commas; by default those of LeaderWorkerSet"
