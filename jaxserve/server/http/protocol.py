@@ -11,8 +11,10 @@ from jaxserve.server.http.errors import Failure
 
 MAX_HEAD_BYTES = 64 * 1024
 """Of a request line and its headers, and of whatever else is not a body."""
-HEAD_SECONDS = 30
-"""In which they must have come, from the connection on or from their first byte."""
+IDLE_SECONDS = 65
+"""How long a connection may be without a whole one. Load balancers keep one that nobody uses for less: they should end
+it, not this.
+"""
 LINGER_SECONDS = 2
 """How long a connection stays to read away what is still coming; the client would not see the answer otherwise."""
 
@@ -24,7 +26,7 @@ TOO_LARGE = Failure(
 TOO_SLOW = Failure(
     HTTPStatus.REQUEST_TIMEOUT,
     "invalid_request_error",
-    f"request line and headers must come within {HEAD_SECONDS} s",
+    f"request line and headers must come within {IDLE_SECONDS} s",
 )
 
 
@@ -69,7 +71,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _wait_for_head(self) -> None:
-        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
+        self._head_timer = self.loop.call_later(IDLE_SECONDS, self._head_is_late)
 
     def _head_is_late(self) -> None:
         self._head_timer = None

@@ -17,15 +17,13 @@ from prometheus_client import CollectorRegistry
 from jaxserve.config import ServerConfig
 from jaxserve.server.admission import Admission
 from jaxserve.server.http.app import make_app
-from jaxserve.server.http.protocol import LimitedProtocol
+from jaxserve.server.http.protocol import IDLE_SECONDS, LimitedProtocol
 from jaxserve.server.keys import Keys
 from jaxserve.server.listener import listen_error, socket_address
 from jaxserve.server.text_threads import TextThreads
 from jaxserve.server.unix_socket import bind_unix
 
 BACKLOG = 2048
-KEEP_ALIVE_SECONDS = 65
-"""Longer than load balancers keep a connection that nobody uses: they, not this, should end it."""
 FLUSH_SECONDS = 1
 
 
@@ -50,7 +48,7 @@ class HttpServer:
             uvicorn.Config(
                 app, http=LimitedProtocol, ws="none", lifespan="off", log_config=None, log_level="warning",
                 access_log=False, server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=FLUSH_SECONDS, **tls,
+                timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=FLUSH_SECONDS, **tls,
             )
         )  # fmt: skip
         self._serving: asyncio.Task[None] | None = None
