@@ -22,6 +22,7 @@ from jaxserve.cli import parse_config
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.hosts.group import Group, HostsConfig
 from jaxserve.hosts.ranks import WRONG
+from jaxserve.hosts.trust import VARIABLE
 from jaxserve.server.http.door import OPEN_PATHS
 from jaxserve.server.listener import SERVICE_NAME
 
@@ -78,6 +79,7 @@ def test_pods_serve_one_model_together(manifests: list[dict[str, Any]]) -> None:
         pod = template[role]["spec"]
         (container,) = pod["containers"]
         assert (ROOT / container["command"][1]).exists()
+        assert VARIABLE in {variable["name"] for variable in container["env"]}
         environment = {
             "LWS_LEADER_ADDRESS": "jaxserve-0.jaxserve.default", "LWS_GROUP_SIZE": str(template["size"]),
             "LWS_WORKER_INDEX": str(rank),
