@@ -4,7 +4,7 @@ BIN := .venv/bin
 PEERS ?= .peers
 PEERS_PYTHON ?= python3.11
 
-.PHONY: setup demo serve test lint aot bench peers compare reproduce proto clean
+.PHONY: setup demo serve test lint aot bench peers compare reproduce proto settings clean
 
 # .venv/aot has XLA's CUDA plugin, to compile for GPUs where there are none, and .venv/triton-3.6 the Triton of GPU images.
 # Beside the environment, not in it: any command that finds the plugin loads it, and without a GPU reports what it lacks.
@@ -81,6 +81,10 @@ proto: .venv/.tested
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \
 		jaxserve/server/proto/jaxserve/v1/inference.proto jaxserve/server/proto/inference/grpc_service.proto \
 		jaxserve/server/proto/vllm/vllm_engine.proto
+
+# All flags and YAML settings, into docs/settings.md.
+settings: .venv/.installed
+	$(BIN)/python scripts/settings.py
 
 clean:
 	rm -rf .venv

@@ -31,8 +31,9 @@ class _Accepted:
 
     @classmethod
     def by_field(cls, config: type) -> dict[str, _Accepted]:
-        accepted = {}
-        for name, annotation in typing.get_type_hints(config).items():
+        accepted, annotations = {}, typing.get_type_hints(config)
+        for name in (f.name for f in dataclasses.fields(config)):
+            annotation = annotations[name]
             members = typing.get_args(annotation) or (annotation,)
             words = tuple(word for member in members for word in typing.get_args(member))
             accepted[name] = cls(tuple(member for member in members if isinstance(member, type)), words)
@@ -82,6 +83,33 @@ def read_config_file(path: str, *configs: type) -> dict[str, Any]:
     return settings
 
 
+def _by_heading(configs: Sequence[type]) -> dict[str, list[tuple[dataclasses.Field[Any], _Accepted]]]:
+    """The fields of all configurations, those of one heading together."""
+    groups: dict[str, list[tuple[dataclasses.Field[Any], _Accepted]]] = {}
+    for config in configs:
+        headings, heading, accepted = getattr(config, "HEADINGS", {}), config.__name__, _Accepted.by_field(config)
+        for f in dataclasses.fields(config):
+            heading = headings.get(f.name, heading)
+            groups.setdefault(heading, []).append((f, accepted[f.name]))
+    return groups
+
+
+def settings_page(*configs: type) -> str:
+    """All settings as tables in Markdown, one for each heading."""
+    lines = []
+    for heading, fields in _by_heading(configs).items():
+        lines += [f"## {heading.capitalize()}", "", "| flag | in YAML | default | |", "|---|---|---|---|"]
+        for f, accepted in fields:
+            flag = f.name.replace("_", "-")
+            flags = f"`--{flag}`, `--no-{flag}`" if bool in accepted.types else f"`--{flag}`"
+            default = "" if f.default is None else f"`{yaml.safe_dump(f.default).split()[0]}`"
+            choices = f.metadata["choices"]
+            text = f.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
+            lines.append(f"| {flags} | `{f.name}` | {default} | {text} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def parse_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None, *configs: type) -> tuple[Any, ...]:
     """Instances of ``configs`` from ``argv`` and the YAML file that ``--config`` names, then the parsed namespace.
 
@@ -89,11 +117,11 @@ def parse_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None, *c
     given stay out of the namespace.
     """
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; the command line wins")
-    for config in configs:
-        accepted, group = _Accepted.by_field(config), parser.add_argument_group(config.__name__)
-        for f in dataclasses.fields(config):
-            kind: dict[str, Any] = {"type": accepted[f.name], "choices": f.metadata["choices"]}
-            if bool in accepted[f.name].types:
+    for heading, fields in _by_heading(configs).items():
+        group = parser.add_argument_group(heading)
+        for f, accepted in fields:
+            kind: dict[str, Any] = {"type": accepted, "choices": f.metadata["choices"]}
+            if bool in accepted.types:
                 kind = {"action": argparse.BooleanOptionalAction}
             text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
             group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,10 @@ import pytest
 from jaxserve.cli import as_flags, parse_config, read_config_file
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.errors import ConfigError
+from jaxserve.hosts.group import HostsConfig
 from jaxserve.scheduler import POLICIES
+
+ROOT = Path(__file__).parents[1]
 
 
 def parse(*argv: str) -> tuple[EngineConfig, ServerConfig, argparse.Namespace]:
@@ -71,6 +75,31 @@ def test_every_field_has_a_flag_and_help(capsys: pytest.CaptureFixture[str]) -> 
     for field in (*dataclasses.fields(EngineConfig), *dataclasses.fields(ServerConfig)):
         assert f"--{field.name.replace('_', '-')} " in text
         assert field.metadata["help"] in text
+
+
+def test_help_has_flags_by_what_they_are_about(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    parallelism = text.index("\nparallelism:")
+    assert text.index("\nbatching:") < text.index("\n  --token-budget ") < parallelism
+    assert parallelism < text.index("\n  --tensor-parallel ") < text.index("\n  --data-parallel ")
+    assert text.count("\noperations:") == 1, "headings of several configurations are one"
+
+
+@pytest.mark.parametrize("config", [EngineConfig, ServerConfig, HostsConfig])
+def test_headings_begin_with_the_first_field_and_name_fields(config: type) -> None:
+    names = [field.name for field in dataclasses.fields(config)]
+    first, *others = config.HEADINGS
+    assert first == names[0]
+    assert [*others] == [name for name in names if name in others], "in the order of the fields"
+
+
+def test_the_page_of_all_settings_is_up_to_date() -> None:
+    page = runpy.run_path(str(ROOT / "scripts" / "settings.py"))["page"]()
+    assert (ROOT / "docs" / "settings.md").read_text() == page, "make settings"
+    assert "| `--warmup`, `--no-warmup` | `warmup` | `true` |" in page
+    assert "| `--max-waiting-per-key` | `max_waiting_per_key` |  |" in page
 
 
 def test_file_with_dashes_and_underscores(tmp_path: Path) -> None:

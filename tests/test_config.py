@@ -87,6 +87,16 @@ def test_engine_config(settings: dict[str, Any], message: str) -> None:
         ({"port": 65536}, "port must be in [0, 65535], got 65536"),
         ({"metrics_port": 65536}, "metrics_port must be in [0, 65535], got 65536"),
         ({"max_waiting": 0}, "max_waiting must be at least 1, got 0"),
+        *(
+            (
+                {"allowed_origins": value},
+                f"allowed_origins must be * or origins like https://example.org:8443 apart by commas, got {value!r}",
+            )
+            for value in ("", "example.org", "https://a,", "https://a/", "https://*.a", "https://a, https://b")
+        ),
+        ({"uds": "a", "http_port": 1}, "uds stands for http_port, got both, 'a' and 1"),
+        ({"grpc_uds": ""}, "grpc_uds must not be empty"),
+        ({"max_waiting_per_key": 0}, "max_waiting_per_key must be at least 1, got 0"),
         ({"max_message_bytes": 0}, "max_message_bytes must be at least 1, got 0"),
         ({"drain_seconds": -0.5}, "drain_seconds must not be negative, got -0.5"),
         ({"drain_seconds": float("nan")}, "drain_seconds must not be negative, got nan"),

@@ -29,6 +29,9 @@ from jaxserve.server.listener import SERVICE_NAME, SERVING, Listener, message_li
 from jaxserve.server.signals import stop_signal
 from jaxserve.server.spans import TRACE_HEADERS
 
+FORWARDED = ("authorization", *TRACE_HEADERS)
+"""Metadata for the leader: who calls, as admission, which is there, has a limit for each, and what spans hang below."""
+
 
 class Proxy(grpc.GenericRpcHandler):
     """Hands the service's calls on, message by message and unread."""
@@ -49,8 +52,7 @@ class Proxy(grpc.GenericRpcHandler):
         if self.unavailable is not None:
             raise StatusError(grpc.StatusCode.UNAVAILABLE, self.unavailable)
         forward: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(method)
-        # What the leader's spans hang below.
-        metadata = [(name, value) for name, value in context.invocation_metadata() or () if name in TRACE_HEADERS]
+        metadata = [(name, value) for name, value in context.invocation_metadata() or () if name in FORWARDED]
         call = forward(request, timeout=context.time_remaining(), metadata=metadata)
         try:
             async for response in call:

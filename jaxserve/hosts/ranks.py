@@ -67,7 +67,7 @@ def run_leader(engine_config: EngineConfig, server_config: ServerConfig, group: 
         from jaxserve.hosts.steps import Followers, Leader
 
         drain = partial(os.kill, os.getpid(), signal.SIGTERM)
-        followers = Followers(group.size - 1, group.step_address, _lost, drain)
+        followers = Followers(group.size - 1, group.step_address, _lost, drain, group.trust)
         group.join()
         return build_engines(engine_config, make_runner=partial(Leader, followers))
 
@@ -87,7 +87,7 @@ def run_follower(engine_config: EngineConfig, group: Group) -> int:
     checkpoint, config = prepare(engine_config)
     mesh = make_mesh(config.tensor_parallel, config.pipeline_parallel)
     runner = ModelRunner(config, checkpoint, mesh, show_progress=True)
-    follower = Follower(runner, group.rank, group.step_address, _lost)
+    follower = Follower(runner, group.rank, group.step_address, _lost, group.trust)
     drain_on_signal(follower.drain)
     logger.info("host %d of %d follows %s", group.rank, group.size, group.leader)
     follower.run()

@@ -2,19 +2,19 @@
 arrays, which the leader streams to the others over gRPC.
 
 A message is two int32, the kind and the size of a program, then its array as it lies in memory. gRPC's pings tell
-within seconds of a process or a host that died or froze. Nothing is encrypted or signed: hosts must share a network of
-their own.
+within seconds of a process or a host that died or froze. Who takes part, and what others can read, says ``Trust``.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import queue
 import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import jax
@@ -24,7 +24,10 @@ from jax.sharding import Mesh
 from jaxserve.config import ResolvedConfig
 from jaxserve.engine.runner import Kind, ModelRunner
 from jaxserve.errors import ConfigError
+from jaxserve.hosts.trust import Trust
 from jaxserve.models.loading.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
 
 SERVICE = "jaxserve.internal.Group"
 HEADER = struct.Struct("<ii")
@@ -49,12 +52,24 @@ class Followers:
     """The other processes of a group, as the leader sees them: it listens from the start and they join once ready.
 
     ``on_lost`` is called with a message when one that has joined goes away, from any thread; ``on_drain`` when one was
-    told to end. ``address`` is a host and port, which must be free: ConfigError.
+    told to end. ``address`` is a host and port, which must be free: ConfigError. Calls that ``trust`` does not admit
+    are refused, and change nothing.
     """
 
     def __init__(
-        self, num_followers: int, address: str, on_lost: Callable[[str], None], on_drain: Callable[[], None]
+        self,
+        num_followers: int,
+        address: str,
+        on_lost: Callable[[str], None],
+        on_drain: Callable[[], None],
+        trust: Trust,
     ) -> None:
+        if trust.is_blind:
+            logger.warning(
+                "whoever reaches %s can read this group's steps, join and end it: give JAXSERVE_GROUP_SECRET, "
+                "group_secret_file or group_certfile, or keep hosts on a network of their own",
+                address,
+            )
         self._num_followers = num_followers
         self._on_lost, self._on_drain = on_lost, on_drain
         self._queues: dict[int, queue.SimpleQueue[bytes]] = {}
@@ -64,6 +79,7 @@ class Followers:
         self._changed = threading.Condition()
         self._server = grpc.server(
             ThreadPoolExecutor(num_followers + 1, thread_name_prefix="followers"),
+            interceptors=[_Guard(trust)],
             options=[*PING_OPTIONS, ("grpc.so_reuseport", 0)],
         )
         handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
@@ -72,7 +88,7 @@ class Followers:
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         try:
-            self.port = self._server.add_insecure_port(address)
+            self.port = trust.add_port(self._server, address)
         except RuntimeError:
             raise ConfigError(f"coordinator_port: cannot listen on {address}, the port above it") from None
         self._server.start()
@@ -131,6 +147,27 @@ class Followers:
         return b""
 
 
+class _Guard(grpc.ServerInterceptor):
+    """Refuses calls of processes that are not of the group."""
+
+    def __init__(self, trust: Trust) -> None:
+        self._trust = trust
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Any, Any] | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        if self._trust.admits(handler_call_details.invocation_metadata or ()):
+            return continuation(handler_call_details)
+        return grpc.unary_unary_rpc_method_handler(self._refuse)
+
+    @staticmethod
+    def _refuse(request: bytes, context: grpc.ServicerContext) -> NoReturn:
+        logger.warning("a call from %s without the group's secret is refused", context.peer())
+        context.abort(grpc.StatusCode.UNAUTHENTICATED, "the group's secret must be the same on all hosts")
+
+
 class Leader(ModelRunner):
     """Rank 0's runner: what it runs, the followers run too."""
 
@@ -157,17 +194,19 @@ class Leader(ModelRunner):
 
 
 class Follower:
-    """The leader, as another process of the group sees it. ``address``: where its ``Followers`` listen.
+    """The leader, as another process of the group sees it. ``address``: where its ``Followers`` listen already.
 
     ``on_lost`` is called with a message, from any thread, when the leader goes away without a word.
     """
 
-    def __init__(self, runner: ModelRunner, rank: int, address: str, on_lost: Callable[[str], None]) -> None:
-        self._runner, self._on_lost = runner, on_lost
-        self._channel = grpc.insecure_channel(address, options=PING_OPTIONS)
+    def __init__(
+        self, runner: ModelRunner, rank: int, address: str, on_lost: Callable[[str], None], trust: Trust
+    ) -> None:
+        self._runner, self._on_lost, self._metadata = runner, on_lost, trust.metadata
+        self._channel = trust.channel(address, PING_OPTIONS)
         joining = json.dumps({"rank": rank, "settings": settings_of(runner)}).encode()
         follow: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(f"/{SERVICE}/Follow")
-        self._call = follow(joining, wait_for_ready=True)
+        self._call = follow(joining, metadata=self._metadata)
         self._messages: queue.SimpleQueue[bytes | ConfigError] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="leader", daemon=True).start()
 
@@ -188,7 +227,7 @@ class Follower:
     def drain(self) -> None:
         """Ask the leader to finish what runs and to stop the group."""
         drain: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(f"/{SERVICE}/Drain")
-        self._draining = drain.future(b"")  # a call that nobody holds is cancelled
+        self._draining = drain.future(b"", metadata=self._metadata)  # a call that nobody holds is cancelled
 
     def _read(self) -> None:
         # A thread of its own, because the other one hangs in a collective once a process is gone.
@@ -196,7 +235,7 @@ class Follower:
             for message in self._call:
                 self._messages.put(message)
         except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+            if error.code() in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAUTHENTICATED):
                 self._messages.put(ConfigError(error.details()))
             else:
                 self._on_lost(f"the leader of the group is gone: {error.details()}")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from jaxserve.config import ServerConfig
+from jaxserve.server.caller import ANYBODY, Caller, current_caller
 from jaxserve.server.errors import OverloadedError, UnavailableError
 from jaxserve.server.replicas import Replicas
 
@@ -29,6 +31,7 @@ class Admission:
         self.failed = asyncio.Event()
         self.num_active = 0
         """Requests under way, those that still tokenize included."""
+        self._num_active_of: Counter[Caller] = Counter()
         self._config, self._spans = config, spans
         self._replicas: Replicas | None = None
         self._draining = False
@@ -65,11 +68,18 @@ class Admission:
             raise UnavailableError("the server is draining")
         if self.num_active + num_sequences > self._config.max_waiting:
             raise OverloadedError(f"max_waiting requests are in flight, the limit is {self._config.max_waiting}")
+        caller, most = current_caller.get(), self._config.max_waiting_per_key
+        if most is not None and caller is not ANYBODY and self._num_active_of[caller] + num_sequences > most:
+            raise OverloadedError(f"max_waiting_per_key requests of this API key are in flight, the limit is {most}")
         self.num_active += num_sequences
+        self._num_active_of[caller] += num_sequences
         try:
             yield replicas
         finally:
             self.num_active -= num_sequences
+            self._num_active_of[caller] -= num_sequences
+            if not self._num_active_of[caller]:
+                del self._num_active_of[caller]
 
     async def drain(self) -> None:
         """Refuse new requests, give the running ones drain_seconds to finish, abort the others, close the engines."""

@@ -9,6 +9,8 @@ import uuid
 
 from prometheus_client import CollectorRegistry, Counter
 
+from jaxserve.server.caller import Caller
+
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -32,6 +34,7 @@ class Calls:
         protocol: str,
         *,
         request_id: str,
+        caller: Caller,
         method: str,
         path: str,
         status: str,
@@ -41,5 +44,8 @@ class Calls:
         """One that has ended. ``level``: of its line."""
         self._ended.labels(protocol, status).inc()
         seconds = time.monotonic() - started_seconds
-        fields = {"request_id": request_id, "method": method, "path": path, "status": status, "seconds": seconds}
-        logger.log(level, "%s %s %r: %s in %.3f s", *fields.values(), extra=fields)
+        fields = {
+            "request_id": request_id, "caller": caller.name, "method": method, "path": path, "status": status,
+            "seconds": seconds,
+        }  # fmt: skip
+        logger.log(level, "%s %s %s %r: %s in %.3f s", *fields.values(), extra=fields)

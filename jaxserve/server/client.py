@@ -240,22 +240,26 @@ def _sampling_message(sampling: dict[str, Any]) -> pb.SamplingParams:
     for name, value in sampling.items():
         if name not in fields:
             raise RequestError(f"{name} is no sampling parameter; those are {', '.join(fields)}")
-        if name == "logit_bias":
-            _add_bias(message, {} if value is None else value)
-        elif fields[name].is_repeated:
-            items = (
-                [value] if name == "stop" and isinstance(value, str) else _items(name, () if value is None else value)
-            )
-            add = getattr(message, name).extend
-            if fields[name].type == FieldDescriptor.TYPE_STRING:
-                add(_text(f"{name}[{i}]", text) for i, text in enumerate(items))
-            else:
-                add(_integer(f"{name}[{i}]", item, 0, MAX_UINT32) for i, item in enumerate(items))
+        if fields[name].is_repeated:
+            if value is not None:
+                _add_items(message, name, fields[name], value)
         elif value is not None:
             setattr(message, name, _number(name, fields[name], value))
         elif name == "max_tokens":  # as in SamplingParams: None is no limit
             message.max_tokens = NO_TOKEN_LIMIT
     return message
+
+
+def _add_items(message: pb.SamplingParams, name: str, field: Any, value: Any) -> None:
+    if name == "logit_bias":
+        _add_bias(message, value)
+        return
+    items = [value] if name == "stop" and isinstance(value, str) else _items(name, value)
+    if field.type == FieldDescriptor.TYPE_STRING:
+        items = [_text(f"{name}[{i}]", text) for i, text in enumerate(items)]
+    else:
+        items = _token_ids(name, items)
+    getattr(message, name).extend(items)
 
 
 def _add_bias(message: pb.SamplingParams, bias: Any) -> None:

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from jaxserve.errors import RequestError
 from jaxserve.served_model import UnknownModelError
+from jaxserve.server.caller import current_caller
 from jaxserve.server.calls import Calls, name_of
 from jaxserve.server.errors import RETRY_AFTER_MS, AbortedError, OverloadedError, UnavailableError
 from jaxserve.server.keys import NO_KEY, Keys
@@ -98,8 +99,11 @@ class Door(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         counted = not _is_probe(method)
         metadata = dict(handler_call_details.invocation_metadata or ())
-        if counted and not self._keys.admit(str(metadata.get("authorization", "")).encode()):
-            return grpc.stream_stream_rpc_method_handler(functools.partial(self._refuse, method))
+        if counted:
+            caller = self._keys.caller(str(metadata.get("authorization", "")).encode())
+            if caller is None:
+                return grpc.stream_stream_rpc_method_handler(functools.partial(self._refuse, method))
+            current_caller.set(caller)  # gRPC runs this and the handler in one task
         handler = await continuation(handler_call_details)
         if handler is None or method.startswith(f"/{reflection.SERVICE_NAME}/"):  # an unknown method; gRPC's own
             return handler
@@ -156,8 +160,8 @@ class Door(grpc.aio.ServerInterceptor):
             await context.abort(code, status.message, status.trailing_metadata)
         finally:
             self._calls.end(
-                "grpc", request_id=name_of(str(dict(metadata).get("x-request-id", ""))), method="gRPC", path=method,
-                status=code.name, started_seconds=started_seconds,
+                "grpc", request_id=name_of(str(dict(metadata).get("x-request-id", ""))), caller=current_caller.get(),
+                method="gRPC", path=method, status=code.name, started_seconds=started_seconds,
                 level=logging.DEBUG if _is_probe(method) else logging.INFO,
             )  # fmt: skip
 

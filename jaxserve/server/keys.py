@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jaxserve.errors import ConfigError
+from jaxserve.server.caller import ANYBODY, Caller
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +28,17 @@ class Keys:
         self._fixed = environment.get(VARIABLE, "").encode().split()
         self._keys = self._read()
 
-    def admit(self, authorization: bytes) -> bool:
-        """Whether a header of this name has one of them as a bearer token. How long it takes tells nothing of any."""
+    def caller(self, authorization: bytes) -> Caller | None:
+        """Who has put one of them into a header of this name, as a bearer token; None without any.
+
+        How long it takes tells nothing of any key.
+        """
+        if not self._keys:
+            return ANYBODY
         scheme, _, key = authorization.partition(b" ")
         key = key.strip() if scheme.lower() == b"bearer" else b""
         found = [hmac.compare_digest(key, known) for known in self._keys]
-        return any(found) or not self._keys
+        return Caller.of(key) if any(found) else None
 
     def reload(self) -> None:
         """Read the file again; where it cannot be, the keys stay."""

@@ -18,6 +18,7 @@ from jaxserve.server.calls import Calls
 from jaxserve.server.door import Door
 from jaxserve.server.keys import Keys
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
+from jaxserve.server.unix_socket import bind_unix
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 LIVE = ""
@@ -32,11 +33,11 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Listener:
-    """A port. The server as a whole is live from the start until ``set_dead``; its ``services`` are SERVING between
-    ``set_serving(True)`` and ``set_serving(False)``. Create it inside the event loop.
+    """A port or a Unix socket. The server as a whole is live from the start until ``set_dead``; its ``services`` are
+    SERVING between ``set_serving(True)`` and ``set_serving(False)``. Create it inside the event loop.
 
     Handlers of the services themselves are added to ``server`` before the start. ``socket``: the path of a Unix socket,
-    to listen on instead of the port, without TLS.
+    to listen on instead of what the configuration says, without TLS.
     """
 
     def __init__(
@@ -48,7 +49,8 @@ class Listener:
         services: Sequence[str] = (SERVICE_NAME,),
     ) -> None:
         self._services = services
-        self._config, self._socket = config, socket
+        self._config = config
+        self._path = config.grpc_uds if socket is None else str(socket)
         self._health = health.aio.HealthServicer()
         self.door = Door(keys, calls, config.max_waiting + SPARE_CALLS, config.max_message_bytes)
         self.server = grpc.aio.server(interceptors=[self.door], options=channel_options(config.max_message_bytes))
@@ -56,24 +58,32 @@ class Listener:
 
     @property
     def address(self) -> str:
-        return f"unix:{self._socket}" if self._socket else socket_address(self._config.host, self.port)
+        return f"unix:{self._path}" if self._path else socket_address(self._config.host, self.port)
 
     async def start(self) -> None:
-        """Raises ConfigError when the port is taken."""
+        """Raises ConfigError when the port or the path is taken."""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         reflection.enable_server_reflection(
             (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server
         )
         await self.set_serving(False)
+        if self._path is not None:
+            bind_unix("grpc_uds", self._path).close()  # gRPC replaces any file, and removes its own at the end
         try:
-            if self._config.ssl_certfile is None or self._socket is not None:
+            if self._config.ssl_certfile is None or self._path is not None:
                 port = self.server.add_insecure_port(self.address)
             else:
-                port = self.server.add_secure_port(self.address, server_credentials(self._config))
+                port = self.server.add_secure_port(self.address, self._credentials())
         except RuntimeError:
             raise listen_error(self._config.host, self._config.port) from None
         self.port = port
         await self.server.start()
+
+    def _credentials(self) -> grpc.ServerCredentials:
+        config = self._config
+        assert config.ssl_certfile is not None
+        assert config.ssl_keyfile is not None
+        return server_credentials(config.ssl_certfile, config.ssl_keyfile, config.ssl_ca_certs, settings="ssl")
 
     async def set_serving(self, serving: bool) -> None:
         for name in self._services:
@@ -88,18 +98,18 @@ class Listener:
         await self.server.stop(FLUSH_SECONDS)
 
 
-def server_credentials(config: ServerConfig) -> grpc.ServerCredentials:
-    """Of its ssl files. Raises ConfigError for what is in them."""
-    assert config.ssl_keyfile is not None
-    assert config.ssl_certfile is not None
-    pair = Path(config.ssl_keyfile).read_bytes(), Path(config.ssl_certfile).read_bytes()
-    authorities = None if config.ssl_ca_certs is None else Path(config.ssl_ca_certs).read_bytes()
+def server_credentials(certfile: str, keyfile: str, ca_certs: str | None, *, settings: str) -> grpc.ServerCredentials:
+    """Of PEM files; with ``ca_certs`` clients need a certificate. Raises ConfigError for what is in them, which calls
+    them ``settings`` _certfile and _keyfile.
+    """
+    pair = Path(keyfile).read_bytes(), Path(certfile).read_bytes()
+    authorities = None if ca_certs is None else Path(ca_certs).read_bytes()
     try:
-        ssl.create_default_context().load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+        ssl.create_default_context().load_cert_chain(certfile, keyfile)
     except ssl.SSLError as error:  # gRPC itself would log it, and listen all the same
         raise ConfigError(
-            f"ssl_certfile and ssl_keyfile must be a certificate and its key (PEM), got {config.ssl_certfile!r} and "
-            f"{config.ssl_keyfile!r}: {error}"
+            f"{settings}_certfile and {settings}_keyfile must be a certificate and its key (PEM), got {certfile!r} and "
+            f"{keyfile!r}: {error}"
         ) from None
     return grpc.ssl_server_credentials([pair], authorities, require_client_auth=authorities is not None)
 

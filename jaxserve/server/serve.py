@@ -41,7 +41,7 @@ SWITCH_SECONDS = 0.0005
 class Server:
     """The doors of one process: gRPC, and HTTP where it has a port. Create it inside the event loop.
 
-    ``socket``: see Listener; nobody but the front end calls there, and it asks for keys itself. Raises ConfigError
+    ``socket``: see Listener; nobody but the front end calls there, with its callers' keys. Raises ConfigError
     where packages are missing, or a folder cannot be made.
     """
 
@@ -53,10 +53,9 @@ class Server:
         watch_admission(self.admission, config.max_waiting, self._registry)
         self.keys = Keys(config.api_key_file)
         texts, calls = TextThreads(), Calls(self._registry)
-        grpc_keys = self.keys if socket is None else Keys(None, {})
-        self.grpc = GrpcServer(config, self.admission, texts, calls, grpc_keys, socket)
+        self.grpc = GrpcServer(config, self.admission, texts, calls, self.keys, socket)
         self.http: HttpServer | None = None
-        if config.http_port is not None:
+        if config.has_http:
             # Imported late: FastAPI takes half a second.
             from jaxserve.server.http.server import HttpServer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -39,6 +40,17 @@ def test_groups_are_found_in_flags_and_environments(settings, environment, group
         ({"hosts": "a,b", "host_rank": 2}, {}, "host_rank must be in [0, 1], got 2"),
         ({"hosts": "a,b"}, {"SLURM_PROCID": "4"}, "host_rank must be in [0, 1], got 4"),
         ({"coordinator_port": 65535}, {}, "coordinator_port must be in [1, 65534], got 65535"),
+        ({"group_secret_file": "/no"}, {}, "group_secret_file must be a file that can be read, got '/no'"),
+        (
+            {"hosts": "a,b", "host_rank": 0, "group_secret_file": os.devnull},
+            {},
+            "group_secret_file must hold a secret, got none in '/dev/null'",
+        ),
+        (
+            {"group_certfile": __file__, "group_keyfile": __file__},
+            {},
+            "group_certfile, group_keyfile and group_ca_certs must be given together, got ",
+        ),
         (
             {},
             LWS | {"LWS_WORKER_INDEX": "x"},

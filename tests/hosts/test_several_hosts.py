@@ -17,8 +17,10 @@ from pathlib import Path
 
 import grpc
 import pytest
+import trustme
 
 from jaxserve.server.client import Client
+from tests.hosts.test_trust import issue
 from tests.models.golden import Golden
 from tests.server.test_serve_process import check_prompts_and_errors
 
@@ -110,9 +112,19 @@ def seconds_until_unavailable(client: Client, prompts: list[list[int]], strike: 
     return time.monotonic() - struck_seconds
 
 
-def test_pipeline_across_hosts_survives_a_killed_one(start: Callable[..., Group]) -> None:
-    """The tokens of transformers; kill -9 of a host in mid-stream; the same again after a restart; a drain."""
+def test_pipeline_across_hosts_survives_a_killed_one(
+    start: Callable[..., Group], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens of transformers; kill -9 of a host in mid-stream; the same again after a restart; a drain. All
+    with a secret and certificates between hosts, and a key at the door, which the leader's process asks for as well.
+    """
+    certificates = issue(tmp_path / "group", trustme.CA())
+    monkeypatch.setenv("JAXSERVE_GROUP_SECRET", "ours")
+    monkeypatch.setenv("JAXSERVE_API_KEYS", "key")
+    monkeypatch.setenv("JAXSERVE_API_KEY", "key")
     flags = ["--pipeline-parallel", "2", "--max-model-len", "256", "--token-budget", "16", "--max-num-seqs", "4"]
+    flags += ["--group-certfile", certificates.chain, "--group-keyfile", certificates.key]
+    flags += ["--group-ca-certs", certificates.authorities]
     cases = [case for case in CASES if len(case["prompt_token_ids"]) < 64][:3]
     assert len(cases) == 3
     port = free_ports()

@@ -16,6 +16,7 @@ from jaxserve.config import EngineConfig, ResolvedConfig
 from jaxserve.engine.runner import Kind
 from jaxserve.errors import ConfigError
 from jaxserve.hosts.steps import Follower, Followers
+from jaxserve.hosts.trust import BLIND, Trust
 
 CONFIG = EngineConfig(max_num_seqs=4, token_budget=16).resolve(model_max_len=64, on_gpu=False)
 NUM_STAGES = 2
@@ -38,10 +39,10 @@ class FakeRunner:
 class Leading:
     """The leader's side."""
 
-    def __init__(self, num_followers: int) -> None:
+    def __init__(self, num_followers: int, trust: Trust = BLIND) -> None:
         self.lost: list[str] = []
         self.one_lost, self.drain = threading.Event(), threading.Event()
-        self.followers = Followers(num_followers, "127.0.0.1:0", self._on_lost, self.drain.set)
+        self.followers = Followers(num_followers, "127.0.0.1:0", self._on_lost, self.drain.set, trust)
         self.address = f"127.0.0.1:{self.followers.port}"
 
     def _on_lost(self, message: str) -> None:
@@ -52,13 +53,18 @@ class Leading:
 class Following(threading.Thread):
     """A follower, whose ``run`` is on."""
 
-    def __init__(self, leading: Leading, rank: int, config: ResolvedConfig = CONFIG) -> None:
+    def __init__(self, leading: Leading, rank: int, config: ResolvedConfig = CONFIG, trust: Trust = BLIND) -> None:
         super().__init__(daemon=True)
         self.runner = FakeRunner(config)
         self.lost = threading.Event()
-        self.follower = Follower(self.runner, rank, leading.address, lambda message: self.lost.set())
+        self.message = ""
+        self.follower = Follower(self.runner, rank, leading.address, self._on_lost, trust)
         self.error: Exception | None = None
         self.start()
+
+    def _on_lost(self, message: str) -> None:
+        self.message = message
+        self.lost.set()
 
     def run(self) -> None:
         try:
@@ -129,4 +135,4 @@ def test_a_port_in_use_is_a_clear_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ConfigError, match=f"coordinator_port: cannot listen on {address}, the port above it"):
-            Followers(1, address, print, print)
+            Followers(1, address, print, print, BLIND)

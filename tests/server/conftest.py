@@ -213,7 +213,7 @@ def make_server() -> Iterator[Callable[..., RunningServer]]:
     servers = []
 
     def make(*, ready: bool = True, num_engines: int = 1, **settings: Any) -> RunningServer:
-        server = RunningServer(ServerConfig(port=0, **{"drain_seconds": 0.1, **settings}), num_engines)
+        server = RunningServer(ServerConfig(**{"port": 0, "drain_seconds": 0.1, **settings}), num_engines)
         servers.append(server)
         if ready:
             server.set_ready()

@@ -12,6 +12,7 @@ from jaxserve.request import FinishReason
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.served_model import UnknownModelError
 from jaxserve.server.admission import Admission
+from jaxserve.server.caller import ANYBODY, Caller, current_caller
 from jaxserve.server.errors import OverloadedError, UnavailableError
 
 
@@ -39,6 +40,42 @@ def test_who_is_admitted(engine):
         assert engine.closed
 
     asyncio.run(scenario())
+
+
+def test_each_caller_has_a_limit_of_its_own(engine):
+    first, second = Caller.of(b"first"), Caller.of(b"second")
+
+    async def scenario() -> None:
+        admission = Admission(ServerConfig(max_waiting=7, max_waiting_per_key=2))
+        admission.open([engine])
+
+        def admit(caller: Caller, num_sequences: int = 1) -> contextlib.AbstractContextManager[object]:
+            current_caller.set(caller)
+            return admission.request(num_sequences=num_sequences)
+
+        message = "max_waiting_per_key requests of this API key are in flight, the limit is 2"
+        with pytest.raises(OverloadedError, match=message), admit(first, 3):
+            pass
+        for _ in range(2):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(admit(first))
+                stack.enter_context(admit(first, 0))
+                stack.enter_context(admit(first))
+                with pytest.raises(OverloadedError, match=message), admit(first):
+                    pass
+                stack.enter_context(admit(second, 2))
+                stack.enter_context(admit(ANYBODY, 3))  # without keys there is no limit but max_waiting
+                with pytest.raises(OverloadedError, match="max_waiting requests are in flight"), admit(ANYBODY):
+                    pass
+            assert admission.num_active == 0
+        await admission.drain()
+
+    asyncio.run(scenario())
+
+
+def test_names_of_callers_tell_nothing_of_their_keys():
+    assert Caller.of(b"secret").name == "2bb80d53"  # sha256sum
+    assert Caller.of(b"secret") != Caller.of(b"secrets")
 
 
 @pytest.mark.parametrize(("drain_seconds", "ending"), [(20, FinishReason.LENGTH), (0, FinishReason.ABORT)])

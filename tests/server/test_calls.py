@@ -51,8 +51,8 @@ def test_http_requests_are_objects_with_fields(server: RunningServer, log: Any, 
     assert seconds > 0
     assert first == {
         "level": "INFO", "logger": "jaxserve.server.calls",
-        "message": f"mine-7 POST '/v1/completions': 200 in {seconds:.3f} s",
-        "request_id": "mine-7", "method": "POST", "path": "/v1/completions", "status": "200",
+        "message": f"mine-7 - POST '/v1/completions': 200 in {seconds:.3f} s",
+        "request_id": "mine-7", "caller": "-", "method": "POST", "path": "/v1/completions", "status": "200",
     }  # fmt: skip
     assert (second["path"], second["status"]) == ("/nothing", "404")
 

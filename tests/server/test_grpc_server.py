@@ -185,6 +185,15 @@ def test_unknown_model(client, fails):
     assert list(client.generate("abc", model="fake", max_tokens=1))
 
 
+def test_metadata_over_the_limit(client, fails):
+    """gRPC's own: 16 KiB at most."""
+    client._metadata = (("x", "a" * 2**15),)
+    message = fails(StatusCode.RESOURCE_EXHAUSTED, client.model_info)
+    assert "metadata size exceeds hard limit" in message
+    client._metadata = ()
+    assert len(list(client.generate("abc", max_tokens=2))) == 2
+
+
 def test_unknown_method(client, fails):
     call = client._channel.unary_unary(f"/{SERVICE_NAME}/Nothing")
     fails(StatusCode.UNIMPLEMENTED, lambda: call(b""))

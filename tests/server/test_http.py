@@ -279,11 +279,11 @@ def test_names_go_in_and_out(
 ) -> None:
     with caplog.at_level("DEBUG", logger="jaxserve.server.calls"):
         assert send(server, "GET", "/health", headers={"X-Request-Id": "mine-7"})[1]["x-request-id"] == "mine-7"
-        eventually(lambda: "mine-7 GET '/health': 200 in" in caplog.text)
+        eventually(lambda: "mine-7 - GET '/health': 200 in" in caplog.text)
         for bad in ("", "a" * 200, "two words"):
             assert len(send(server, "GET", "/nothing", headers={"X-Request-Id": bad})[1]["x-request-id"]) == 32
         send(server, "GET", "/forged%0Aline")
-        eventually(lambda: "GET '/forged\\nline': 404 in" in caplog.text)
+        eventually(lambda: "- GET '/forged\\nline': 404 in" in caplog.text)
 
 
 def test_keys(make_server: Callable[..., RunningServer], tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,6 +309,44 @@ def test_keys(make_server: Callable[..., RunningServer], tmp_path: Any, monkeypa
     file.write_text("")
     server.server.keys.reload()
     assert status("Bearer fifth") == HTTPStatus.OK, "a file without keys opens nothing"
+
+
+PAGE = "https://app.example"
+
+
+def cors(headers: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in headers.items() if name.startswith("access-control-")}
+
+
+def preflight(server: RunningServer, origin: str = PAGE) -> tuple[int, dict[str, str], Any]:
+    """What a browser asks before it sends a POST with a key."""
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    return send(server, "OPTIONS", COMPLETIONS, headers={"Origin": origin, **asked})
+
+
+def test_other_origins_may_not_call_unless_allowed(server: RunningServer) -> None:
+    for answer in (preflight(server), send(server, "GET", "/v1/models", headers={"Origin": PAGE})):
+        assert not cors(answer[1])
+
+
+@pytest.mark.parametrize("allowed", [f"http://localhost:3000,{PAGE}", "*"])
+def test_allowed_origins(make_server: Callable[..., RunningServer], tmp_path: Any, allowed: str) -> None:
+    file = tmp_path / "keys"
+    file.write_text("secret\n")
+    server = make_server(http_port=0, api_key_file=str(file), allowed_origins=allowed, ready=False)
+    origin = "*" if allowed == "*" else PAGE
+    status, headers, _ = preflight(server)
+    assert status == HTTPStatus.OK, "no browser sends a key with it"
+    assert headers["access-control-allow-origin"] == origin
+    assert "authorization" in headers["access-control-allow-headers"].lower()
+    assert "POST" in headers["access-control-allow-methods"]
+    for path, key, wanted in (("/v1/models", "wrong", 401), ("/v1/models", "secret", 503), ("/version", "secret", 200)):
+        answer = send(server, "GET", path, headers={"Origin": PAGE, "Authorization": f"Bearer {key}"})
+        assert answer[0] == wanted
+        assert answer[1]["access-control-allow-origin"] == origin, "a page must be able to read errors"
+        assert answer[1]["access-control-expose-headers"] == "X-Request-Id, Retry-After"
+    if origin == PAGE:
+        assert "access-control-allow-origin" not in preflight(server, "https://other.example")[1]
 
 
 # ---- the end of an engine, and of the server

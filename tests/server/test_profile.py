@@ -45,5 +45,5 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 
 def test_profiles_need_the_http_port() -> None:
-    with pytest.raises(ConfigError, match="profiler_dir needs http_port, got 'there' without"):
+    with pytest.raises(ConfigError, match="profiler_dir needs http_port or uds, got 'there' without"):
         ServerConfig(profiler_dir="there")

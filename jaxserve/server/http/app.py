@@ -14,8 +14,10 @@ from fastapi import FastAPI, Request
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
+from jaxserve.config import ServerConfig
 from jaxserve.errors import RequestError
 from jaxserve.openai import CHAT, COMPLETIONS, RESPONSES, schema
 from jaxserve.openai.chat import take_template_options
@@ -37,16 +39,23 @@ from jaxserve.server.text_threads import TextThreads
 
 
 def make_app(
+    config: ServerConfig,
     admission: Admission,
     texts: TextThreads,
     registry: CollectorRegistry,
     calls: Calls,
     keys: Keys,
-    max_body_bytes: int,
 ) -> FastAPI:
     """OpenAI's paths and vLLM's, and a page."""
+    max_body_bytes = config.max_message_bytes
     app = FastAPI(title="jaxserve", version=version("jaxserve"), docs_url=None, redoc_url=None)
     app.add_middleware(Door, keys=keys, calls=calls)
+    if config.cors_origins:
+        # Around the door: what a browser asks in advance comes without a key.
+        app.add_middleware(
+            CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )  # fmt: skip
     app.add_exception_handler(HTTPException, _respond_failure)
     for endpoint, properties, required in (
         (CHAT, schema.COMMON | schema.CHAT, "messages"),

@@ -9,6 +9,7 @@ from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jaxserve.server.caller import ANYBODY, Caller, current_caller
 from jaxserve.server.calls import Calls, name_of
 from jaxserve.server.http.errors import CLIENT_CLOSED_REQUEST, Failure, failure_of
 from jaxserve.server.http.page import PAGE
@@ -32,6 +33,7 @@ class Door:
         request_id = name_of(headers.get(b"x-request-id", b"").decode("latin-1"))
         caller_headers.set(scope["headers"])
         status = CLIENT_CLOSED_REQUEST  # unless a response begins
+        caller = ANYBODY
 
         async def named(message: Message) -> None:
             nonlocal status
@@ -42,7 +44,8 @@ class Door:
 
         try:
             if scope["path"] not in OPEN_PATHS:
-                self._check_key(headers)
+                caller = self._caller(headers)
+            current_caller.set(caller)
             await self._app(scope, receive, named)
         except Exception as error:
             failure = failure_of(error)
@@ -52,13 +55,15 @@ class Door:
             # Probes and the page ask every second.
             level = logging.DEBUG if scope["method"] == "GET" and status < HTTPStatus.BAD_REQUEST else logging.INFO
             self._calls.end(
-                "http", request_id=request_id, method=scope["method"], path=scope["path"], status=str(int(status)),
-                started_seconds=started_seconds, level=level,
+                "http", request_id=request_id, caller=caller, method=scope["method"], path=scope["path"],
+                status=str(int(status)), started_seconds=started_seconds, level=level,
             )  # fmt: skip
 
-    def _check_key(self, headers: Mapping[bytes, bytes]) -> None:
-        if not self._keys.admit(headers.get(b"authorization", b"")):
+    def _caller(self, headers: Mapping[bytes, bytes]) -> Caller:
+        caller = self._keys.caller(headers.get(b"authorization", b""))
+        if caller is None:
             bearer = {"WWW-Authenticate": "Bearer"}
             failure = Failure(HTTPStatus.UNAUTHORIZED, "authentication_error", NO_KEY, bearer)
             failure.error["code"] = "invalid_api_key"
             raise failure
+        return caller

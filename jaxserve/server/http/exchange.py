@@ -13,9 +13,28 @@ from starlette.types import Receive, Send
 from jaxserve.errors import RequestError
 from jaxserve.server.http.errors import CLIENT_CLOSED_REQUEST, Failure
 
+BODY_SECONDS = 60
+"""In which a body must have come: whoever sends one has a place in the queue."""
+
 
 async def read_body(receive: Receive, max_body_bytes: int) -> tuple[dict[str, Any], int]:
     """The JSON object that a request carries, and its size in bytes. Raises RequestError and Failure."""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            data = await _receive_all(receive, max_body_bytes)
+    except TimeoutError:
+        text = f"body must come within {BODY_SECONDS} s"
+        raise Failure(HTTPStatus.REQUEST_TIMEOUT, "invalid_request_error", text, {"Connection": "close"}) from None
+    try:
+        body = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise RequestError(f"body must be JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise RequestError(f"body must be a JSON object, got {body!r:.80}")
+    return body, len(data)
+
+
+async def _receive_all(receive: Receive, max_body_bytes: int) -> bytes:
     parts: list[bytes] = []
     num_bytes, more = 0, True
     while more:
@@ -28,13 +47,7 @@ async def read_body(receive: Receive, max_body_bytes: int) -> tuple[dict[str, An
             text = f"body must have at most max_message_bytes, {max_body_bytes}, got more"
             raise Failure(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "invalid_request_error", text)
         more = message.get("more_body", False)
-    try:
-        body = orjson.loads(b"".join(parts))
-    except orjson.JSONDecodeError as error:
-        raise RequestError(f"body must be JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise RequestError(f"body must be a JSON object, got {body!r:.80}")
-    return body, num_bytes
+    return b"".join(parts)
 
 
 class Exchange:
