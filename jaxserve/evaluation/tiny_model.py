@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from jaxserve.config import EngineConfig
 from jaxserve.tokenizer import Tokenizer
 
 MAX_MODEL_LEN = 1024
@@ -15,8 +16,6 @@ CONFIG = {
     "eos_token_id": 0,
 }  # fmt: skip
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-FLAGS = ("--load-format", "dummy", "--max-model-len", str(MAX_MODEL_LEN))
-"""Of scripts/serve.py, beside ``--model FOLDER``: the weights are random, and the same every time."""
 
 
 def write_tiny_model(folder: Path) -> None:
@@ -24,3 +23,11 @@ def write_tiny_model(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     Tokenizer.of_bytes().save(folder)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def tiny_config(folder: Path, max_num_seqs: int) -> EngineConfig:
+    """An engine with the model in ``folder``, whose weights are random, and the same every time."""
+    return EngineConfig(
+        model=str(folder), load_format="dummy", max_model_len=MAX_MODEL_LEN, max_num_seqs=max_num_seqs,
+        token_budget=2 * max_num_seqs,
+    )  # fmt: skip
