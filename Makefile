@@ -48,10 +48,10 @@ test-clients: .venv/.tested .clients/openai/.installed .clients/triton/.installe
 	.clients/$*/bin/pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
-# Hostile requests: so many for each gRPC service, and about as many over HTTP.
+# Hostile requests: so many for each gRPC service and over HTTP, and about as many of schemathesis.
 FUZZ_CASES ?= 10000
 fuzz: .venv/.tested .clients/openai/.installed
-	FUZZ_CASES=$(FUZZ_CASES) $(BIN)/python -m pytest tests/server/test_fuzz.py tests/clients/http_fuzz.py -v \
+	FUZZ_CASES=$(FUZZ_CASES) $(BIN)/python -m pytest tests/server/test_fuzz.py tests/clients/schemathesis_fuzz.py -v \
 		--timeout 7200 --durations 0 --durations-min 0.1 $(ARGS)
 
 lint: .venv/.tested

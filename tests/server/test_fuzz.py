@@ -1,10 +1,11 @@
-"""Hostile requests in numbers: no fault, no hang, nothing left behind. FUZZ_CASES are made for each gRPC service.
+"""Hostile requests in numbers: no fault, no hang, nothing left behind. FUZZ_CASES of each gRPC service and of HTTP.
 
-make fuzz makes many, and those of HTTP (tests/clients/http_fuzz.py).
+make fuzz makes many, and lets schemathesis make as many (tests/clients/schemathesis_fuzz.py).
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 
@@ -16,11 +17,15 @@ from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.evaluation.tiny_model import write_tiny_model
 from jaxserve.server.client import Client
+from tests.server import grpc_fuzz, http_fuzz
 from tests.server.conftest import RunningServer
-from tests.server.grpc_fuzz import SERVICES, Case, cases, check
 
 NUM_CASES = int(os.environ.get("FUZZ_CASES", "200"))
 PROMPT = "The capital of France is"
+MANY = settings(
+    max_examples=NUM_CASES, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate, Phase.shrink],
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +44,10 @@ def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSer
 
 
 @pytest.fixture
-def unharmed(tiny_server: RunningServer, eventually: Callable[..., None]) -> Iterator[RunningServer]:
-    """The server, which afterwards is idle, with all blocks back, and says what it said before."""
+def unharmed(
+    tiny_server: RunningServer, eventually: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> Iterator[RunningServer]:
+    """The server, which afterwards is idle, with all blocks back, has logged no fault, and says what it said before."""
 
     def greedy() -> str:
         with Client(tiny_server.target) as client:
@@ -52,19 +59,26 @@ def unharmed(tiny_server: RunningServer, eventually: Callable[..., None]) -> Ite
     engine.blocks.check()
     assert engine.blocks.num_used == 0
     assert tiny_server.admission.is_ready
+    assert not [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR]
     assert greedy() == before
 
 
-@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize("service", grpc_fuzz.SERVICES)
 def test_grpc(unharmed: RunningServer, service: str) -> None:
     with grpc.insecure_channel(unharmed.target) as channel:
 
-        @settings(
-            max_examples=NUM_CASES, deadline=None, database=None, suppress_health_check=list(HealthCheck),
-            phases=[Phase.generate, Phase.shrink],
-        )  # fmt: skip
-        @given(case=cases(service))
-        def run(case: Case) -> None:
-            check(channel, case)
+        @MANY
+        @given(case=grpc_fuzz.cases(service))
+        def run(case: grpc_fuzz.Case) -> None:
+            grpc_fuzz.check(channel, case)
 
         run()
+
+
+def test_http(unharmed: RunningServer) -> None:
+    @MANY
+    @given(request=http_fuzz.requests())
+    def run(request: http_fuzz.Request) -> None:
+        http_fuzz.check(unharmed.url, request)
+
+    run()

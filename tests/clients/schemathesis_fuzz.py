@@ -15,7 +15,7 @@ __all__ = ["eventually", "tiny_server", "unharmed"]  # fixtures
 TIMEOUT_SECONDS = 7200
 
 
-def test_http(unharmed: RunningServer, tmp_path: Path) -> None:
+def test_schemathesis(unharmed: RunningServer, tmp_path: Path) -> None:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     num_operations = sum(map(len, json.load(opener.open(f"{unharmed.url}/openapi.json"))["paths"].values()))
     said = run(
