@@ -173,21 +173,21 @@ class _Crowd:
         self._tally, self._ids, self._random = Tally(), itertools.count(), random.Random(0)
 
     async def run(self, num_streams: int) -> Tally:
-        async with AsyncClient(self._server.address) as client, asyncio.TaskGroup() as group:
-            for index in range(num_streams):
-                group.create_task(self._one_after_the_other(client, DOORS[index % 2]))
+        with Client(self._server.address) as aborting:
+            async with AsyncClient(self._server.address) as client, asyncio.TaskGroup() as group:
+                for index in range(num_streams):
+                    group.create_task(self._one_after_the_other(client, aborting, DOORS[index % 2]))
         return self._tally
 
-    async def _one_after_the_other(self, client: AsyncClient, door: str) -> None:
-        with Client(self._server.address) as aborting:
-            while time.monotonic() < self._until_seconds:
-                self._tally.started += 1
-                try:
-                    self._tally.ends[await self._one(client, aborting, door)] += 1
-                except AbortedStreamError:
-                    self._tally.ends["aborted"] += 1
-                except (StreamError, grpc.aio.AioRpcError, OSError) as error:
-                    _failed(self._tally, error)
+    async def _one_after_the_other(self, client: AsyncClient, aborting: Client, door: str) -> None:
+        while time.monotonic() < self._until_seconds:
+            self._tally.started += 1
+            try:
+                self._tally.ends[await self._one(client, aborting, door)] += 1
+            except AbortedStreamError:
+                self._tally.ends["aborted"] += 1
+            except (StreamError, grpc.aio.AioRpcError, OSError) as error:
+                _failed(self._tally, error)
 
     async def _one(self, client: AsyncClient, aborting: Client, door: str) -> str:
         """One stream; how it ended."""

@@ -26,7 +26,7 @@ from tests.server.test_serve_process import Server
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 OPENAI, TRITON = (ROOT / ".clients" / name / "bin" for name in ("openai", "triton"))
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 240
 FLAGS = ["--port", "0", "--max-model-len", "1024", "--token-budget", "64", "--max-num-seqs", "8"]
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "smollm2_greedy.json").read_text())
 CHOICES = [
