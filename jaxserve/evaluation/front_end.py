@@ -16,11 +16,10 @@ from jaxserve.errors import ConfigError
 from jaxserve.evaluation.streams import DOORS, open_stream
 from jaxserve.request import SamplingParams
 from jaxserve.server.client import AsyncClient
+from jaxserve.server.engine_thread import THREAD_NAME
 from jaxserve.server.process import ServerProcess
 
 IN_PROCESS = "in process"
-ENGINE_THREAD = "engine"
-"""The name that Python gives the operating system from 3.14 on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,15 +80,9 @@ def thread_seconds(pid: int) -> dict[int, tuple[str, float]]:
 
 
 def server_cpu(pid: int, before: Mapping[int, tuple[str, float]], after: Mapping[int, tuple[str, float]]) -> CpuSeconds:
-    """What a server's threads spent in between. Its main thread runs the event loop.
-
-    Before Python 3.14 the engine's has no name but the process's own: of those threads it is the busiest.
-    """
+    """What a server's threads spent in between. Its main thread runs the event loop."""
     spent = {task: seconds - before.get(task, ("", 0.0))[1] for task, (_, seconds) in after.items()}
-    names = {task: name for task, (name, _) in after.items() if task != pid}
-    engines = [task for task, name in names.items() if name == ENGINE_THREAD]
-    engines = engines or [task for task, name in names.items() if name == after[pid][0]]
-    engine, loop = max(spent[task] for task in engines), spent[pid]
+    engine, loop = sum(spent[task] for task, (name, _) in after.items() if name == THREAD_NAME), spent[pid]
     return CpuSeconds(engine, loop, sum(spent.values()) - engine - loop)
 
 

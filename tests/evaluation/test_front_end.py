@@ -18,6 +18,7 @@ from jaxserve.evaluation.front_end import (
     server_cpu,
     thread_seconds,
 )
+from jaxserve.server.client import Client
 
 
 def spin(seconds: float) -> None:
@@ -38,15 +39,17 @@ def test_threads_tell_their_cpu_time():
     assert times[thread.native_id][1] >= 0.19
 
 
-def test_the_busiest_thread_without_a_name_is_the_engines():
-    before = {1: ("python", 1.0), 2: ("python", 1.0)}
-    after = {1: ("python", 1.5), 2: ("python", 4.0), 3: ("python", 0.25), 4: ("xla", 9.0)}
+def test_the_main_thread_is_the_event_loops():
+    before = {1: ("python", 1.0), 2: ("engine", 1.0)}
+    after = {1: ("python", 1.5), 2: ("engine", 4.0), 3: ("python", 0.25), 4: ("xla", 9.0)}
     assert server_cpu(1, before, after) == CpuSeconds(engine=3.0, loop=0.5, rest=9.25)
 
 
-def test_a_thread_with_the_engines_name_is_the_engines():
-    after = {1: ("python", 0.5), 2: ("python", 4.0), 3: ("engine", 0.25)}
-    assert server_cpu(1, {}, after) == CpuSeconds(engine=0.25, loop=0.5, rest=4.0)
+def test_the_engines_thread_is_found_by_its_name(make_server):
+    server = make_server()
+    with Client(server.target) as client:
+        list(client.generate("abc", max_tokens=3))
+    assert "engine" in {name for name, _ in thread_seconds(os.getpid()).values()}
 
 
 def test_rows_are_medians_beside_the_engine_alone():
