@@ -4,7 +4,7 @@ BIN := .venv/bin
 PEERS ?= .peers
 PEERS_PYTHON ?= python3.11
 
-.PHONY: setup demo serve test lint aot bench peers compare reproduce proto settings clean
+.PHONY: setup demo serve test test-clients fuzz lint aot bench peers compare reproduce proto settings clean
 
 # .venv/aot has XLA's CUDA plugin, to compile for GPUs where there are none, and .venv/triton-3.6 the Triton of GPU images.
 # Beside the environment, not in it: any command that finds the plugin loads it, and without a GPU reports what it lacks.
@@ -35,6 +35,24 @@ serve: .venv/.installed
 # would come last. Each process needs up to 4 GB of memory.
 test: .venv/.tested
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Real clients against the real server, in environments of their own in .clients: 1.8 GB. ARGS="-k smg" and the like.
+test-clients: .venv/.tested .clients/openai/.installed .clients/triton/.installed
+	$(BIN)/python -m pytest tests/clients/driver.py -v --durations 0 --durations-min 0.1 $(ARGS)
+
+.PRECIOUS: .clients/%/bin/python
+.clients/%/bin/python: | .venv/bin/python
+	$(PYTHON) -m venv .clients/$*
+
+.clients/%/.installed: tests/clients/%.txt | .clients/%/bin/python
+	.clients/$*/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+# Hostile requests: so many for each gRPC service and over HTTP, and about as many of schemathesis.
+FUZZ_CASES ?= 10000
+fuzz: .venv/.tested .clients/openai/.installed
+	FUZZ_CASES=$(FUZZ_CASES) $(BIN)/python -m pytest tests/server/test_fuzz.py tests/clients/schemathesis_fuzz.py -v \
+		--timeout 7200 --durations 0 --durations-min 0.1 $(ARGS)
 
 lint: .venv/.tested
 	$(BIN)/ruff check .

@@ -8,6 +8,8 @@ bench.py capacity     the highest request rate at which each policy meets a TBT 
 bench.py kernels      attention kernels alone on a GPU: errors, times, shares of the ceilings
 bench.py step         whole steps of the engine beside their roofline, and what the device waits for between them
 bench.py host         what the host does in a step with 1,000 running requests and up to 100,000 waiting, by part
+bench.py soak         hundreds of streams that leave, are aborted and dawdle, and a few that do not: what is left behind
+bench.py front-end    CPU time of a server's threads per output token, and tokens per second, through gRPC and HTTP
 
 bench.py serve --help, say, lists the flags of one.
 """
@@ -22,6 +24,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -35,17 +38,24 @@ from jaxserve.errors import ConfigError, ModelError
 from jaxserve.evaluation import host_bench, kernel_bench, step_bench
 from jaxserve.evaluation.capacity import SearchConfig, Trial
 from jaxserve.evaluation.device_bench import QUICK, THOROUGH, measure_ceilings
+from jaxserve.evaluation.front_end import FrontEndConfig, measure_front_end
+from jaxserve.evaluation.front_end import rows as front_end_rows
 from jaxserve.evaluation.latency import Objective
 from jaxserve.evaluation.loading import measure_load, write_synthetic
 from jaxserve.evaluation.report import Series, capacity_rows, check_can_report, summary_row, text_table, write_report
 from jaxserve.evaluation.serving import ObjectiveConfig, compare_capacity, run_engine, run_server
+from jaxserve.evaluation.soak import SoakConfig
+from jaxserve.evaluation.soak import soak as run_soak
 from jaxserve.evaluation.stall import measure_stall
 from jaxserve.evaluation.throughput import measure_throughput, random_prompts
+from jaxserve.evaluation.tiny_model import tiny_config, write_tiny_model
 from jaxserve.evaluation.workload import WorkloadConfig
 from jaxserve.scheduler import POLICIES
-from jaxserve.server.process import ServerProcessError, running_server
+from jaxserve.server.process import ServerProcess, ServerProcessError, running_process, running_server
 
 SERVER = Path(__file__).with_name("serve.py")
+SERVER_SECONDS = 3600.0
+"""After which a server that soaks is taken to hang."""
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 
@@ -252,6 +262,41 @@ def host(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     print(text_table([{"waiting": f"{waiting:,}"} | times.row() for waiting, times in results.items()]))
 
 
+def soak(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    config, _ = parse_config(parser, argv, SoakConfig)
+    with tempfile.TemporaryDirectory() as folder:
+        write_tiny_model(Path(folder))
+        with server_of(tiny_config(Path(folder), config.streams + config.well_behaved)) as server:
+            result = run_soak(server, config)
+    print(f"{config.streams} streams and {config.well_behaved} well-behaved ones, {config.seconds:g} s")
+    rows = result.rows()
+    print(text_table(rows), *result.tally.errors, sep="\n")
+    return int(any(row["met"] == "NO" for row in rows))
+
+
+def front_end(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    parser.add_argument("--tiny", action="store_true", help="a model that costs next to nothing, instead of --model")
+    parser.set_defaults(max_num_seqs=64, token_budget=128, max_model_len=1024)
+    config, load, args = parse_config(parser, argv, EngineConfig, FrontEndConfig)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.tiny:
+            write_tiny_model(Path(folder))
+            config = tiny_config(Path(folder), config.max_num_seqs)
+        with server_of(config) as server:
+            engine = Engine(config)
+            rounds = measure_front_end(engine, server, load)
+            engine.close()
+    print(f"{load.streams} streams of {load.output_tokens} tokens, {config.max_num_seqs} at once; medians of "
+          f"{load.rounds} rounds, CPU time in microseconds per output token")  # fmt: skip
+    print(text_table(front_end_rows(rounds)))
+
+
+def server_of(config: EngineConfig) -> AbstractContextManager[ServerProcess]:
+    """scripts/serve.py with both doors open."""
+    command = [sys.executable, str(SERVER), "--port", "0", "--http-port", "0", *as_flags(config)]
+    return running_process(command, timeout_seconds=SERVER_SECONDS)
+
+
 def add_output_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help=f"folder of the results (default: {RESULTS})")
 
@@ -278,6 +323,8 @@ COMMANDS = {
     "kernels": kernels,
     "step": step,
     "host": host,
+    "soak": soak,
+    "front-end": front_end,
 }
 
 
@@ -287,14 +334,13 @@ def main() -> int:
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="of the benchmark and the engine")
     args = parser.parse_args()
     try:
-        COMMANDS[args.benchmark](argparse.ArgumentParser(prog=f"bench.py {args.benchmark}"), args.flags)
+        return COMMANDS[args.benchmark](argparse.ArgumentParser(prog=f"bench.py {args.benchmark}"), args.flags) or 0
     except (ConfigError, ModelError, ServerProcessError, TimeoutError) as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
         return 2
     except grpc.RpcError as error:
         print(f"bench.py: error: {error.code().name}: {error.details()}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

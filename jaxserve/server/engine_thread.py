@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxserve.errors import RequestError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+THREAD_NAME = "engine"
 WATCH_SECONDS = 0.5
 MAX_WAITING_DELTAS = 16
 """For one reader, before they are joined."""
@@ -89,6 +91,12 @@ class _Stop:
     pass
 
 
+def _name_thread(name: str) -> None:
+    """For `top -H` and the like; Python itself tells Linux the names of threads from 3.14 on."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name)
+
+
 class EngineThread:
     """Runs the engine in a thread of its own and streams its output to coroutines. Create it inside the event loop.
 
@@ -110,7 +118,7 @@ class EngineThread:
         self._dead = False
         self._stopping = False
         # A daemon: a program that fails elsewhere ends without a word to the engine.
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
         self._thread.start()
         self._watchdog = self._loop.create_task(self._watch())
 
@@ -192,6 +200,7 @@ class EngineThread:
     # ---- the engine thread's side
 
     def _run(self) -> None:
+        _name_thread(THREAD_NAME)
         try:
             while self._take_commands():
                 self._step()

@@ -8,6 +8,7 @@ import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 STOP_TIMEOUT_SECONDS = 60
 
@@ -16,9 +17,27 @@ class ServerProcessError(RuntimeError):
     """The server did not start or stop as it should."""
 
 
+@dataclass(frozen=True)
+class ServerProcess:
+    """Where a server is reached, and its process."""
+
+    address: str
+    """Of gRPC."""
+    url: str | None
+    """Of the HTTP door, where it has one."""
+    pid: int
+
+
 @contextmanager
 def running_server(command: Sequence[str], *, timeout_seconds: float = 900.0) -> Iterator[str]:
-    """Run ``command`` and give the address it serves on; SIGTERM and a clean exit at the end.
+    """As ``running_process``, for its gRPC address alone."""
+    with running_process(command, timeout_seconds=timeout_seconds) as server:
+        yield server.address
+
+
+@contextmanager
+def running_process(command: Sequence[str], *, timeout_seconds: float = 900.0) -> Iterator[ServerProcess]:
+    """Run ``command`` and tell where it serves; SIGTERM and a clean exit at the end.
 
     Its output is shown until it serves; log and progress bar go to our stderr. A server that is still there after
     ``timeout_seconds`` hangs, and is killed. Raises ServerProcessError.
@@ -28,7 +47,7 @@ def running_server(command: Sequence[str], *, timeout_seconds: float = 900.0) ->
     watchdog.daemon = True
     watchdog.start()
     try:
-        yield _wait_for_address(process)
+        yield _wait_until_served(process)
         process.send_signal(signal.SIGTERM)
         exit_code = process.wait(timeout=STOP_TIMEOUT_SECONDS)
         if exit_code != 0:
@@ -41,11 +60,13 @@ def running_server(command: Sequence[str], *, timeout_seconds: float = 900.0) ->
         process.wait()
 
 
-def _wait_for_address(process: subprocess.Popen[str]) -> str:
+def _wait_until_served(process: subprocess.Popen[str]) -> ServerProcess:
     assert process.stdout is not None
+    url = None
     for line in process.stdout:
         print(line, end="", flush=True)
-        match = re.search(r"SERVING model=\S+ on (\S+)", line)
-        if match:
-            return match.group(1)
+        if match := re.search(r"OpenAI's API at (\S+)/v1", line):
+            url = match.group(1)
+        if match := re.search(r"SERVING model=\S+ on (\S+)", line):
+            return ServerProcess(match.group(1), url, process.pid)
     raise ServerProcessError(f"the server ended with exit code {process.wait()} before it served")

@@ -165,9 +165,9 @@ class FakeEngine:
 class RunningServer:
     """A Server on free ports."""
 
-    def __init__(self, config: ServerConfig, num_engines: int) -> None:
-        self.engines = [FakeEngine() for _ in range(num_engines)]
-        self.engine = self.engines[0]
+    def __init__(self, config: ServerConfig, engines: Sequence[Any]) -> None:
+        self.engines = engines
+        self.engine = engines[0]
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -194,7 +194,7 @@ class RunningServer:
         return self.submit(coroutine).result(timeout=30)
 
     def set_ready(self) -> None:
-        self.call(self.server.set_ready(self.engines))  # type: ignore[arg-type]
+        self.call(self.server.set_ready(self.engines))
 
     def close(self) -> None:
         self.call(self.server.shutdown())
@@ -213,7 +213,8 @@ def make_server() -> Iterator[Callable[..., RunningServer]]:
     servers = []
 
     def make(*, ready: bool = True, num_engines: int = 1, **settings: Any) -> RunningServer:
-        server = RunningServer(ServerConfig(**{"port": 0, "drain_seconds": 0.1, **settings}), num_engines)
+        engines = [FakeEngine() for _ in range(num_engines)]
+        server = RunningServer(ServerConfig(**{"port": 0, "drain_seconds": 0.1, **settings}), engines)
         servers.append(server)
         if ready:
             server.set_ready()

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from jaxserve.server.process import ServerProcessError, running_server
+from jaxserve.server.process import ServerProcessError, running_process, running_server
 
 SERVING = "import signal, sys; print('jaxserve: SERVING model=m on 127.0.0.1:7 after 0.1 s', flush=True); "
 
@@ -17,6 +17,15 @@ def test_the_address_is_given_and_the_server_stopped():
         [sys.executable, "-c", clean_end.join(["import signal, sys; ", SERVING]) + "signal.pause()"]
     ) as address:
         assert address == "127.0.0.1:7"
+
+
+def test_the_url_of_the_http_door_is_told_too():
+    clean_end = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); "
+    page = 'print("jaxserve: OpenAI\'s API at http://127.0.0.1:8/v1, a page at http://127.0.0.1:8/"); '
+    program = f"import signal, sys; {clean_end}{page}{SERVING}signal.pause()"
+    with running_process([sys.executable, "-c", program]) as server:
+        assert (server.address, server.url) == ("127.0.0.1:7", "http://127.0.0.1:8")
+        assert server.pid > 1
 
 
 def test_a_server_that_never_serves():
