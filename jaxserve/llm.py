@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Generator, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.call_thread import CallThread
@@ -12,7 +12,7 @@ from jaxserve.engine.engine import Engine, clear
 from jaxserve.errors import RequestError
 from jaxserve.progress import progress_bar
 from jaxserve.prompts import Message, ParsedPrompt, Prompt, parse_conversations, parse_prompts
-from jaxserve.request import Completion, Logprob, RequestOutput
+from jaxserve.request import Completion, Logprob, RequestOutput, request_output
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.served_model import ServedModel
 
@@ -49,15 +49,16 @@ class LLM:
         """
         parsed = parse_prompts(prompts)
         every = _params_of_each(len(parsed), sampling_params)
-        completions = []
+        asked = []
         for index, (prompt, params) in enumerate(zip(parsed, every, strict=True)):
             try:
-                completions.append(self._completion(prompt, params))
+                asked.append(self._asked(prompt, params))
             except RequestError as error:
                 raise RequestError(f"prompts[{index}]: {error}") from error
-        with progress_bar("generating", len(completions), "prompt", disable=not use_tqdm) as bar:
+        completions = [completion for one in asked for completion in one.completions]
+        with progress_bar("generating", len(completions), "output", disable=not use_tqdm) as bar:
             self._calls.run(self._serve(completions), bar.update)
-        return [completion.output() for completion in completions]
+        return [request_output(one.request_id, one.completions, one.n) for one in asked]
 
     def chat(
         self,
@@ -104,13 +105,15 @@ class LLM:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _completion(self, prompt: ParsedPrompt, params: SamplingParams | None) -> Completion:
-        """The request, checked, without output yet."""
+    def _asked(self, prompt: ParsedPrompt, params: SamplingParams | None) -> _Asked:
+        """The prompt's requests, checked, without output yet."""
         token_ids = self._model.token_ids(prompt)
         if params is None:
             params = self._model.sampling_params({}, len(token_ids))
-        self.engine.validate(token_ids, params)
-        return Completion(f"llm-{next(self._ids)}", token_ids, params, prompt.text)
+        request_id = f"llm-{next(self._ids)}"
+        completions = Completion.choices(request_id, token_ids, params, prompt.text)
+        self.engine.validate(token_ids, completions[0].params)
+        return _Asked(request_id, params.n, completions)
 
     def _serve(self, completions: list[Completion]) -> Generator[int | None]:
         """Serve these requests, on the engine's thread; yields after every change, 1 for a request that has ended."""
@@ -133,6 +136,14 @@ class LLM:
     def _close(self) -> Generator[None]:
         self.engine.close()
         yield
+
+
+class _Asked(NamedTuple):
+    """One prompt of a call."""
+
+    request_id: str
+    n: int
+    completions: list[Completion]
 
 
 def _params_of_each(

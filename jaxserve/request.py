@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from jaxserve.sampling_params import SamplingParams
 
@@ -182,25 +182,53 @@ class RequestOutput:
 
 
 class Completion:
-    """The output of one request, collected from its deltas. ``prompt`` is what is shown for the prompt, if anything."""
+    """The output of one request, collected from its deltas. ``prompt`` is what is shown for the prompt, if anything.
+
+    ``shows_logprobs``: false where those of the tokens only rank it among others.
+    """
 
     def __init__(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, prompt: str | None = None
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        prompt: str | None = None,
+        shows_logprobs: bool = True,
     ) -> None:
         self.request_id, self.prompt_token_ids, self.params, self.prompt = request_id, prompt_token_ids, params, prompt
         self.token_ids: list[int] = []
-        self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
+        """The sum of the tokens', where they are known."""
+        self.logprobs: list[dict[int, Logprob]] | None = None
+        if params.logprobs is not None and shows_logprobs:
+            self.logprobs = []
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self.finish_reason: FinishReason | None = None
         self._texts: list[str] = []
         self._last: RequestDelta
 
+    @classmethod
+    def choices(
+        cls, request_id: str, prompt_token_ids: list[int], params: SamplingParams, prompt: str | None = None
+    ) -> list[Self]:
+        """A completion for each output that a prompt's parameters ask for, whose requests are named after it."""
+        if params.num_choices == 1:
+            return [cls(request_id, prompt_token_ids, params, prompt)]
+        shows_logprobs = params.logprobs is not None or not params.ranks_choices
+        return [
+            cls(f"{request_id}-{number}", prompt_token_ids, params.of_choice(number), prompt, shows_logprobs)
+            for number in range(params.num_choices)
+        ]
+
     def add(self, delta: RequestDelta) -> None:
         """Append what a step has added."""
-        self.token_ids += delta.token_ids
-        self._texts.append(delta.text)
+        if self.cumulative_logprob is not None and delta.logprobs is not None:
+            chosen = zip(delta.logprobs, delta.token_ids, strict=True)
+            self.cumulative_logprob += sum(entry[token].logprob for entry, token in chosen)
         if self.logprobs is not None and delta.logprobs is not None:
             self.logprobs += delta.logprobs
+        self.token_ids += delta.token_ids
+        self._texts.append(delta.text)
         self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
         self.finish_reason, self._last = delta.finish_reason, delta
 
@@ -208,26 +236,46 @@ class Completion:
     def text(self) -> str:
         return "".join(self._texts)
 
-    def output(self) -> RequestOutput:
-        """Once the last delta has been added."""
-        total = None
-        if self.logprobs is not None:
-            total = sum(entry[token].logprob for entry, token in zip(self.logprobs, self.token_ids, strict=True))
-        completion = CompletionOutput(
-            index=0,
+    @property
+    def metrics(self) -> RequestMetrics:
+        """Once a delta has been added."""
+        return self._last.metrics
+
+    def output(self, index: int) -> CompletionOutput:
+        """Once the last delta has been added. ``index``: among those of the prompt."""
+        return CompletionOutput(
+            index=index,
             text=self.text,
             token_ids=self.token_ids,
-            cumulative_logprob=total,
+            cumulative_logprob=self.cumulative_logprob,
             logprobs=self.logprobs,
             finish_reason=None if self.finish_reason is None else self.finish_reason.value,
             stop_reason=self._last.stop_reason,
         )
-        return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
-            prompt_logprobs=self.prompt_logprobs,
-            outputs=[completion],
-            finished=True,
-            metrics=self._last.metrics,
-        )
+
+
+def best_of(completions: Sequence[Completion], n: int) -> list[Completion]:
+    """The ``n`` of a prompt's completions whose tokens are likeliest in the mean, the best first; as they are where
+    there are no more."""
+    if len(completions) == n:
+        return list(completions)
+
+    def mean_logprob(completion: Completion) -> float:
+        assert completion.cumulative_logprob is not None
+        return completion.cumulative_logprob / max(1, len(completion.token_ids))
+
+    return sorted(completions, key=mean_logprob, reverse=True)[:n]
+
+
+def request_output(request_id: str, completions: Sequence[Completion], n: int) -> RequestOutput:
+    """Of a prompt's completions that have all ended, the ``n`` best."""
+    first = completions[0]
+    return RequestOutput(
+        request_id=request_id,
+        prompt=first.prompt,
+        prompt_token_ids=first.prompt_token_ids,
+        prompt_logprobs=first.prompt_logprobs,
+        outputs=[completion.output(index) for index, completion in enumerate(best_of(completions, n))],
+        finished=True,
+        metrics=first.metrics,
+    )

@@ -12,6 +12,8 @@ from jaxserve.errors import RequestError
 MAX_LOGPROBS = 20
 """Most alternatives per position that ``logprobs`` and ``prompt_logprobs`` may ask for (vLLM's default)."""
 MAX_STOP_STRINGS = 16
+MAX_CHOICES = 128
+"""Outputs of a prompt."""
 MAX_LOGIT_BIAS = 300
 """Tokens of a ``logit_bias`` (OpenAI's limit)."""
 MAX_BAD_WORDS, MAX_BAD_WORD_CHARACTERS = 128, 128
@@ -102,6 +104,7 @@ _OPTIONAL_INTEGERS = (
 class SamplingParams:
     """How to continue a prompt; names and defaults are vLLM's.
 
+    n: outputs of a prompt; best_of: so many are made, and the n whose tokens are likeliest in the mean are kept.
     temperature: 0 is greedy.   top_k: 0 or -1 keeps the whole vocabulary.
     min_p: drops tokens less likely than ``min_p`` times the likeliest.
     presence_penalty, frequency_penalty: taken from a token's logit once it is in the output, and each time;
@@ -120,6 +123,8 @@ class SamplingParams:
     Raises RequestError, naming the field and the limit.
     """
 
+    n: int = 1
+    best_of: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -143,6 +148,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
+            "n": _integer("n", self.n, 1, MAX_CHOICES),
             "temperature": _number("temperature", self.temperature, 0.0, 100.0),
             "top_p": _number("top_p", self.top_p, 0.0, 1.0, open_low=True),
             "min_p": _number("min_p", self.min_p, 0.0, 1.0),
@@ -154,6 +160,9 @@ class SamplingParams:
             "min_tokens": _integer("min_tokens", self.min_tokens, 0, MAX_INT32),
             "bad_words": _bad_words(self.bad_words),
         }
+        if self.best_of is not None:
+            best_of = _integer("best_of", self.best_of, checked["n"], MAX_CHOICES)
+            checked["best_of"] = best_of if best_of > checked["n"] else None
         for name, low, high in _OPTIONAL_INTEGERS:
             if (value := getattr(self, name)) is not None:
                 checked[name] = _integer(name, value, low, high)
@@ -199,9 +208,21 @@ class SamplingParams:
             defaults = {**defaults, "max_tokens": SoftLimit(max(1, min(limit, num_room_tokens)))}
         return cls(**{**defaults, **given})
 
+    @property
+    def num_choices(self) -> int:
+        """Outputs to make of a prompt."""
+        return self.best_of or self.n
+
+    @property
+    def ranks_choices(self) -> bool:
+        """Whether more are made than are kept."""
+        return self.num_choices > self.n
+
     def of_choice(self, number: int) -> Self:
         """For one of several outputs of a prompt, numbered from 0: with seeds of their own they differ."""
-        return self if self.seed is None else replace(self, seed=(self.seed + number) % (MAX_SEED + 1))
+        seed = None if self.seed is None else (self.seed + number) % (MAX_SEED + 1)
+        logprobs = 0 if self.logprobs is None and self.ranks_choices else self.logprobs
+        return replace(self, n=1, best_of=None, seed=seed, logprobs=logprobs)
 
     def max_output_tokens(self, num_room_tokens: int) -> int:
         """Output tokens to make at most where max_model_len leaves ``num_room_tokens``."""

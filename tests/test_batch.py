@@ -238,7 +238,7 @@ BAD_LINES = [
     (line("a", prompt=[True]), "prompt must be a string, a list of token ids, or a list of those, got [True]"),
     (line("a", CHAT, prompt="hello"), "messages must be a list of at least one message, got None"),
     (line("a", prompt="hello", beams=2), "unknown parameter 'beams' for /v1/completions; known: allowed_token_ids, "),
-    (line("a", prompt="hello", best_of=2), "best_of must be n, 1, got 2"),
+    (line("a", prompt="hello", best_of=129), "best_of must be an integer in [1, 128], got 129"),
     (line("a", prompt="hello", logit_bias={"5": -101}), "logit_bias must be in [-100, 100], got -101"),
     (
         line("a", CHAT, messages=[], tools=[{"type": "function"}]),

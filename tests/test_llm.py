@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -324,7 +325,7 @@ def test_prompts_are_prompts_or_refused(prompts: Any) -> None:
         parsed = parse_prompts(prompts)
     except RequestError:
         return
-    for text, ids, _ in parsed:
+    for text, ids, *_ in parsed:
         assert text is not None or ids is not None
         assert text is None or isinstance(text, str)
         assert ids is None or all(type(token_id) is int for token_id in ids)
@@ -398,3 +399,20 @@ def test_a_whole_window_is_scored(tiny: LLM) -> None:
     ):
         with pytest.raises(RequestError, match=rf"prompt of {len(prompt)} tokens leaves no room for output"):
             tiny.generate([prompt], params, use_tqdm=False)
+
+
+def test_several_outputs_of_a_prompt(tiny: LLM) -> None:
+    """Each as if it had been asked for alone, the best of more by the mean of their log-probabilities."""
+    params = SamplingParams(n=2, seed=7, max_tokens=6, logprobs=0, ignore_eos=True)
+    first, second = tiny.generate([[5, 6, 7], [8, 9]], params, use_tqdm=False)
+    alone = [
+        tiny.generate([[5, 6, 7]], replace(params, n=1, seed=7 + i), use_tqdm=False)[0].outputs[0] for i in range(3)
+    ]
+    assert [one.index for one in first.outputs] == [0, 1]
+    assert [one.token_ids for one in first.outputs] == [one.token_ids for one in alone[:2]]
+    assert len(second.outputs) == 2
+    (ranked,) = tiny.generate([[5, 6, 7]], replace(params, best_of=3), use_tqdm=False)
+    best = sorted(alone, key=lambda one: one.cumulative_logprob or 0.0, reverse=True)[:2]
+    assert [one.token_ids for one in ranked.outputs] == [one.token_ids for one in best]
+    with pytest.raises(RequestError, match="n and best_of must be 1 for a request of the engine, got 2"):
+        tiny.engine.add_request("a", [5], params)

@@ -11,6 +11,7 @@ import pytest
 
 from jaxserve.errors import RequestError
 from jaxserve.openai import CHAT, COMPLETIONS, Ask, Endpoint
+from jaxserve.prompts import ParsedPrompt
 from jaxserve.request import Completion, FinishReason, Logprob, RequestDelta, RequestMetrics
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.served_model import ServedModel
@@ -68,7 +69,8 @@ def completion(
 
 def whole(endpoint: Endpoint, completions: Sequence[Completion], model: ServedModel = MODEL) -> dict[str, Any]:
     """Of as many prompts."""
-    return endpoint.respond(Ask(), completions, "cmpl-1", model).whole()
+    prompts = [ParsedPrompt("")] * len(completions)
+    return endpoint.respond(Ask(prompts), completions, "cmpl-1", model).whole()
 
 
 def logprobs_of(endpoint: Endpoint, one: Completion, model: ServedModel = MODEL) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxserve.errors import RequestError
-from jaxserve.request import Completion, FinishReason, Logprob, Request, RequestDelta, RequestMetrics
+from jaxserve.request import Completion, FinishReason, Logprob, Request, RequestDelta, RequestMetrics, request_output
 from jaxserve.sampling_params import MAX_SEED, MAX_STOP_STRINGS, SamplingParams
 
 INT_LIMIT = 2**31 - 1
@@ -50,10 +50,12 @@ def test_numbers(name: str, values: list[float], limits: str) -> None:
         ("logprobs", [-1, 21], "[0, 20]"),
         ("prompt_logprobs", [-1, 21], "[0, 20]"),
         ("min_tokens", [-1, INT_LIMIT + 1], f"[0, {INT_LIMIT}]"),
+        ("n", [0, 129], "[1, 128]"),
+        ("best_of", [0, 129], "[1, 128]"),
     ],
 )
 def test_integers(name: str, values: list[int], limits: str) -> None:
-    optional = name not in ("top_k", "min_tokens")
+    optional = name not in ("top_k", "min_tokens", "n")
     for value in [*values, 1.0, np.float64(1), *(value for value in NOT_NUMBERS if value is not None or not optional)]:
         assert error(**{name: value}) == f"{name} must be an integer in {limits}, got {value!r}"
 
@@ -249,7 +251,7 @@ def test_a_completion_is_the_sum_of_its_deltas() -> None:
         assert completion.finish_reason is None
         completion.add(delta)
     assert (completion.text, completion.token_ids, completion.finish_reason) == ("xyz", [7, 8, 9], end)
-    output = completion.output()
+    output = request_output("a", [completion], 1)
     assert (output.request_id, output.prompt, output.prompt_token_ids) == ("a", "shown", [5, 6])
     assert (output.prompt_logprobs, output.metrics, output.finished) == (scored, metrics, True)
     (only,) = output.outputs
@@ -262,5 +264,28 @@ def test_a_completion_without_logprobs_has_none() -> None:
     completion.add(
         RequestDelta("a", [7], "x", None, None, FinishReason.LENGTH, None, RequestMetrics(arrival_seconds=0.0), 1)
     )
-    (only,) = completion.output().outputs
-    assert (only.logprobs, only.cumulative_logprob, completion.output().prompt_logprobs) == (None, None, None)
+    output = request_output("a", [completion], 1)
+    (only,) = output.outputs
+    assert (only.logprobs, only.cumulative_logprob, output.prompt_logprobs) == (None, None, None)
+
+
+def test_choices_and_the_best_of_them() -> None:
+    """So many requests with seeds of their own, and log-probabilities to rank them, which are not shown unasked."""
+    assert error(n=3, best_of=2) == "best_of must be an integer in [3, 128], got 2"
+    (one,) = Completion.choices("a", [5], SamplingParams(seed=3))
+    assert (one.request_id, one.params) == ("a", SamplingParams(seed=3))
+    params = SamplingParams(n=2, best_of=3, seed=MAX_SEED, max_tokens=4)
+    completions = Completion.choices("a", [5], params, "shown")
+    assert [c.request_id for c in completions] == ["a-0", "a-1", "a-2"]
+    assert [c.params.seed for c in completions] == [MAX_SEED, 0, 1]
+    assert {(c.params.num_choices, c.params.logprobs) for c in completions} == {(1, 0)}
+    metrics = RequestMetrics(arrival_seconds=0.0)
+    for completion, logprobs in zip(completions, ([-1.0], [-0.5, -1.1], [-0.9]), strict=True):
+        for logprob in logprobs:
+            entry = {7: Logprob(logprob, 1)}
+            completion.add(RequestDelta("a", [7], "x", [entry], None, FinishReason.STOP, None, metrics, 1))
+    output = request_output("a", completions, params.n)
+    assert [(one.index, one.cumulative_logprob, one.logprobs) for one in output.outputs] == [
+        (0, -1.6, None), (1, -0.9, None),
+    ]  # fmt: skip
+    assert (output.prompt, output.request_id) == ("shown", "a")

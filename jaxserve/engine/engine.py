@@ -77,6 +77,8 @@ class Engine:
     def validate(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raise RequestError, naming the field and the limit, if the request cannot be served."""
         vocab, limit = self.model_config.vocab_size, self.max_model_len
+        if params.num_choices > 1:
+            raise RequestError(f"n and best_of must be 1 for a request of the engine, got {params.num_choices}")
         if not prompt_token_ids:
             raise RequestError("prompt must hold at least one token, got none")
         room = limit - len(prompt_token_ids)

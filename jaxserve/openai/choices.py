@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from jaxserve.errors import RequestError
-from jaxserve.openai.endpoint import MAX_CHOICES, Ask, Endpoint
-from jaxserve.openai.fields import rename_max_tokens, take_integer, take_object, take_switch
+from jaxserve.openai.endpoint import Ask, Endpoint
+from jaxserve.openai.fields import rename_max_tokens, take_object, take_switch
 from jaxserve.openai.response import Part, Response
-from jaxserve.request import Completion
+from jaxserve.request import Completion, best_of
 from jaxserve.served_model import ServedModel
 
 
@@ -38,12 +38,11 @@ class ChoicesEndpoint(Endpoint):
 
     def _take(self, given: dict[str, Any], model: ServedModel) -> Ask:
         rename_max_tokens(given, "max_completion_tokens")
-        num_choices = take_integer(given, "n", MAX_CHOICES)
-        if (best_of := given.pop("best_of", num_choices)) != num_choices:
-            raise RequestError(f"best_of must be n, {num_choices}, got {best_of!r:.80}")
         stream, options = take_switch(given, "stream"), take_object(given, "stream_options")
         usage, continuous = (take_switch(options, name) for name in ("include_usage", "continuous_usage_stats"))
-        return Ask(num_choices=num_choices, stream=stream, include_usage=usage, continuous_usage_stats=continuous)
+        if stream and given.get("best_of", given.get("n", 1)) != given.get("n", 1):
+            raise RequestError("stream must be false with a best_of over n, got true")
+        return Ask(stream=stream, include_usage=usage, continuous_usage_stats=continuous)
 
     def respond(self, ask: Ask, completions: Sequence[Completion], response_id: str, model: ServedModel) -> Response:
         return ChoicesResponse(self, ask, completions, response_id, model)
@@ -72,7 +71,11 @@ class ChoicesResponse(Response):
             yield {**self._head(self._endpoint.chunk_object, []), "usage": self._usage()}
 
     def _whole(self) -> dict[str, Any]:
-        choices = [self._choice(index).whole(completion) for index, completion in enumerate(self.completions)]
+        kept, n = list[Completion](), self.ask.sampling.get("n", 1)
+        for first in range(0, len(self.completions), self.num_choices):
+            kept += best_of(self.completions[first : first + self.num_choices], n)
+        self.completions = kept
+        choices = [self._choice(index).whole(completion) for index, completion in enumerate(kept)]
         return {**self._head(self._endpoint.object, choices), "usage": self._usage()}
 
     def _events(self, index: int, part: Part) -> Iterator[dict[str, Any]]:

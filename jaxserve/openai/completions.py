@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxserve.errors import RequestError
 from jaxserve.openai.choices import Choice, ChoicesEndpoint
-from jaxserve.openai.endpoint import MAX_CHOICES, NO_TOOLS, Ask
+from jaxserve.openai.endpoint import MAX_PROMPTS, NO_TOOLS, Ask
 from jaxserve.openai.fields import take_switch
 from jaxserve.openai.response import Part
 from jaxserve.prompts import ParsedPrompt
@@ -44,8 +44,8 @@ def _take_prompts(given: dict[str, Any]) -> Sequence[ParsedPrompt]:
     several = [_parsed(element) for element in prompt] if isinstance(prompt, list) else []
     if not several or not all(several):
         raise RequestError(f"prompt must be a string, a list of token ids, or a list of those, got {prompt!r:.80}")
-    if len(several) > MAX_CHOICES:
-        raise RequestError(f"prompt must be a list of at most {MAX_CHOICES} prompts, got {len(several)}")
+    if len(several) > MAX_PROMPTS:
+        raise RequestError(f"prompt must be a list of at most {MAX_PROMPTS} prompts, got {len(several)}")
     return [prompt for prompt in several if prompt is not None]
 
 
@@ -69,7 +69,7 @@ class TextChoice:
         if echo:
             text = completion.prompt
             self._echoed = tokenizer.decode(self._prompt_token_ids) if text is None else text
-        self._has_logprobs = completion.params.logprobs is not None
+        self._has_logprobs = completion.logprobs is not None
         self._stream = tokenizer.decode_stream(completion.params.skip_special_tokens, self._prompt_token_ids)
         self._offset = self._num_characters = len(self._echoed or "")
 

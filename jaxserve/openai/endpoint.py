@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from jaxserve.openai.response import Response
     from jaxserve.openai.tools import Tools
 
-MAX_CHOICES = 128
-"""Of a prompt; and most prompts of a body."""
+MAX_PROMPTS = 128
+"""Of a body."""
 SAMPLING = {f.name for f in fields(SamplingParams)} - {"prompt_logprobs"}
 IGNORED = {
     "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
@@ -39,8 +39,6 @@ class Ask:
     prompts: Sequence[ParsedPrompt] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """Of SamplingParams, the fields that are given."""
-    num_choices: int = 1
-    """Of each prompt."""
     echo: bool = False
     """Whether a choice begins with its prompt."""
     tools: Tools | None = None
@@ -86,12 +84,10 @@ class Endpoint(ABC):
         Raises RequestError.
         """
         found: list[Completion] = []
-        for prompt in ask.prompts:
+        for index, prompt in enumerate(ask.prompts):
             token_ids = model.token_ids(prompt, limit)
             params = model.sampling_params(ask.sampling, len(token_ids), self.defaults)
-            for number in range(ask.num_choices):
-                name = f"{response_id}-{len(found)}"
-                found.append(Completion(name, token_ids, params.of_choice(number), prompt.text))
+            found += Completion.choices(f"{response_id}-{index}", token_ids, params, prompt.text)
         return found
 
     @abstractmethod

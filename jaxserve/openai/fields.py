@@ -18,22 +18,18 @@ def take_switch(given: dict[str, Any], name: str, default: bool = False) -> bool
     return default if value is None else value
 
 
-def take_integer(given: dict[str, Any], name: str, limit: int) -> int:
-    """A number from 1 up; 1 by default."""
-    value = given.pop(name, 1)
+def rename_max_tokens(given: dict[str, Any], name: str) -> None:
+    """Where a body calls max_tokens ``name``."""
+    if name not in given:
+        return
+    value = given.pop(name)
     try:
         number = as_integer(value)
     except TypeError:
         number = 0
-    if not 1 <= number <= limit:
-        raise RequestError(f"{name} must be an integer in [1, {limit}], got {value!r}")
-    return number
-
-
-def rename_max_tokens(given: dict[str, Any], name: str) -> None:
-    """Where a body calls max_tokens ``name``."""
-    if name in given:
-        given["max_tokens"] = take_integer(given, name, MAX_INT32)
+    if not 1 <= number <= MAX_INT32:
+        raise RequestError(f"{name} must be an integer in [1, {MAX_INT32}], got {value!r}")
+    given["max_tokens"] = number
 
 
 def take_object(given: dict[str, Any], name: str) -> dict[str, Any]:

@@ -33,13 +33,14 @@ class Response(ABC):
     def __init__(self, ask: Ask, completions: Sequence[Completion], response_id: str, model: ServedModel) -> None:
         self.ask, self.completions, self.response_id, self.model = ask, completions, response_id, model
         self.created = int(time.time())
-        self.num_output_tokens = 0
-        """Those that have been written."""
-
-    @property
-    def num_prompt_tokens(self) -> int:
+        self.num_choices = len(completions) // len(ask.prompts)
+        """Made of each prompt."""
+        self.num_prompt_tokens = sum(
+            len(completion.prompt_token_ids) for completion in completions[:: self.num_choices]
+        )
         """Each prompt's once, however many choices it has."""
-        return sum(len(completion.prompt_token_ids) for completion in self.completions[:: self.ask.num_choices])
+        self.num_output_tokens = 0
+        """Those that have been made, or written."""
 
     def whole(self) -> dict[str, Any]:
         """The body of a response that is not streamed."""

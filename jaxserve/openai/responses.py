@@ -16,7 +16,7 @@ from jaxserve.served_model import ServedModel
 
 TEXT_PARTS = ("input_text", "output_text", "text")
 """Types of parts of a content."""
-OTHERS = ("logprobs", "max_tokens")
+OTHERS = ("best_of", "logprobs", "max_tokens", "n")
 """What other endpoints call what this one has not, or calls otherwise."""
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxserve.openai.endpoint import MAX_CHOICES
 from jaxserve.openai.responses import TEXT_PARTS
 from jaxserve.openai.tools import MAX_TOOLS
 from jaxserve.sampling_params import (
     MAX_BAD_WORD_CHARACTERS,
     MAX_BAD_WORDS,
+    MAX_CHOICES,
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
     MAX_SEED,
@@ -57,6 +57,7 @@ MAX_TOKENS: dict[str, Any] = {"type": ["integer", "null"], "minimum": 1}
 COMMON: dict[str, dict[str, Any]] = {
     **SAMPLING,
     "n": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_CHOICES},
+    "best_of": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_CHOICES},
     "stream_options": {
         "type": ["object", "null"], "properties": {"include_usage": BOOLEAN, "continuous_usage_stats": BOOLEAN},
     },

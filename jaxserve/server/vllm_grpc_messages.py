@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.message import Message
 
 from jaxserve.errors import RequestError
-from jaxserve.openai.endpoint import MAX_CHOICES
 from jaxserve.prompts import ParsedPrompt
 from jaxserve.request import Completion, Logprob, RequestDelta
 from jaxserve.sampling_params import SamplingParams
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
 
 REQUEST = {"request_id", "tokenized", "text", "sampling_params", "stream"}
 SAMPLING = {f.name for f in fields(SamplingParams)}
-NOT_THE_ENGINES = {"n", "spaces_between_special_tokens"}
-"""Fields of sampling that are served without it: as many requests, and what is about text alone."""
+NOT_THE_ENGINES = {"spaces_between_special_tokens"}
+"""Fields of sampling that are served without it: what is about text alone."""
 UNSET: dict[str, Any] = {
     "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "max_tokens": None, "skip_special_tokens": False,
 }  # fmt: skip
@@ -68,12 +67,7 @@ def completions(
 ) -> list[Completion]:
     """The requests for the engine that one for n sequences makes, still without outputs. Raises RequestError."""
     params = _sampling_params(request.sampling_params, model, len(token_ids))
-    number = request.sampling_params.n or 1
-    if number > MAX_CHOICES:
-        raise RequestError(f"n must be an integer in [1, {MAX_CHOICES}], got {number}")
-    if number == 1:
-        return [Completion(request_id, token_ids, params)]
-    return [Completion(f"{request_id}-{index}", token_ids, params.of_choice(index)) for index in range(number)]
+    return Completion.choices(request_id, token_ids, params)
 
 
 def _sampling_params(message: pb.SamplingParams, model: ServedModel, num_prompt_tokens: int) -> SamplingParams:

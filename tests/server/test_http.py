@@ -73,6 +73,14 @@ def test_several_prompts_and_choices(client: openai.OpenAI) -> None:
         assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (3, 8)
 
 
+def test_the_best_of_several(client: openai.OpenAI) -> None:
+    done = client.completions.create(model="fake", prompt=["a", "bc"], best_of=3, n=2, max_tokens=2)
+    assert [choice.index for choice in done.choices] == [0, 1, 2, 3]
+    assert all(choice.logprobs is None for choice in done.choices)
+    assert done.usage is not None
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (3, 12), "all that have been made"
+
+
 def test_choices_have_seeds_of_their_own(server: RunningServer, client: openai.OpenAI) -> None:
     seeds = []
     add = server.engine.add_request
@@ -205,8 +213,9 @@ BAD = [
     (COMPLETIONS, {"prompt": "a" * 1001}, "prompt of 1001 tokens exceeds max_model_len 1000"),
     (COMPLETIONS, {"prompt": ["a", "a" * 1000]}, "prompt of 1000 tokens exceeds max_model_len 1000"),
     (COMPLETIONS, {"prompt": "a", "n": 0}, "n must be an integer in [1, 128], got 0"),
+    (COMPLETIONS, {"prompt": "a", "n": 2, "best_of": 1}, "best_of must be an integer in [2, 128], got 1"),
     (COMPLETIONS, {"prompt": "a", "n": 1e9}, "n must be an integer in [1, 128], got 1000000000.0"),
-    (COMPLETIONS, {"prompt": "a", "best_of": 2}, "best_of must be n, 1, got 2"),
+    (COMPLETIONS, {"prompt": "a", "best_of": 2, "stream": True}, "stream must be false with a best_of over n, got"),
     (COMPLETIONS, {"prompt": "a", "stream": "yes"}, "stream must be true or false, got 'yes'"),
     (COMPLETIONS, {"prompt": "a", "stream_options": 1}, "stream_options must be an object, got 1"),
     (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "suffix must be '', got 'b'"),
