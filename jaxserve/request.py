@@ -15,6 +15,7 @@ MAX_LOGPROBS = 20
 """Most alternatives per position that ``logprobs`` and ``prompt_logprobs`` may ask for (vLLM's default)."""
 MAX_STOP_STRINGS = 16
 MAX_SEED = 2**31 - 1
+MAX_CACHE_SALT_CHARACTERS = 128
 
 
 class FinishReason(StrEnum):
@@ -98,6 +99,8 @@ class SamplingParams:
     stop, stop_token_ids: end the output; a stop string is left out of the text unless include_stop_str_in_output.
     logprobs, prompt_logprobs: that many alternatives per position besides the chosen token. A prompt as long as
     max_model_len has prompt_logprobs and no output, unless max_tokens is set.
+    cache_salt: the request finds in the prefix cache only what others with the same salt have left there, so that no
+    stranger can tell from the time to a first token what others have asked.
     Numbers may be numpy's or jax's, lists any iterable; they become Python's own and tuples.
     Raises RequestError, naming the field and the limit.
     """
@@ -115,6 +118,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -136,6 +140,11 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
         if len(stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in stop):
             raise RequestError(f"stop must be at most {MAX_STOP_STRINGS} non-empty strings, got {stop!r}")
+        salt = self.cache_salt
+        if salt is not None and not (isinstance(salt, str) and 1 <= len(salt) <= MAX_CACHE_SALT_CHARACTERS):
+            raise RequestError(
+                f"cache_salt must be a string of 1 to {MAX_CACHE_SALT_CHARACTERS} characters, got {salt!r}"
+            )
         stop_token_ids = _as_tuple("stop_token_ids", self.stop_token_ids)
         checked["stop"] = stop
         checked["stop_token_ids"] = tuple(_integer("stop_token_ids", token, 0, 2**31 - 1) for token in stop_token_ids)
@@ -174,6 +183,8 @@ class RequestMetrics:
     token_seconds: list[float] = field(default_factory=list)
     """When each output token reached the host."""
     finished_seconds: float | None = None
+    num_cached_tokens: int = 0
+    """Prompt tokens that were not computed: the prefix cache had them at the request's first admission."""
     num_preemptions: int = 0
     num_stalls: int = 0
     """Steps that ran without this request while it was ready to decode: zero under a stall-free policy."""
@@ -221,6 +232,10 @@ class Request:
     num_unsampled_tokens: int = 0
     """Of a pipeline: the pending ones whose step has not left the last stage, so that not even the device has them."""
     num_computed_tokens: int = 0
+    """Whose keys and values are in the KV cache, or will be once what has been launched has run. While a request waits
+    they are those that the prefix cache had when the scheduler looked last."""
+    block_digests: list[bytes] = field(default_factory=list)
+    """Of its first blocks, as far as anyone has asked (scheduler/prefix_cache.py)."""
     slot: int = -1
     """Row of the per-sequence device arrays while running, -1 otherwise."""
     status: RequestStatus = RequestStatus.WAITING

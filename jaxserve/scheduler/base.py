@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from jaxserve.request import FinishReason, Request, RequestStatus
 from jaxserve.scheduler.batch import Batch, Chunk
 from jaxserve.scheduler.blocks import BlockManager
+from jaxserve.scheduler.prefix_cache import Hit
 from jaxserve.scheduler.step_time import Pace
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class Limits:
     """Of sarathi's stages of a prefill, the first one's first; none: one stage, of the whole budget."""
     pace: Pace | None = None
     """For the policies that need step times."""
+    enable_prefix_caching: bool = False
+    """Not for those that run whole prompts: they stand for engines that had no such cache."""
 
 
 class Scheduler(ABC):
@@ -70,10 +73,19 @@ class Scheduler(ABC):
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.blocks = BlockManager(limits.num_blocks, limits.block_size, limits.max_num_seqs, limits.max_model_len)
+        self.blocks = BlockManager(
+            limits.num_blocks,
+            limits.block_size,
+            limits.max_num_seqs,
+            limits.max_model_len,
+            window=limits.window,
+            prefix_caching=limits.enable_prefix_caching and not self.runs_whole_prompts,
+        )
         self.waiting: OrderedDict[str, Request] = OrderedDict()
         self.running: list[Request] = []
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._hit = Hit(0, [])
+        """Of the request that ``_next_waiting`` returned last."""
 
     @staticmethod  # noqa: B027
     def check_options(config: EngineConfig) -> None:
@@ -161,6 +173,8 @@ class Scheduler(ABC):
             start = request.num_computed_tokens
             samples = start + num_tokens == request.num_tokens
             batch.add(Chunk(request, start, num_tokens, request.slot, samples))
+            # Nobody earlier grows behind it in this batch, so it will not be preempted before the launch.
+            self.blocks.show(request.slot, start + num_tokens)
 
     def _make_room(self, batch: Batch, request: Request, wanted: int) -> int:
         """Give a running request blocks for up to ``wanted`` more tokens; returns for how many.
@@ -192,13 +206,19 @@ class Scheduler(ABC):
     def _next_waiting(self, batch: Batch) -> Request | None:
         """The head of the queue, where a batch in which nobody was preempted and a free slot could take it.
 
+        It counts as computed what the prefix cache has of it, for who decides about it now.
+
         A preempted request whose last token is still in a pipeline waits for it: its recomputation needs the token
         itself, and what a later step could feed back lies under the slot that it has lost.
         """
         if not self.waiting or batch.preempted or len(self.running) >= self.limits.max_num_seqs:
             return None
         head = next(iter(self.waiting.values()))
-        return None if head.num_pending_tokens else head
+        if head.num_pending_tokens:
+            return None
+        self._hit = self.blocks.find(head)
+        head.num_computed_tokens = self._hit.num_tokens
+        return head
 
     def _has_room(self, batch: Batch, request: Request) -> bool:
         """Whether the head of the queue would be left alone for a while, if it were admitted now.
@@ -214,8 +234,13 @@ class Scheduler(ABC):
         prefill_tokens = request.num_uncomputed_tokens + sum(r.num_uncomputed_tokens for r in batch.prefill_candidates)
         left_tokens = self.limits.token_budget - len(self.running)
         num_steps = -(-prefill_tokens // left_tokens) << request.metrics.num_preemptions
-        wanted = self._most_blocks(request, num_steps)
-        if wanted > self.blocks.num_free:
+        wanted, free = self._most_blocks(request, num_steps), self.blocks.num_free
+        if self.limits.window is None:
+            wanted -= self.blocks.num_in_use(self._hit)
+        else:
+            # A shared block that one leaves behind is not free, but the block that it goes on to is taken.
+            free -= self.blocks.num_repeats
+        if wanted > free:
             return False
 
         def growth(running: Request) -> int:
@@ -223,9 +248,9 @@ class Scheduler(ABC):
 
         # A bound first, which spares a look at every decode while memory is plenty.
         decodes = len(self.running) * -(-num_steps // self.blocks.block_size)
-        if wanted + decodes + sum(map(growth, batch.prefill_candidates)) <= self.blocks.num_free:
+        if wanted + decodes + sum(map(growth, batch.prefill_candidates)) <= free:
             return True
-        return wanted + sum(map(growth, self.running)) <= self.blocks.num_free
+        return wanted + sum(map(growth, self.running)) <= free
 
     def _most_blocks(self, request: Request, num_steps: int) -> int:
         """Blocks that the request may hold until ``num_steps`` from now; nobody caches a last token."""
@@ -242,6 +267,9 @@ class Scheduler(ABC):
         del self.waiting[request.request_id]
         request.status = RequestStatus.RUNNING
         request.slot = self._free_slots.pop()
+        self.blocks.admit(request.slot, request, self._hit)
+        if not request.metrics.num_preemptions:
+            request.metrics.num_cached_tokens = self._hit.num_tokens
         self.running.append(request)
         batch.prefill_candidates.append(request)
 
