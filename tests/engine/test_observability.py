@@ -50,7 +50,8 @@ def test_metrics_count_what_ran(llm: LLM) -> None:
     ended = value("request_success_total", finished_reason="length")
     records: list[StepRecord] = []
     llm.engine.on_step.append(lambda record, chunks: records.append(record))
-    llm.generate([[9] * 40, [8] * 300], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), use_tqdm=False)
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, cache_salt="metrics")
+    llm.generate([[9] * 40, [8] * 300], params, use_tqdm=False)
     llm.engine.on_step.pop()
     grown = {name: value(name) - before[name] for name in names}
     assert grown == {
