@@ -237,7 +237,7 @@ BAD_LINES = [
     (line("a", prompt=["hello", 5]), "prompt must be a string, a list of token ids, or a list of those, got ['"),
     (line("a", prompt=[True]), "prompt must be a string, a list of token ids, or a list of those, got [True]"),
     (line("a", CHAT, prompt="hello"), "messages must be a list of at least one message, got None"),
-    (line("a", prompt="hello", beams=2), "unknown parameter 'beams' for /v1/completions; known: ignore_eos, "),
+    (line("a", prompt="hello", beams=2), "unknown parameter 'beams' for /v1/completions; known: cache_salt, "),
     (line("a", prompt="hello", best_of=2), "best_of must be n, 1, got 2"),
     (line("a", prompt="hello", logit_bias={"5": 1}), "logit_bias must be {}, got {'5': 1}"),
     (

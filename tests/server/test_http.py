@@ -213,7 +213,7 @@ BAD = [
     (COMPLETIONS, {"prompt": "a", "max_tokens": 0}, "max_tokens must be an integer in [1, 2147483647], got 0"),
     (COMPLETIONS, {"prompt": "a", "temperature": "hot"}, "temperature must be in [0, 100], got 'hot'"),
     (COMPLETIONS, {"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias must be {}, got {'1': 101}"),
-    (COMPLETIONS, {"prompt": "a", "beams": 2}, "unknown parameter 'beams' for /v1/completions; known: ignore_eos"),
+    (COMPLETIONS, {"prompt": "a", "beams": 2}, "unknown parameter 'beams' for /v1/completions; known: cache_salt"),
     (CHATS, {"messages": "hi"}, "messages must be a list of at least one message, got 'hi'"),
     (CHATS, {"messages": CHAT, "echo": True}, "echo must be false for /v1/chat/completions, got true"),
     (CHATS, {"messages": [{}] * 1001}, "messages of 1001 items exceeds max_model_len 1000"),

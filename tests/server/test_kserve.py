@@ -261,7 +261,7 @@ def test_messages_of_a_stream_are_calls(make_server, stub_of, monkeypatch, event
         ({"max_tokens": 0}, "max_tokens must be an integer in [1, 2147483647], got 0"),
         ({"temperature": "hot"}, "temperature must be in [0, 100], got 'hot'"),
         ({"stop": [""]}, "stop must be at most 16 non-empty strings, got ('',)"),
-        ({"presence_penalty": 1}, "unknown sampling parameter 'presence_penalty'; known: ignore_eos, "),
+        ({"presence_penalty": 1}, "unknown sampling parameter 'presence_penalty'; known: cache_salt, "),
         ({"logprobs": 1}, "unknown sampling parameter 'logprobs'; known: "),
     ],
 )
