@@ -16,6 +16,8 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_SEED = 2**31 - 1
 MAX_CACHE_SALT_CHARACTERS = 128
+MAX_PRIORITY = 100
+"""And with a minus the least: so nobody is overtaken for longer than 200 levels are worth."""
 
 
 class FinishReason(StrEnum):
@@ -101,6 +103,7 @@ class SamplingParams:
     max_model_len has prompt_logprobs and no output, unless max_tokens is set.
     cache_salt: the request finds in the prefix cache only what others with the same salt have left there, so that no
     stranger can tell from the time to a first token what others have asked.
+    priority: lower goes first, until others have waited for ten seconds a level longer.
     Numbers may be numpy's or jax's, lists any iterable; they become Python's own and tuples.
     Raises RequestError, naming the field and the limit.
     """
@@ -119,6 +122,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     cache_salt: str | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -126,6 +130,7 @@ class SamplingParams:
             "top_p": _number("top_p", self.top_p, 0.0, 1.0, open_low=True),
             "min_p": _number("min_p", self.min_p, 0.0, 1.0),
             "top_k": _integer("top_k", self.top_k, -1, 2**31 - 1),
+            "priority": _integer("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY),
         }
         for name, low, high in _OPTIONAL_INTEGERS:
             if (value := getattr(self, name)) is not None:
@@ -236,6 +241,8 @@ class Request:
     they are those that the prefix cache had when the scheduler looked last."""
     block_digests: list[bytes] = field(default_factory=list)
     """Of its first blocks, as far as anyone has asked (scheduler/prefix_cache.py)."""
+    rank: tuple[float, int] = (0.0, 0)
+    """The scheduler's order of requests (scheduler/queue.py), from when it is added."""
     slot: int = -1
     """Row of the per-sequence device arrays while running, -1 otherwise."""
     status: RequestStatus = RequestStatus.WAITING

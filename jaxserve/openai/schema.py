@@ -8,7 +8,7 @@ from typing import Any
 from jaxserve.openai.endpoint import MAX_CHOICES
 from jaxserve.openai.responses import TEXT_PARTS
 from jaxserve.openai.tools import MAX_TOOLS
-from jaxserve.request import MAX_CACHE_SALT_CHARACTERS, MAX_LOGPROBS, MAX_SEED, MAX_STOP_STRINGS
+from jaxserve.request import MAX_CACHE_SALT_CHARACTERS, MAX_LOGPROBS, MAX_PRIORITY, MAX_SEED, MAX_STOP_STRINGS
 
 BOOLEAN: dict[str, Any] = {"type": ["boolean", "null"]}
 TOKEN_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
@@ -31,6 +31,10 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "skip_special_tokens": BOOLEAN,
     "include_stop_str_in_output": BOOLEAN,
     "cache_salt": {"type": ["string", "null"], "minLength": 1, "maxLength": MAX_CACHE_SALT_CHARACTERS},
+    "priority": {
+        "type": ["integer", "null"], "minimum": -MAX_PRIORITY, "maximum": MAX_PRIORITY,
+        "description": "Lower goes first.",
+    },
     "user": {"type": ["string", "null"]},
 }  # fmt: skip
 """What every endpoint takes."""

@@ -193,7 +193,9 @@ def run(scheduler: Scheduler, workload: Workload) -> Iterator[Step]:
         assert step < 200 + 100 * len(requests) + 100 * redone
     assert all(r.status is RequestStatus.FINISHED for r in requests)
     for request in requests:
-        assert request.metrics.num_preemptions <= most_preemptions
+        overtakers = [r for r in requests if int(r.request_id) > int(request.request_id) and r.rank < request.rank]
+        overtaken = sum(1 + r.metrics.num_preemptions for r in overtakers)
+        assert request.metrics.num_preemptions <= most_preemptions + overtaken
         if request.finish_reason is FinishReason.LENGTH:
             assert len(request.output_token_ids) == request.max_tokens
     scheduler.blocks.check()
