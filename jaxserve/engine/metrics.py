@@ -136,6 +136,7 @@ class EngineMetrics:
         """Count a request that is in a batch for the first time."""
         self.prefix_queries.inc(request.num_prompt_tokens)
         self.prefix_hits.inc(request.metrics.num_cached_tokens)
+        self.recent.add_prompt(request.num_prompt_tokens, request.metrics.num_cached_tokens)
 
     def observe_step(self, step: StepRecord, chunks: list[Chunk]) -> None:
         seconds, num_padding_tokens = step.ready_seconds - step.device_start_seconds, step.num_rows - step.num_tokens
