@@ -113,6 +113,11 @@ class EngineConfig:
     )
     block_size: int | None = option(None, "tokens in one KV-cache block; 16 on CPUs, 64 on GPUs by default")
     num_blocks: int | None = option(None, "KV-cache blocks; by default what the memory holds")
+    enable_prefix_caching: bool = option(
+        True,
+        "keep the KV of earlier requests while there is room, and compute only what a prompt adds to them; not with "
+        "schedulers that run whole prompts",
+    )
     gpu_memory_utilization: float = option(0.92, "share of the GPU's memory for weights, KV cache and steps")
     tensor_parallel: int = option(1, "devices that share every layer: heads, MLPs and the vocabulary are divided")
     pipeline_parallel: int = option(
@@ -156,7 +161,7 @@ class EngineConfig:
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         self._check_objective()
-        self._check_warmup()
+        self._check_switches()
         for policy in POLICIES.values():
             policy.check_options(self)
         if not 0.1 <= self.gpu_memory_utilization <= 1.0:
@@ -189,9 +194,10 @@ class EngineConfig:
                 f"scheduler {self.scheduler} runs whole prompts: token_budget must be at least max_model_len, got auto"
             )
 
-    def _check_warmup(self) -> None:
-        if not isinstance(self.warmup, bool):
-            raise ConfigError(f"warmup must be true or false, got {self.warmup!r}")
+    def _check_switches(self) -> None:
+        for name in ("warmup", "enable_prefix_caching"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if not self.warmup and self.token_budget == "auto":
             raise ConfigError("warmup must be true for token_budget auto, which times every program, got false")
 
@@ -270,6 +276,7 @@ class ResolvedConfig(EngineConfig):
             pipeline_depth=self.pipeline_parallel,
             chunk_budgets=self.chunk_budgets,
             pace=pace,
+            enable_prefix_caching=self.enable_prefix_caching,
         )
 
 

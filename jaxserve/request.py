@@ -39,6 +39,8 @@ class RequestMetrics:
     token_seconds: list[float] = field(default_factory=list)
     """When each output token reached the host."""
     finished_seconds: float | None = None
+    num_cached_tokens: int = 0
+    """Prompt tokens that were not computed: the prefix cache had them at the request's first admission."""
     num_preemptions: int = 0
     num_stalls: int = 0
     """Steps that ran without this request while it was ready to decode: zero under a stall-free policy."""
@@ -86,6 +88,12 @@ class Request:
     num_unsampled_tokens: int = 0
     """Of a pipeline: the pending ones whose step has not left the last stage, so that not even the device has them."""
     num_computed_tokens: int = 0
+    """Whose keys and values are in the KV cache, or will be once what has been launched has run. While a request waits
+    they are those that the prefix cache had when the scheduler looked last."""
+    block_digests: list[bytes] = field(default_factory=list)
+    """Of its first blocks, as far as anyone has asked (scheduler/prefix_cache.py)."""
+    rank: tuple[float, int] = (0.0, 0)
+    """The scheduler's order of requests (scheduler/queue.py), from when it is added."""
     slot: int = -1
     """Row of the per-sequence device arrays while running, -1 otherwise."""
     status: RequestStatus = RequestStatus.WAITING

@@ -16,6 +16,9 @@ MAX_CHOICES = 128
 """Outputs of a prompt."""
 MAX_LOGIT_BIAS = 300
 """Tokens of a ``logit_bias`` (OpenAI's limit)."""
+MAX_CACHE_SALT_CHARACTERS = 128
+MAX_PRIORITY = 100
+"""And with a minus the least: so nobody is overtaken for longer than 200 levels are worth."""
 MAX_BAD_WORDS, MAX_BAD_WORD_CHARACTERS = 128, 128
 MAX_INT32 = 2**31 - 1
 MAX_SEED = MAX_INT32
@@ -119,6 +122,9 @@ class SamplingParams:
     stop, stop_token_ids: end the output; a stop string is left out of the text unless include_stop_str_in_output.
     logprobs, prompt_logprobs: that many alternatives per position besides the chosen token. A prompt as long as
     max_model_len has prompt_logprobs and no output, unless max_tokens is set.
+    cache_salt: the request finds in the prefix cache only what others with the same salt have left there, so that no
+    stranger can tell from the time to a first token what others have asked.
+    priority: lower goes first, until others have waited for ten seconds a level longer.
     Numbers may be numpy's or jax's, lists any iterable; they become Python's own and tuples.
     Raises RequestError, naming the field and the limit.
     """
@@ -145,6 +151,8 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    cache_salt: str | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -153,6 +161,7 @@ class SamplingParams:
             "top_p": _number("top_p", self.top_p, 0.0, 1.0, open_low=True),
             "min_p": _number("min_p", self.min_p, 0.0, 1.0),
             "top_k": _integer("top_k", self.top_k, -1, MAX_INT32),
+            "priority": _integer("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY),
             "presence_penalty": _number("presence_penalty", self.presence_penalty, -2.0, 2.0),
             "frequency_penalty": _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0),
             "repetition_penalty": _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True),
@@ -183,6 +192,11 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
         if len(stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in stop):
             raise RequestError(f"stop must be at most {MAX_STOP_STRINGS} non-empty strings, got {stop!r}")
+        salt = self.cache_salt
+        if salt is not None and not (isinstance(salt, str) and 1 <= len(salt) <= MAX_CACHE_SALT_CHARACTERS):
+            raise RequestError(
+                f"cache_salt must be a string of 1 to {MAX_CACHE_SALT_CHARACTERS} characters, got {salt!r}"
+            )
         checked["stop"] = stop
         checked["stop_token_ids"] = _token_ids("stop_token_ids", self.stop_token_ids)
         for name, value in checked.items():

@@ -333,8 +333,11 @@ def main() -> int:
     parser.add_argument("benchmark", choices=COMMANDS)
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="of the benchmark and the engine")
     args = parser.parse_args()
+    benchmark = argparse.ArgumentParser(prog=f"bench.py {args.benchmark}")
+    # Rounds and rates repeat their prompts, of which a cache would leave little to measure.
+    benchmark.set_defaults(enable_prefix_caching=False)
     try:
-        return COMMANDS[args.benchmark](argparse.ArgumentParser(prog=f"bench.py {args.benchmark}"), args.flags) or 0
+        return COMMANDS[args.benchmark](benchmark, args.flags) or 0
     except (ConfigError, ModelError, ServerProcessError, TimeoutError) as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
         return 2

@@ -26,6 +26,8 @@ from jaxserve.result_file import BatchFileError, ResultFile
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MODEL, MAX_MODEL_LEN = "echo", 100
 
+NONE_CACHED = {"prompt_tokens_details": {"cached_tokens": 0}}
+
 
 class EchoTokenizer:
     """One token a character."""
@@ -154,7 +156,7 @@ def test_completion(tmp_path: Path) -> None:
                 "object": "text_completion",
                 "model": MODEL,
                 "choices": [{"index": 0, "text": "xx", "logprobs": None, "finish_reason": "length"}],
-                "usage": {"prompt_tokens": 6, "completion_tokens": 2, "total_tokens": 8},
+                "usage": {"prompt_tokens": 6, "completion_tokens": 2, "total_tokens": 8, **NONE_CACHED},
             },
         },
         "error": None,
@@ -173,12 +175,12 @@ def test_several_prompts_and_choices(tmp_path: Path) -> None:
     result = answer(tmp_path, line("a", prompt=["one", "three"], n=2, max_tokens=2))
     body = result["response"]["body"]
     assert [(choice["index"], choice["text"]) for choice in body["choices"]] == [(i, "xx") for i in range(4)]
-    assert body["usage"] == {"prompt_tokens": 10, "completion_tokens": 8, "total_tokens": 18}
+    assert body["usage"] == {"prompt_tokens": 10, "completion_tokens": 8, "total_tokens": 18, **NONE_CACHED}
 
 
 def test_token_ids_as_prompt(tmp_path: Path) -> None:
     body = answer(tmp_path, line("a", prompt=[5, 6, 7], max_completion_tokens=1))["response"]["body"]
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4, **NONE_CACHED}
 
 
 def test_logprobs_of_a_completion(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def completion(
             prompt_logprobs=None,
             finish_reason=FinishReason.LENGTH,
             stop_reason=None,
-            metrics=RequestMetrics(arrival_seconds=0.0),
+            metrics=RequestMetrics(arrival_seconds=0.0, num_cached_tokens=4),
             num_prompt_tokens=1,
         )
     )
@@ -126,7 +126,12 @@ def test_a_response_has_every_choice_and_all_tokens() -> None:
             {"index": 0, "text": "x", "logprobs": None, "finish_reason": "length"},
             {"index": 1, "text": "xy", "logprobs": None, "finish_reason": "length"},
         ],
-        "usage": {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5},
+        "usage": {
+            "prompt_tokens": 2,
+            "completion_tokens": 3,
+            "total_tokens": 5,
+            "prompt_tokens_details": {"cached_tokens": 8},
+        },
     }
 
 

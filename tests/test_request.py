@@ -142,11 +142,22 @@ def test_switches(name: str, value: Any) -> None:
     assert message.endswith(f"got {value!r}")
 
 
+@pytest.mark.parametrize("priority", [-101, 101, 0.5, "high", True])
+def test_priorities_are_few(priority: Any) -> None:
+    assert error(priority=priority) == f"priority must be an integer in [-100, 100], got {priority!r}"
+
+
+@pytest.mark.parametrize("salt", ["", "x" * 129, 5, b"a"])
+def test_salts_are_short_strings(salt: Any) -> None:
+    assert error(cache_salt=salt) == f"cache_salt must be a string of 1 to 128 characters, got {salt!r}"
+
+
 def test_limits_are_within_reach() -> None:
     SamplingParams(temperature=0, top_p=1, min_p=0, top_k=-1, seed=0, max_tokens=1, logprobs=0, prompt_logprobs=0)
     SamplingParams(
         temperature=100, top_p=1e-9, min_p=1.0, top_k=INT_LIMIT, seed=MAX_SEED, max_tokens=None, logprobs=20,
-        prompt_logprobs=20, stop=["a"] * MAX_STOP_STRINGS, stop_token_ids=[0, INT_LIMIT],
+        prompt_logprobs=20, stop=["a"] * MAX_STOP_STRINGS, stop_token_ids=[0, INT_LIMIT], cache_salt="x" * 128,
+        priority=-100,
     )  # fmt: skip
 
 

@@ -223,6 +223,7 @@ class Engine:
         for chunk in prefills:
             if chunk.request.metrics.first_scheduled_seconds is None:
                 chunk.request.metrics.first_scheduled_seconds = scheduled
+                self.metrics.observe_begin(chunk.request)
         num_decodes = len(chunks) - len(prefills)
         step.record = StepRecord(start, scheduled, num_tokens=batch.num_tokens, num_decode_tokens=num_decodes)
         return step

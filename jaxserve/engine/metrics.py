@@ -105,6 +105,8 @@ class EngineMetrics:
         self.compiles = gauge("compiles_after_warmup", "Programs compiled after warm-up: must stay 0")
         self.startup = gauge("startup_seconds", "Seconds of the start's phases; weights load beside compile", "phase")
         self.preemptions = counter("num_preemptions", "Requests that lost their KV blocks and were recomputed")
+        self.prefix_queries = counter("prefix_cache_queries", "Prompt tokens of requests that have begun")
+        self.prefix_hits = counter("prefix_cache_hits", "Those of them that the prefix cache had")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished requests")
         self.generation_tokens = counter("generation_tokens", "Output tokens of finished requests")
         self.finished = counter("request_success", "Finished requests", "finished_reason")
@@ -147,6 +149,12 @@ class EngineMetrics:
         self.waiting.set(load.num_waiting)
         self.kv_usage.set(blocks.usage)
         self.compiles.set(num_compiles)
+
+    def observe_begin(self, request: Request) -> None:
+        """Count a request that is in a batch for the first time."""
+        self.prefix_queries.inc(request.num_prompt_tokens)
+        self.prefix_hits.inc(request.metrics.num_cached_tokens)
+        self.recent.add_prompt(request.num_prompt_tokens, request.metrics.num_cached_tokens)
 
     def observe_step(self, step: StepRecord, chunks: list[Chunk]) -> None:
         seconds, num_padding_tokens = step.ready_seconds - step.device_start_seconds, step.num_rows - step.num_tokens

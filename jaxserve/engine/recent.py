@@ -64,6 +64,8 @@ class Recent:
         self.num_steps = 0
         """Since the start, those that are no longer kept included."""
         self._steps: deque[RecentStep] = deque(maxlen=KEPT_STEPS)
+        self._prompts: deque[tuple[int, int]] = deque(maxlen=KEPT_REQUESTS)
+        """Tokens of each, and how many of them the prefix cache had."""
         self._ttft_seconds: deque[float] = deque(maxlen=KEPT_REQUESTS)
         self._tbt_seconds: deque[float] = deque(maxlen=KEPT_TOKENS)
 
@@ -77,6 +79,10 @@ class Recent:
         )
         self.num_steps = number
 
+    def add_prompt(self, num_tokens: int, num_cached_tokens: int) -> None:
+        """Of a request that has begun."""
+        self._prompts.append((num_tokens, num_cached_tokens))
+
     def add_request(self, ttft_seconds: float, tbt_seconds: Iterable[float]) -> None:
         """A request that has ended."""
         self._ttft_seconds.append(ttft_seconds)
@@ -85,6 +91,11 @@ class Recent:
     def steps_after(self, number: int) -> list[RecentStep]:
         """The kept ones with higher numbers, in order."""
         return [step for step in self._steps.copy() if step.number > number]
+
+    def cached_share(self) -> float | None:
+        """Of the prompt tokens of the last requests that began; None before the first one."""
+        prompts = self._prompts.copy()
+        return sum(cached for _, cached in prompts) / sum(tokens for tokens, _ in prompts) if prompts else None
 
     def ttft(self) -> Latency:
         return Latency.of(self._ttft_seconds.copy())

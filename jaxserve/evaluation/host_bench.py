@@ -134,8 +134,10 @@ class HostBench:
 
     def _add(self) -> None:
         prompt, output = self._random.integers(*LENGTHS, 2).tolist()
-        params = SamplingParams(max_tokens=output, ignore_eos=True)
-        self._engine.add_request(f"host-{self._num_added}", self._prompt[:prompt], params)
+        name = f"host-{self._num_added}"
+        # The prompts begin alike, the salts let no one find another's.
+        params = SamplingParams(max_tokens=output, ignore_eos=True, cache_salt=name)
+        self._engine.add_request(name, self._prompt[:prompt], params)
         self._num_added += 1
 
     def _observe(self, step: StepRecord, chunks: list[Chunk]) -> None:

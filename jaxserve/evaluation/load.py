@@ -35,10 +35,16 @@ MAX_ERRORS = 10
 
 
 def make_prompts(workload: Sequence[WorkloadRequest], vocab_size: int, seed: int) -> list[list[int]]:
-    """Random token ids, so that no prompt shares a prefix with another."""
+    """Random token ids, so that prompts share no more than the workload has them share."""
     random = np.random.default_rng(seed)
     low = min(FIRST_TOKEN_ID, vocab_size // 2)
-    return [random.integers(low, vocab_size, request.num_prompt_tokens).tolist() for request in workload]
+    prompts = []
+    for request in workload:
+        prompt = random.integers(low, vocab_size, request.num_prompt_tokens)
+        if num_shared := request.num_shared_tokens:
+            prompt[:num_shared] = np.random.default_rng((seed, request.group)).integers(low, vocab_size, num_shared)
+        prompts.append(prompt.tolist())
+    return prompts
 
 
 @dataclass

@@ -23,6 +23,9 @@ class WorkloadRequest:
     """After the start of the run."""
     num_prompt_tokens: int
     num_output_tokens: int
+    num_shared_tokens: int = 0
+    """The prompt begins with as many that all requests of its ``group`` begin with."""
+    group: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,10 @@ class WorkloadConfig:
     prompt_output_ratio: float = option(4.0, "uniform, zipf: prompt tokens for each output token")
     zipf_exponent: float = option(0.6, "zipf: 0 is uniform, above it short requests prevail")
     length_scale: float = option(1.0, "factor on all lengths, max_total_tokens included, for small machines")
+    shared_prefix_tokens: int = option(
+        0, "a prompt's first tokens, or all where it is shorter, are those of its group, as system prompts are"
+    )
+    shared_prefix_groups: int = option(1, "groups of requests, each with a beginning of its own")
     arrivals: str = option(
         "poisson", "when requests come; closed: a new one when one ends, 'concurrency' in flight", ARRIVALS
     )
@@ -59,7 +66,9 @@ class WorkloadConfig:
         for name, allowed in (("lengths", LENGTHS), ("arrivals", ARRIVALS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("num_prompt_tokens", "num_output_tokens", "concurrency", "num_requests"):
+        for name in (
+            "num_prompt_tokens", "num_output_tokens", "concurrency", "num_requests", "shared_prefix_groups",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 2 <= self.min_total_tokens <= self.max_total_tokens:
@@ -73,8 +82,9 @@ class WorkloadConfig:
                 raise ConfigError(f"{name} must be above 0, got {value:g}")
         if not 0 <= self.zipf_exponent < np.inf:
             raise ConfigError(f"zipf_exponent must be at least 0, got {self.zipf_exponent:g}")
-        if self.workload_seed < 0:
-            raise ConfigError(f"workload_seed must be at least 0, got {self.workload_seed}")
+        for name in ("workload_seed", "shared_prefix_tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         if "trace" in (self.lengths, self.arrivals) and not self.trace_file:
             raise ConfigError("trace_file must name a file where lengths or arrivals are 'trace', got none")
         for name in ("rate", "duration_seconds"):
@@ -97,8 +107,8 @@ def make_workload(config: WorkloadConfig, *, max_model_len: int | None = None) -
     """
     if max_model_len is not None and max_model_len < 2:
         raise ConfigError(f"max_model_len must be at least 2 for a prompt and an output, got {max_model_len}")
-    for_lengths, for_arrivals = (
-        np.random.default_rng(seed) for seed in np.random.SeedSequence(config.workload_seed).spawn(2)
+    for_lengths, for_arrivals, for_groups = (
+        np.random.default_rng(seed) for seed in np.random.SeedSequence(config.workload_seed).spawn(3)
     )
     trace = _read_trace(config)
     count = config.num_requests
@@ -125,9 +135,10 @@ def make_workload(config: WorkloadConfig, *, max_model_len: int | None = None) -
         prompts, outputs = _clip(prompts * config.length_scale, outputs * config.length_scale, None)
     if max_model_len is not None:
         prompts, outputs = _clip(prompts, outputs, max_model_len)
-    return [
-        WorkloadRequest(*request) for request in zip(times.tolist(), prompts.tolist(), outputs.tolist(), strict=True)
-    ]
+    shared = np.minimum(prompts, config.shared_prefix_tokens)
+    groups = for_groups.integers(config.shared_prefix_groups, size=count)
+    columns = (column.tolist() for column in (times, prompts, outputs, shared, groups))
+    return [WorkloadRequest(*request) for request in zip(*columns, strict=True)]
 
 
 def _read_trace(config: WorkloadConfig) -> Trace | None:

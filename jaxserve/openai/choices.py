@@ -98,9 +98,10 @@ class ChoicesResponse(Response):
         head = {"id": self.response_id, "object": name, "created": self.created, "model": self.model.names[0]}
         return {**head, "choices": choices}
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": self.num_output_tokens,
             "total_tokens": self.num_prompt_tokens + self.num_output_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
         }

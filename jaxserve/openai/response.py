@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from jaxserve.openai.endpoint import Ask
-from jaxserve.request import Completion, FinishReason, Logprob
+from jaxserve.request import Completion, FinishReason, Logprob, RequestMetrics
 from jaxserve.served_model import ServedModel
 
 
@@ -25,6 +25,8 @@ class Part(Protocol):
     def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None: ...
     @property
     def finish_reason(self) -> FinishReason | None: ...
+    @property
+    def metrics(self) -> RequestMetrics: ...
 
 
 class Response(ABC):
@@ -41,16 +43,28 @@ class Response(ABC):
         """Each prompt's once, however many choices it has."""
         self.num_output_tokens = 0
         """Those that have been made, or written."""
+        self._num_cached_tokens: dict[int, int] = {}
 
     def whole(self) -> dict[str, Any]:
         """The body of a response that is not streamed."""
-        self.num_output_tokens = sum(len(completion.token_ids) for completion in self.completions)
+        for index, completion in enumerate(self.completions):
+            self._count(index, completion)
         return self._whole()
 
     def events(self, index: int, part: Part) -> Iterator[dict[str, Any]]:
         """What ``part`` adds to the completion of this number."""
-        self.num_output_tokens += len(part.token_ids)
+        self._count(index, part)
         return self._events(index, part)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of the prompts, what need not be computed."""
+        return sum(self._num_cached_tokens.values())
+
+    def _count(self, index: int, part: Part) -> None:
+        self.num_output_tokens += len(part.token_ids)
+        if index % self.num_choices == 0:  # the other choices of a prompt find what this one has computed
+            self._num_cached_tokens[index] = part.metrics.num_cached_tokens
 
     def first_events(self) -> Iterator[dict[str, Any]]:
         """What goes before all parts."""

@@ -158,7 +158,7 @@ class TextResponse(Response):
     def _usage(self) -> dict[str, Any]:
         return {
             "input_tokens": self.num_prompt_tokens,
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": {"cached_tokens": self.num_cached_tokens},
             "output_tokens": self.num_output_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": self.num_prompt_tokens + self.num_output_tokens,

@@ -10,9 +10,11 @@ from jaxserve.openai.tools import MAX_TOOLS
 from jaxserve.sampling_params import (
     MAX_BAD_WORD_CHARACTERS,
     MAX_BAD_WORDS,
+    MAX_CACHE_SALT_CHARACTERS,
     MAX_CHOICES,
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
+    MAX_PRIORITY,
     MAX_SEED,
     MAX_STOP_STRINGS,
 )
@@ -50,6 +52,11 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "ignore_eos": BOOLEAN,
     "skip_special_tokens": BOOLEAN,
     "include_stop_str_in_output": BOOLEAN,
+    "cache_salt": {"type": ["string", "null"], "minLength": 1, "maxLength": MAX_CACHE_SALT_CHARACTERS},
+    "priority": {
+        "type": ["integer", "null"], "minimum": -MAX_PRIORITY, "maximum": MAX_PRIORITY,
+        "description": "Lower goes first.",
+    },
     "user": {"type": ["string", "null"]},
 }  # fmt: skip
 """What every endpoint takes."""

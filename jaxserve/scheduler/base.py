@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict
+from bisect import insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, ClassVar
 from jaxserve.request import FinishReason, Request, RequestStatus
 from jaxserve.scheduler.batch import Batch, Chunk
 from jaxserve.scheduler.blocks import BlockManager
+from jaxserve.scheduler.prefix_cache import Hit
+from jaxserve.scheduler.queue import WaitingQueue, by_rank
 from jaxserve.scheduler.step_time import Pace
 
 if TYPE_CHECKING:
@@ -49,13 +51,16 @@ class Limits:
     """Of sarathi's stages of a prefill, the first one's first; none: one stage, of the whole budget."""
     pace: Pace | None = None
     """For the policies that need step times."""
+    enable_prefix_caching: bool = False
+    """Not for those that run whole prompts: they stand for engines that had no such cache."""
 
 
 class Scheduler(ABC):
     """Owns the requests that wait and run, first come first served; a policy fills each step's batch.
 
-    ``waiting`` and ``running`` are in order of arrival. When blocks run out the latest arrival is preempted: it gives
-    all its blocks back, returns to the head of the queue and is recomputed.
+    ``waiting`` and ``running`` are in order of rank, which is that of arrival where all have one priority; who is later
+    or earlier in what follows, is so by rank. When blocks run out the latest is preempted: it gives all its blocks
+    back, returns to the queue, where its rank has kept its place, and is recomputed.
 
     With a window, a request gives back the blocks that it has left behind, so it needs only as many as its window and
     one chunk span, however long it is.
@@ -70,10 +75,19 @@ class Scheduler(ABC):
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.blocks = BlockManager(limits.num_blocks, limits.block_size, limits.max_num_seqs, limits.max_model_len)
-        self.waiting: OrderedDict[str, Request] = OrderedDict()
+        self.blocks = BlockManager(
+            limits.num_blocks,
+            limits.block_size,
+            limits.max_num_seqs,
+            limits.max_model_len,
+            window=limits.window,
+            prefix_caching=limits.enable_prefix_caching and not self.runs_whole_prompts,
+        )
+        self.waiting = WaitingQueue()
         self.running: list[Request] = []
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._hit = Hit(0, [])
+        """Of the request that ``_next_waiting`` returned last."""
 
     @staticmethod  # noqa: B027
     def check_options(config: EngineConfig) -> None:
@@ -87,7 +101,7 @@ class Scheduler(ABC):
         """Choose the batch's chunks through ``_grant`` and its kin, and whom to ``_admit``."""
 
     def add(self, request: Request) -> None:
-        self.waiting[request.request_id] = request
+        self.waiting.add(request)
 
     def has_unfinished(self) -> bool:
         return bool(self.waiting or self.running)
@@ -127,7 +141,7 @@ class Scheduler(ABC):
             self.running.remove(request)
             self._release(request)
         else:
-            self.waiting.pop(request.request_id, None)
+            self.waiting.remove(request)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
 
@@ -161,6 +175,9 @@ class Scheduler(ABC):
             start = request.num_computed_tokens
             samples = start + num_tokens == request.num_tokens
             batch.add(Chunk(request, start, num_tokens, request.slot, samples))
+            # It will not be preempted before the launch: who is granted blocks after it in this batch is later, or is
+            # admitted now and has found a free one.
+            self.blocks.show(request.slot, start + num_tokens)
 
     def _make_room(self, batch: Batch, request: Request, wanted: int) -> int:
         """Give a running request blocks for up to ``wanted`` more tokens; returns for how many.
@@ -192,13 +209,19 @@ class Scheduler(ABC):
     def _next_waiting(self, batch: Batch) -> Request | None:
         """The head of the queue, where a batch in which nobody was preempted and a free slot could take it.
 
+        It counts as computed what the prefix cache has of it, for who decides about it now.
+
         A preempted request whose last token is still in a pipeline waits for it: its recomputation needs the token
         itself, and what a later step could feed back lies under the slot that it has lost.
         """
-        if not self.waiting or batch.preempted or len(self.running) >= self.limits.max_num_seqs:
+        if batch.preempted or len(self.running) >= self.limits.max_num_seqs:
             return None
-        head = next(iter(self.waiting.values()))
-        return None if head.num_pending_tokens else head
+        head = self.waiting.head()
+        if head is None or head.num_pending_tokens:
+            return None
+        self._hit = self.blocks.find(head)
+        head.num_computed_tokens = self._hit.num_tokens
+        return head
 
     def _has_room(self, batch: Batch, request: Request) -> bool:
         """Whether the head of the queue would be left alone for a while, if it were admitted now.
@@ -207,15 +230,21 @@ class Scheduler(ABC):
         they may take while the prefills among them are computed must be free, or a long prompt would be thrown out
         half-way and begun again (vLLM's scheduler_reserve_full_isl, and what outputs take in the meantime). Each
         preemption doubles the time, at last to where everybody before it has ended. So a request is preempted, and
-        recomputed, at most ``1 + log2(max_model_len)`` times, rounded up.
+        recomputed, at most ``1 + log2(max_model_len)`` times, rounded up, and once for each admission of a request that
+        comes after it and overtakes it.
         """
         if not self.running:
             return True
         prefill_tokens = request.num_uncomputed_tokens + sum(r.num_uncomputed_tokens for r in batch.prefill_candidates)
         left_tokens = self.limits.token_budget - len(self.running)
         num_steps = -(-prefill_tokens // left_tokens) << request.metrics.num_preemptions
-        wanted = self._most_blocks(request, num_steps)
-        if wanted > self.blocks.num_free:
+        wanted, free = self._most_blocks(request, num_steps), self.blocks.num_free
+        if self.limits.window is None:
+            wanted -= self.blocks.num_in_use(self._hit)
+        else:
+            # A shared block that one leaves behind is not free, but the block that it goes on to is taken.
+            free -= self.blocks.num_repeats
+        if wanted > free:
             return False
 
         def growth(running: Request) -> int:
@@ -223,9 +252,9 @@ class Scheduler(ABC):
 
         # A bound first, which spares a look at every decode while memory is plenty.
         decodes = len(self.running) * -(-num_steps // self.blocks.block_size)
-        if wanted + decodes + sum(map(growth, batch.prefill_candidates)) <= self.blocks.num_free:
+        if wanted + decodes + sum(map(growth, batch.prefill_candidates)) <= free:
             return True
-        return wanted + sum(map(growth, self.running)) <= self.blocks.num_free
+        return wanted + sum(map(growth, self.running)) <= free
 
     def _most_blocks(self, request: Request, num_steps: int) -> int:
         """Blocks that the request may hold until ``num_steps`` from now; nobody caches a last token."""
@@ -239,10 +268,13 @@ class Scheduler(ABC):
 
     def _admit(self, batch: Batch, request: Request) -> None:
         """Move the head of the queue to the running ones."""
-        del self.waiting[request.request_id]
+        self.waiting.remove(request)
         request.status = RequestStatus.RUNNING
         request.slot = self._free_slots.pop()
-        self.running.append(request)
+        self.blocks.admit(request.slot, request, self._hit)
+        if not request.metrics.num_preemptions:
+            request.metrics.num_cached_tokens = self._hit.num_tokens
+        insort(self.running, request, key=by_rank)
         batch.prefill_candidates.append(request)
 
     def _preempt_latest(self, batch: Batch) -> Request:
@@ -253,8 +285,7 @@ class Scheduler(ABC):
         victim.status = RequestStatus.WAITING
         victim.num_computed_tokens = 0
         victim.metrics.num_preemptions += 1
-        self.waiting[victim.request_id] = victim
-        self.waiting.move_to_end(victim.request_id, last=False)
+        self.waiting.put_back(victim)
         return victim
 
     def _release(self, request: Request) -> None:

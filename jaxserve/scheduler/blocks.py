@@ -1,15 +1,35 @@
-"""Paged KV bookkeeping on the host: which block of the cache belongs to which sequence."""
+"""Paged KV bookkeeping on the host: which block of the cache belongs to which sequences."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jaxserve.scheduler.prefix_cache import Hit, PrefixCache, block_digests
+
+if TYPE_CHECKING:
+    from jaxserve.request import Request
 
 
 class BlockManager:
     """Hands out KV blocks of ``block_size`` tokens. Block 0 is the dummy page of padding rows: nobody gets it.
 
     A sequence goes by its slot, below ``max_num_seqs``, and has at most ``max_model_len`` tokens.
+
+    With ``prefix_caching``, sequences of requests that begin alike share the full blocks of their beginnings, which
+    nobody writes to again, and a block outlives its sequences until it is wanted for other tokens. ``window``: the
+    widest attention window, where every layer has one.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        *,
+        window: int | None = None,
+        prefix_caching: bool = False,
+    ) -> None:
         import numpy as np  # who only configures a scheduler, or asks for help, need not wait for it
 
         self.num_blocks = num_blocks
@@ -19,17 +39,28 @@ class BlockManager:
         ``release_before`` took back."""
         self.held_tokens = [0] * max_num_seqs
         """By slot, how many tokens its blocks are for, those that ``release_before`` took back included."""
+        self.num_repeats = 0
+        """Blocks that the tables hold more than once, each time after the first counted."""
         self._num_released = [0] * max_num_seqs
         """By slot, how many blocks ``release_before`` took back: the first ones."""
         self._free = list(range(num_blocks - 1, 0, -1))
+        """What nobody can find; ``_cache`` has the others that no sequence has."""
+        self._num_owners = [0] * num_blocks
+        self._cache = PrefixCache(block_size, window)
+        self._prefix_caching = prefix_caching
+        self._requests: list[Request | None] = [None] * max_num_seqs
+        """By slot, whose blocks others may find."""
+        self._num_shown = [0] * max_num_seqs
+        """By slot, how many blocks ``show`` has gone through."""
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Blocks that no sequence has, those in the prefix cache included."""
+        return len(self._free) + self._cache.num_idle
 
     @property
     def num_used(self) -> int:
-        return self.num_blocks - 1 - len(self._free)
+        return self.num_blocks - 1 - self.num_free
 
     @property
     def usage(self) -> float:
@@ -44,9 +75,35 @@ class BlockManager:
         """Blocks that the sequence has, without those that ``release_before`` took back."""
         return self.held_tokens[slot] // self.block_size - self._num_released[slot]
 
+    def num_in_use(self, hit: Hit) -> int:
+        """Blocks of the hit that running sequences have, so that they are not taken from the free ones."""
+        return sum(self._num_owners[block] > 0 for block in hit.blocks)
+
     def room(self, slot: int) -> int:
         """Tokens that the sequence's own blocks and all free ones could hold together."""
-        return self.held_tokens[slot] + len(self._free) * self.block_size
+        return self.held_tokens[slot] + self.num_free * self.block_size
+
+    def find(self, request: Request) -> Hit:
+        """What the cache has of a request that waits. Who wants logprobs of its prompt has to compute all of it."""
+        if not self._prefix_caching or request.params.prompt_logprobs is not None:
+            return Hit(0, [])
+        return self._cache.find(request)
+
+    def admit(self, slot: int, request: Request, hit: Hit) -> None:
+        """Begin a request's sequence with what ``find`` has just found for it."""
+        for block in hit.blocks:
+            if self._num_owners[block]:
+                self.num_repeats += 1
+            else:
+                self._cache.wake(block)
+            self._num_owners[block] += 1
+        end = hit.num_tokens // self.block_size
+        first = end - len(hit.blocks)
+        self.tables[slot, first:end] = hit.blocks
+        self.held_tokens[slot] = hit.num_tokens
+        self._num_released[slot], self._num_shown[slot] = first, end
+        if self._prefix_caching:
+            self._requests[slot] = request
 
     def grow(self, slot: int, num_tokens: int) -> None:
         """Give the sequence blocks for its first ``num_tokens`` tokens; the caller has checked ``room``."""
@@ -54,15 +111,37 @@ class BlockManager:
         wanted = self.num_for(num_tokens)
         if wanted <= held:
             return
-        if wanted - held > len(self._free):
-            raise RuntimeError(f"{wanted - held} KV blocks wanted for slot {slot}, {len(self._free)} free")
-        first = len(self._free) - (wanted - held)
-        self.tables[slot, held:wanted] = self._free[first:][::-1]
+        if wanted - held > self.num_free:
+            raise RuntimeError(f"{wanted - held} KV blocks wanted for slot {slot}, {self.num_free} free")
+        first = max(0, len(self._free) - (wanted - held))
+        taken = self._free[first:][::-1]
         del self._free[first:]
+        taken += [self._cache.evict() for _ in range(wanted - held - len(taken))]
+        for block in taken:
+            self._num_owners[block] = 1
+        self.tables[slot, held:wanted] = taken
         self.held_tokens[slot] = wanted * self.block_size
 
+    def show(self, slot: int, num_tokens: int) -> None:
+        """Let other requests find the sequence's full blocks below token ``num_tokens``.
+
+        These tokens must have been computed, or be in the batch that is launched next: the device runs batches in
+        order, and within one each layer writes the rows of all requests before it attends. So who finds a block may be
+        in the same batch. Tokens that the host does not know yet are left for later.
+        """
+        request = self._requests[slot]
+        if request is None:
+            return
+        first, end = self._num_shown[slot], min(num_tokens, request.num_known_tokens) // self.block_size
+        if end > first:
+            digests = block_digests(request, end, self.block_size)
+            for block, digest in zip(self.tables[slot, first:end].tolist(), digests[first:end], strict=True):
+                if block:  # not where it has left the window before its last token was known
+                    self._cache.add(block, digest)
+            self._num_shown[slot] = end
+
     def release_before(self, slot: int, num_tokens: int) -> None:
-        """Take back the sequence's whole blocks below token ``num_tokens``, which nothing will read again.
+        """Take back the sequence's whole blocks below token ``num_tokens``, which its next tokens do not read.
 
         Their table entries become 0, so that the others stay where the positions expect them.
         """
@@ -74,17 +153,32 @@ class BlockManager:
     def release(self, slot: int) -> None:
         """Take all blocks of the sequence back."""
         self._take_back(slot, self._num_released[slot], self.held_tokens[slot] // self.block_size)
-        self.held_tokens[slot] = self._num_released[slot] = 0
+        self.held_tokens[slot] = self._num_released[slot] = self._num_shown[slot] = 0
+        self._requests[slot] = None
 
     def check(self) -> None:
-        """Prove that every block is free or belongs to exactly one sequence; raises RuntimeError otherwise."""
-        owned = self.tables[self.tables > 0].tolist()
-        if sorted(owned + self._free) != list(range(1, self.num_blocks)):
+        """Prove that every block is free or in as many tables as it is counted for; raises RuntimeError otherwise."""
+        entries = self.tables[self.tables > 0].tolist()
+        used, free = set(entries), [*self._free, *self._cache.idle_blocks()]
+        num_owners = [0] * self.num_blocks
+        for block in entries:
+            num_owners[block] += 1
+        balanced = sorted([*used, *free]) == list(range(1, self.num_blocks))
+        if not balanced or num_owners != self._num_owners or self.num_repeats != len(entries) - len(used):
             raise RuntimeError(
-                f"KV blocks do not balance: {len(self._free)} free + {len(owned)} used of {self.num_blocks - 1}"
+                f"KV blocks do not balance: {len(free)} free + {len(used)} used of {self.num_blocks - 1}"
             )
 
     def _take_back(self, slot: int, first: int, end: int) -> None:
+        """A sequence's last blocks become free before its first ones: those are what others will look for."""
+        if (request := self._requests[slot]) is not None:
+            # What a decode adds is shown only now: while it runs hardly anybody has the same output.
+            self.show(slot, request.num_computed_tokens)
         blocks = self.tables[slot, first:end]
-        self._free += blocks[::-1].tolist()
+        for block in blocks[::-1].tolist():
+            self._num_owners[block] -= 1
+            if self._num_owners[block]:
+                self.num_repeats -= 1
+            elif not self._cache.keep(block):
+                self._free.append(block)
         blocks.fill(0)

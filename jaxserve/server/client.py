@@ -244,7 +244,7 @@ def _sampling_message(sampling: dict[str, Any]) -> pb.SamplingParams:
             if value is not None:
                 _add_items(message, name, fields[name], value)
         elif value is not None:
-            setattr(message, name, _number(name, fields[name], value))
+            setattr(message, name, _scalar(name, fields[name], value))
         elif name == "max_tokens":  # as in SamplingParams: None is no limit
             message.max_tokens = NO_TOKEN_LIMIT
     return message
@@ -266,23 +266,28 @@ def _add_bias(message: pb.SamplingParams, bias: Any) -> None:
     if not isinstance(bias, Mapping):
         raise RequestError(f"logit_bias must be a mapping, got {bias!r:.80}")
     for token_id, value in bias.items():
-        number = _number("logit_bias", pb.SamplingParams.DESCRIPTOR.fields_by_name["temperature"], value)
-        message.logit_bias[_integer("logit_bias: token id", token_id, 0, MAX_UINT32)] = number
+        message.logit_bias[_integer("logit_bias: token id", token_id, 0, MAX_UINT32)] = _number("logit_bias", value)
 
 
-def _number(name: str, field: Any, value: Any) -> bool | int | float:
+def _scalar(name: str, field: Any, value: Any) -> bool | int | float | str:
     """A scalar for ``field``; protobuf itself would turn some into others, True into 1 and 2 into True."""
     if field.type == FieldDescriptor.TYPE_BOOL:
         if not isinstance(value, bool):
             raise RequestError(f"{name} must be True or False, got {value!r:.80}")
         return value
+    if field.type == FieldDescriptor.TYPE_STRING:
+        return _text(name, value)
     if field.type == FieldDescriptor.TYPE_DOUBLE:
-        number = None if isinstance(value, bool | str) else _converted(float, value)
-        if number is None:
-            raise RequestError(f"{name} must be a number, got {value!r:.80}")
-        return number
+        return _number(name, value)
     bits = 64 if field.type == FieldDescriptor.TYPE_INT64 else 32
     return _integer(name, value, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def _number(name: str, value: Any) -> float:
+    number = None if isinstance(value, bool | str) else _converted(float, value)
+    if number is None:
+        raise RequestError(f"{name} must be a number, got {value!r:.80}")
+    return number
 
 
 def _token_ids(name: str, ids: Any) -> list[int]:

@@ -95,5 +95,7 @@ class Deployment:
             block_size=self.block_size,
             window=self.model.window,
             pace=self.pace,
+            # Where there is nothing to share, as the paper's engines: they had no cache.
+            enable_prefix_caching=any(request.num_shared_tokens for request in workload),
         )
         return Simulator(POLICIES[self.scheduler], limits, self.cost, lock_step=self.lock_step).run(workload)

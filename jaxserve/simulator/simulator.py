@@ -38,6 +38,11 @@ class SimulatedRun(RunResult):
         """Share of the run in which the average stage computes."""
         return sum(self.busy_seconds) / (self.seconds * len(self.busy_seconds))
 
+    @property
+    def cached_share(self) -> float:
+        """Share of all prompt tokens that the prefix cache had."""
+        return sum(request.num_cached_tokens for request in self.requests) / self.num_prompt_tokens
+
 
 class Simulator:
     """One engine: a policy, a cost model, and a pipeline of as many micro-batches as the cost model has stages.
@@ -94,9 +99,10 @@ class Simulator:
             )
         if num_tokens > capacity and self.scheduler.limits.window is None:
             raise RequestError(f"request {index} needs {num_tokens} KV tokens, the device's memory holds {capacity}")
+        own = asked.num_prompt_tokens - asked.num_shared_tokens
         return Request(
             request_id=str(index),
-            prompt_token_ids=(0,) * asked.num_prompt_tokens,
+            prompt_token_ids=(-1 - asked.group,) * asked.num_shared_tokens + (index,) * own,
             params=SamplingParams(max_tokens=asked.num_output_tokens, ignore_eos=True),
             max_tokens=asked.num_output_tokens,
             metrics=RequestMetrics(asked.arrival_seconds),
@@ -135,7 +141,7 @@ class Simulator:
             request = chunk.request
             if not chunk.samples or request.status is RequestStatus.FINISHED:
                 continue
-            request.output_token_ids.append(0)
+            request.output_token_ids.append(int(request.request_id))
             request.metrics.token_seconds.append(now)
             if len(request.output_token_ids) == request.max_tokens:
                 self.scheduler.finish(request, FinishReason.LENGTH)

@@ -110,6 +110,7 @@ COLUMNS: Mapping[str, Callable[[Candidate], str]] = {
     "P50 TTFT s": lambda c: f"{c.run.summary().ttft.at(50):.3f}",
     "P50 TBT s": lambda c: f"{c.run.summary().tbt.at(50):.4f}",
     "P99 TBT s": lambda c: f"{c.run.summary().tbt.at(99):.4f}",
+    "cached": lambda c: f"{c.run.cached_share:.0%}",
     "stalls": lambda c: str(c.run.num_stalls),
     "busy": lambda c: f"{c.run.utilisation:.0%}",
     "bubbles": lambda c: f"{c.run.bubble_share:.1%}",

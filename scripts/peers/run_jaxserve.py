@@ -1,4 +1,4 @@
-"""jaxserve itself, its engine in this process."""
+"""jaxserve itself, no prefix cache, its engine in this process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from jaxserve.sampling_params import SamplingParams
 class JaxServe:
     def __init__(self, settings: dict[str, Any]) -> None:
         names = ("model", "dtype", "token_budget", "max_num_seqs", "max_model_len")
-        self.engine = Engine(EngineConfig(**{name: settings[name] for name in names}), show_progress=False)
+        # The rounds repeat their prompts; the others' caches are off as well.
+        config = EngineConfig(**{name: settings[name] for name in names}, enable_prefix_caching=False)
+        self.engine = Engine(config, show_progress=False)
 
     def add(self, index: int, prompt_token_ids: list[int], num_output_tokens: int) -> None:
         params = SamplingParams(temperature=0, max_tokens=num_output_tokens, ignore_eos=True)

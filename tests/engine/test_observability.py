@@ -17,7 +17,8 @@ from jaxserve.scheduler import Chunk
 def test_recent_steps_are_those_that_ran(llm: LLM) -> None:
     recent = llm.engine.metrics.recent
     before = recent.num_steps
-    llm.generate([[9] * 40, [8] * 300], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True), use_tqdm=False)
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, cache_salt="recent")
+    llm.generate([[9] * 40, [8] * 300], params, use_tqdm=False)
     steps = recent.steps_after(before)
     bars = [(step.num_decode_tokens, step.num_prefill_tokens, step.num_padding_tokens) for step in steps]
     assert bars == [(0, 256, 0), (1, 84, 43), (2, 0, 14), (1, 0, 15)]
@@ -51,7 +52,8 @@ def test_metrics_count_what_ran(llm: LLM) -> None:
     ended = value("request_success_total", finished_reason="length")
     records: list[StepRecord] = []
     llm.engine.on_step.append(lambda record, chunks: records.append(record))
-    llm.generate([[9] * 40, [8] * 300], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), use_tqdm=False)
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, cache_salt="metrics")
+    llm.generate([[9] * 40, [8] * 300], params, use_tqdm=False)
     llm.engine.on_step.pop()
     grown = {name: value(name) - before[name] for name in names}
     assert grown == {

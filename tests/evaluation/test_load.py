@@ -56,6 +56,20 @@ def test_prompts_are_random_ids_of_the_asked_lengths():
     assert prompts != make_prompts(workload, 50_000, seed=4)
 
 
+def test_prompts_of_a_group_begin_alike():
+    workload = small_workload(shared_prefix_tokens=10, shared_prefix_groups=2)
+    beginnings = {0: set(), 1: set()}
+    prompts = make_prompts(workload, 50_000, seed=3)
+    for request, prompt in zip(workload, prompts, strict=True):
+        assert len(prompt) == request.num_prompt_tokens
+        assert request.num_shared_tokens == min(10, len(prompt))
+        beginnings[request.group].add(tuple(prompt[: request.num_shared_tokens]))
+    longest = {group: max(found, key=len) for group, found in beginnings.items()}
+    assert all(one == longest[group][: len(one)] for group, found in beginnings.items() for one in found)
+    assert longest[0] != longest[1]
+    assert len({tuple(prompt) for prompt in prompts}) > 2
+
+
 def test_open_loop_measures_every_request_of_the_workload(server):
     workload = small_workload()
     started = time.monotonic()

@@ -176,6 +176,8 @@ def test_flags():
         ({"prompt_output_ratio": 0.0}, "prompt_output_ratio must be above 0, got 0"),
         ({"zipf_exponent": -0.5}, "zipf_exponent must be at least 0, got -0.5"),
         ({"workload_seed": -1}, "workload_seed must be at least 0, got -1"),
+        ({"shared_prefix_tokens": -1}, "shared_prefix_tokens must be at least 0, got -1"),
+        ({"shared_prefix_groups": 0}, "shared_prefix_groups must be at least 1, got 0"),
         ({"arrivals": "trace"}, "trace_file must name a file where lengths or arrivals are 'trace', got none"),
         ({"arrivals": "closed", "duration_seconds": 5.0}, "duration_seconds must be left out for closed .*, got 5"),
         ({"arrivals": "closed", "rate": 2.0}, "rate must be left out for closed .*, got 2"),

@@ -14,13 +14,15 @@ from jaxserve.scheduler import POLICIES, Batch, Limits, Pace, Scheduler
 from jaxserve.scheduler.blocks import BlockManager
 
 MAX_LEN, BLOCK_SIZE = 96, 8
+OUTPUT_TOKEN = 7
 WINDOWS = st.one_of(st.none(), st.integers(1, 2 * BLOCK_SIZE), st.integers(1, MAX_LEN))
 
 
-def make_request(index: int, prompt: int, output: int) -> Request:
+def make_request(index: int, prompt: int | list[int], output: int) -> Request:
+    """``prompt``: its tokens, or how many."""
     return Request(
         request_id=str(index),
-        prompt_token_ids=[1] * prompt,
+        prompt_token_ids=[1] * prompt if isinstance(prompt, int) else prompt,
         params=SamplingParams(max_tokens=output),
         max_tokens=output,
         metrics=RequestMetrics(arrival_seconds=float(index)),
@@ -38,38 +40,59 @@ class Driver:
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.in_flight: Batch | None = None
-        self._cache: dict[int, tuple[str, int]] = {}
-        """Request and position of the key in each place, page * BLOCK_SIZE + offset."""
+        self._cache: dict[int, tuple[object, ...]] = {}
+        """The key in each place, page * BLOCK_SIZE + offset."""
 
     def step(self) -> Batch:
+        computed = [(request, request.num_computed_tokens) for request in self.scheduler.running]
         batch = self.scheduler.schedule()
-        self._attend(batch)
+        self._attend(batch, {place for request, stop in computed for place in self._places(request, stop)})
         previous, self.in_flight = self.in_flight, batch
         if previous is not None:
             self.process(previous)
         return batch
 
-    def _attend(self, batch: Batch) -> None:
-        """As each layer does: write the keys of all rows, then read what each row sees."""
+    def _attend(self, batch: Batch, held: set[int]) -> None:
+        """As each layer does: write the keys of all rows, then read what each row sees. ``held``: the places of what
+        running requests had computed before."""
         window = self.scheduler.limits.window or MAX_LEN
+        written = set[int]()
         for chunk in batch.chunks.values():
             for position in range(chunk.start, chunk.start + chunk.num_tokens):
-                self._cache[self._place(chunk.request, position)] = (chunk.request.request_id, position)
+                place = self._place(chunk.request, position)
+                assert place not in held, "nobody writes to what anyone may read"
+                assert place not in written
+                written.add(place)
+                self._cache[place] = self._key(chunk.request, position)
         for chunk in batch.chunks.values():
             for position in range(max(0, chunk.start - window + 1), chunk.start + chunk.num_tokens):
                 place = self._place(chunk.request, position)
                 assert place >= BLOCK_SIZE, "not on the dummy page"
-                assert self._cache[place] == (chunk.request.request_id, position)
+                assert self._cache[place] == self._key(chunk.request, position)
+
+    def _places(self, request: Request, stop: int) -> list[int]:
+        """Of the first tokens, as far as a running request has them still."""
+        places = [self._place(request, position) for position in range(stop if request.slot >= 0 else 0)]
+        return [place for place in places if place >= BLOCK_SIZE]
+
+    def _key(self, request: Request, position: int) -> tuple[object, ...]:
+        """Of all tokens up to there, where requests share them; of the request otherwise."""
+        if not self.scheduler.limits.enable_prefix_caching:
+            return request.request_id, position
+        known = tuple(request.known_token_ids(0, position + 1))
+        return request.params.cache_salt, *known, *[OUTPUT_TOKEN] * (position + 1 - len(known))
 
     def _place(self, request: Request, position: int) -> int:
-        return self.scheduler.blocks.tables[request.slot, position // BLOCK_SIZE] * BLOCK_SIZE + (position % BLOCK_SIZE)
+        return (
+            int(self.scheduler.blocks.tables[request.slot, position // BLOCK_SIZE] * BLOCK_SIZE) + position % BLOCK_SIZE
+        )
 
     def process(self, batch: Batch) -> None:
         for chunk in batch.chunks.values():
             request = chunk.request
             if request.status is RequestStatus.FINISHED or not chunk.samples:
                 continue
-            request.output_token_ids.append(7)
+            request.output_token_ids.append(OUTPUT_TOKEN)
             if len(request.output_token_ids) >= request.max_tokens:
                 self.scheduler.finish(request, FinishReason.LENGTH)
 
@@ -171,7 +194,9 @@ def run(scheduler: Scheduler, workload: Workload) -> Iterator[Step]:
         assert step < 200 + 100 * len(requests) + 100 * redone
     assert all(r.status is RequestStatus.FINISHED for r in requests)
     for request in requests:
-        assert request.metrics.num_preemptions <= most_preemptions
+        overtakers = [r for r in requests if int(r.request_id) > int(request.request_id) and r.rank < request.rank]
+        overtaken = sum(1 + r.metrics.num_preemptions for r in overtakers)
+        assert request.metrics.num_preemptions <= most_preemptions + overtaken
         if request.finish_reason is FinishReason.LENGTH:
             assert len(request.output_token_ids) == request.max_tokens
     scheduler.blocks.check()

@@ -178,6 +178,12 @@ def test_what_cannot_be_sent_is_refused(prompt, message):
         ({"stop": 7}, "stop must be a list, got 7"),
         ({"stop_token_ids": [1, None]}, r"stop_token_ids\[1\] must be an integer"),
         ({"stop_token_ids": 7}, "stop_token_ids must be a list, got 7"),
+        ({"bad_words": "a"}, "bad_words must be a list, got 'a'"),
+        ({"bad_words": [1]}, r"bad_words\[0\] must be a string of valid Unicode, got 1"),
+        ({"logit_bias": [1]}, r"logit_bias must be a mapping, got \[1\]"),
+        ({"logit_bias": {"1": 1}}, "logit_bias: token id must be an integer in .* got '1'"),
+        ({"logit_bias": {1: "a"}}, "logit_bias must be a number, got 'a'"),
+        ({"cache_salt": 7}, "cache_salt must be a string of valid Unicode, got 7"),
     ],
 )
 def test_sampling_parameters_that_cannot_be_sent_are_refused(sampling, message):
@@ -187,10 +193,16 @@ def test_sampling_parameters_that_cannot_be_sent_are_refused(sampling, message):
 
 def test_sampling_parameters_are_sent_as_given():
     given = {"temperature": np.float32(0.5), "top_k": np.int64(3), "seed": None, "max_tokens": None, "ignore_eos": True}
-    lists = {"stop": "a", "stop_token_ids": np.array([1, 2])}
-    sent = {"temperature": 0.5, "top_k": 3, "max_tokens": -1, "ignore_eos": True}
-    assert _generate_request("abc", "", "", given | lists).sampling_params == pb.SamplingParams(
-        **sent, stop=["a"], stop_token_ids=[1, 2]
+    lists = {"stop": "a", "stop_token_ids": np.array([1, 2]), "bad_words": None}
+    edits = {
+        "logit_bias": {np.int32(3): np.float32(0.5)},
+        "allowed_token_ids": range(2),
+        "cache_salt": "s",
+        "priority": -1,
+    }
+    sent = {"temperature": 0.5, "top_k": 3, "max_tokens": -1, "ignore_eos": True, "cache_salt": "s", "priority": -1}
+    assert _generate_request("abc", "", "", given | lists | edits).sampling_params == pb.SamplingParams(
+        **sent, stop=["a"], stop_token_ids=[1, 2], logit_bias={3: 0.5}, allowed_token_ids=[0, 1]
     )
 
 

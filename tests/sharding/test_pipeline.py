@@ -47,12 +47,14 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "pipe", "tensor"), CASES)
 def test_families_give_the_tokens_of_transformers(name: str, pipe: int, tensor: int, tiny_tokenizer: Path) -> None:
-    """Three requests in a cache that holds two as they start but not as they end: one is preempted in flight."""
+    """Three requests that share nothing, in a cache that holds two as they start but not as they end: one is preempted
+    in flight."""
     golden = Golden(name)
     config = EngineConfig(
         model=str(golden.checkpoint), tokenizer=str(tiny_tokenizer), pipeline_parallel=pipe, tensor_parallel=tensor,
         token_budget=16, max_num_seqs=3,
         max_model_len=golden.length + 1, block_size=8, num_blocks=1 + 2 * -(-(len(golden.prompt) + 5) // 8),
+        enable_prefix_caching=False,
     )  # fmt: skip
     engine = Engine(config, show_progress=False)
     assert serve(engine, [golden.prompt] * 3, len(golden.greedy)) == [golden.greedy] * 3

@@ -50,11 +50,12 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "tensor"), CASES)
 def test_families_give_the_tokens_of_transformers(name: str, tensor: int, tiny_tokenizer: Path) -> None:
-    """Two requests in a cache that does not hold both, so that one is preempted on the way."""
+    """Two requests that share nothing, in a cache that does not hold both, so that one is preempted on the way."""
     golden = Golden(name)
     config = EngineConfig(
         model=str(golden.checkpoint), tokenizer=str(tiny_tokenizer), tensor_parallel=tensor, token_budget=16,
         max_num_seqs=2, max_model_len=golden.length + 1, block_size=8, num_blocks=2 + -(-(golden.length + 1) // 8),
+        enable_prefix_caching=False,
     )  # fmt: skip
     engine = Engine(config, show_progress=False)
     assert serve(engine, [golden.prompt] * 2, len(golden.greedy)) == [golden.greedy] * 2

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,20 @@ def test_an_objective_out_of_reach() -> None:
     candidate = rate_candidate("one", ONE, WORKLOAD, Objective(p99_tbt_seconds=1e-3), low=0.5, high=10)
     assert candidate.requests_per_second == 0
     assert candidate.replicas(1.0) == math.inf
+
+
+def test_what_requests_share_is_computed_once() -> None:
+    """Half of each prompt; only the first request of a group has to compute it."""
+    objective = Objective(p99_tbt_seconds=0.1, median_delay_seconds=0.2)
+    shared = replace(WORKLOAD, shared_prefix_tokens=512, num_requests=80)
+    apart = replace(shared, shared_prefix_tokens=0)
+    found = [
+        rate_candidate("one", ONE, config, objective, low=0.5, high=100, tolerance=0.1) for config in (shared, apart)
+    ]
+    assert found[0].requests_per_second > 1.3 * found[1].requests_per_second
+    assert [candidate.run.cached_share for candidate in found] == [pytest.approx(0.512, abs=0.01), 0]
+    groups = simulate(ONE, replace(shared, shared_prefix_groups=4), 1.0)
+    assert groups.cached_share == pytest.approx(0.512 * 76 / 80, abs=0.001)
 
 
 def test_variants() -> None:

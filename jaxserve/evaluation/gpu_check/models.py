@@ -13,10 +13,14 @@ TINY_SHAPE = {
     "sliding_window": 64, "eos_token_id": 2,
 }  # fmt: skip
 MODEL = "mistral-7b"
-STEPS = EngineConfig(model=MODEL, load_format="dummy", token_budget=2048, max_num_seqs=128, max_model_len=8192)
+STEPS = EngineConfig(
+    model=MODEL, load_format="dummy", token_budget=2048, max_num_seqs=128, max_model_len=8192,
+    enable_prefix_caching=False,
+)  # fmt: skip
 SERVER = EngineConfig(
-    model=MODEL, load_format="dummy", gemm_backend="cublaslt", token_budget=512, max_num_seqs=16, max_model_len=2048
-)
+    model=MODEL, load_format="dummy", gemm_backend="cublaslt", token_budget=512, max_num_seqs=16, max_model_len=2048,
+    enable_prefix_caching=False,
+)  # fmt: skip
 """Products of cuBLASLt are tuned in seconds: XLA's default tries hundreds of Triton kernels too. The budget of
 prefill_first is max_model_len, so short that both policies start in seconds."""
 

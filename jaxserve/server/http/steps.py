@@ -22,6 +22,7 @@ def recent_steps(engines: Sequence[Recent], query: Mapping[str, str]) -> dict[st
         "num_kv_blocks": recent.num_blocks,
         "last_step": recent.num_steps,
         **recent.load._asdict(),
+        "cached_share": recent.cached_share(),
         "ttft_seconds": recent.ttft()._asdict(),
         "tbt_seconds": recent.tbt()._asdict(),
         "steps": [_step(step) for step in recent.steps_after(integer(query, "since", 2**53))],
