@@ -8,6 +8,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError, RequestError
 from jaxserve.prompts import TextPrompt, TokensPrompt
 from jaxserve.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from jaxserve.llm import LLM
@@ -21,6 +22,7 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
 ]

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
 from jaxserve.errors import RequestError
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 MAX_LOGPROBS = 20
 """Most alternatives per position that ``logprobs`` and ``prompt_logprobs`` may ask for (vLLM's default)."""
@@ -98,6 +99,7 @@ class SamplingParams:
     stop, stop_token_ids: end the output; a stop string is left out of the text unless include_stop_str_in_output.
     logprobs, prompt_logprobs: that many alternatives per position besides the chosen token. A prompt as long as
     max_model_len has prompt_logprobs and no output, unless max_tokens is set.
+    structured_outputs: what the output must be, also as a dict; it ends where it is whole, so not with ignore_eos.
     Numbers may be numpy's or jax's, lists any iterable; they become Python's own and tuples.
     Raises RequestError, naming the field and the limit.
     """
@@ -115,6 +117,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -139,6 +142,9 @@ class SamplingParams:
         stop_token_ids = _as_tuple("stop_token_ids", self.stop_token_ids)
         checked["stop"] = stop
         checked["stop_token_ids"] = tuple(_integer("stop_token_ids", token, 0, 2**31 - 1) for token in stop_token_ids)
+        checked["structured_outputs"] = StructuredOutputsParams.of(self.structured_outputs)
+        if checked["structured_outputs"] is not None and checked["ignore_eos"]:
+            raise RequestError("ignore_eos must be False with structured_outputs, got True")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
