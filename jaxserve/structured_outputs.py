@@ -82,8 +82,8 @@ def _check_text(name: str, value: object) -> str:
 def _check_grammar(name: str, value: object) -> str:
     text = _check_text(name, value)
     # The library also takes its own inner form, and schemas of which it leaves out what it does not know.
-    if text.lstrip().startswith("{") or "x-guidance" in text:
-        raise RequestError(f"{name} must be a grammar without x-guidance, got {text!r:.80}")
+    if text.lstrip().startswith("{") or "lenient" in text or "coerce_one_of" in text:
+        raise RequestError(f"{name} must be a grammar, with no lenient or coerce_one_of, got {text!r:.80}")
     return text
 
 

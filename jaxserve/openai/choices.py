@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 from jaxserve.errors import RequestError
 from jaxserve.openai.endpoint import MAX_CHOICES, NEUTRAL, Ask, Endpoint
 from jaxserve.openai.fields import rename_max_tokens, take_integer, take_object, take_switch
+from jaxserve.openai.formats import take_structured_outputs
 from jaxserve.openai.response import Part, Response
 from jaxserve.request import Completion
 from jaxserve.served_model import ServedModel
@@ -31,7 +32,6 @@ class ChoicesEndpoint(Endpoint):
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **NEUTRAL,
         "suffix": ("",),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "functions": ([],),
         "function_call": ("none", "auto"),
@@ -44,7 +44,14 @@ class ChoicesEndpoint(Endpoint):
             raise RequestError(f"best_of must be n, {num_choices}, got {best_of!r:.80}")
         stream, options = take_switch(given, "stream"), take_object(given, "stream_options")
         usage, continuous = (take_switch(options, name) for name in ("include_usage", "continuous_usage_stats"))
-        return Ask(num_choices=num_choices, stream=stream, include_usage=usage, continuous_usage_stats=continuous)
+        structured = take_structured_outputs(given)
+        return Ask(
+            sampling={"structured_outputs": structured} if structured else {},
+            num_choices=num_choices,
+            stream=stream,
+            include_usage=usage,
+            continuous_usage_stats=continuous,
+        )
 
     def respond(self, ask: Ask, completions: Sequence[Completion], response_id: str, model: ServedModel) -> Response:
         return ChoicesResponse(self, ask, completions, response_id, model)

@@ -6,12 +6,35 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxserve.openai.endpoint import MAX_CHOICES
+from jaxserve.openai.formats import TYPES
 from jaxserve.openai.responses import TEXT_PARTS
 from jaxserve.openai.tools import MAX_TOOLS
 from jaxserve.request import MAX_LOGPROBS, MAX_SEED, MAX_STOP_STRINGS
+from jaxserve.structured_outputs import MAX_CHOICES as MAX_STRINGS
 
 BOOLEAN: dict[str, Any] = {"type": ["boolean", "null"]}
 TOKEN_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+STRUCTURED_OUTPUTS: dict[str, Any] = {
+    "type": ["object", "null"], "maxProperties": 1, "minProperties": 1,
+    "properties": {
+        "json": {"type": ["object", "string"], "description": "A JSON Schema."},
+        "regex": {"type": "string"},
+        "choice": {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_STRINGS},
+        "grammar": {"type": "string", "description": "In Lark's syntax or GBNF's."},
+        "json_object": {"type": "boolean"},
+        "structural_tag": {"type": ["object", "string"]},
+    },
+}  # fmt: skip
+RESPONSE_FORMAT: dict[str, Any] = {
+    "type": ["object", "null"], "required": ["type"],
+    "properties": {
+        "type": {"enum": list(TYPES)},
+        "json_schema": {
+            "type": "object", "required": ["schema"],
+            "properties": {"name": {"type": "string"}, "schema": {"type": "object"}, "strict": BOOLEAN},
+        },
+    },
+}  # fmt: skip
 SAMPLING: dict[str, dict[str, Any]] = {
     "model": {"type": ["string", "null"], "description": "One of the names that /v1/models lists."},
     "stream": BOOLEAN,
@@ -30,6 +53,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "ignore_eos": BOOLEAN,
     "skip_special_tokens": BOOLEAN,
     "include_stop_str_in_output": BOOLEAN,
+    "structured_outputs": STRUCTURED_OUTPUTS,
     "user": {"type": ["string", "null"]},
 }  # fmt: skip
 """What every endpoint takes."""
@@ -41,6 +65,7 @@ COMMON: dict[str, dict[str, Any]] = {
         "type": ["object", "null"], "properties": {"include_usage": BOOLEAN, "continuous_usage_stats": BOOLEAN},
     },
     "max_tokens": MAX_TOKENS,
+    "response_format": RESPONSE_FORMAT,
 }  # fmt: skip
 """Of endpoints with choices."""
 COMPLETION: dict[str, dict[str, Any]] = {
@@ -85,6 +110,7 @@ TOOL: dict[str, Any] = {
                 "name": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
                 "description": {"type": ["string", "null"]},
                 "parameters": {"type": ["object", "null"]},
+                "strict": BOOLEAN,
             },
         },
     },
@@ -95,7 +121,7 @@ CHAT: dict[str, dict[str, Any]] = {
     "logprobs": BOOLEAN,
     "top_logprobs": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_LOGPROBS},
     "tools": {"type": ["array", "null"], "items": TOOL, "maxItems": MAX_TOOLS},
-    "tool_choice": {"enum": ["none", "auto", None]},
+    "tool_choice": {"anyOf": [{"enum": ["none", "auto", "required", None]}, {"type": "object"}]},
     "parallel_tool_calls": BOOLEAN,
     **TEMPLATE,
 }
@@ -103,6 +129,7 @@ RESPONSE: dict[str, dict[str, Any]] = {
     "input": {"anyOf": [{"type": "string"}, {"type": "array", "items": _message(*TEXT_PARTS), "minItems": 1}]},
     "instructions": {"type": ["string", "null"]},
     "max_output_tokens": MAX_TOKENS,
+    "text": {"type": ["object", "null"], "properties": {"format": RESPONSE_FORMAT}},
     **TEMPLATE,
 }
 TOKENIZE: dict[str, dict[str, Any]] = {

@@ -21,6 +21,7 @@ from jaxserve.errors import RequestError
 from jaxserve.server.messages import MAX_UINT32, NO_TOKEN_LIMIT
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2_grpc as pb_grpc
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from grpc import _CallIterator as CallIterator
@@ -245,10 +246,22 @@ def _sampling_message(sampling: dict[str, Any]) -> pb.SamplingParams:
             message.stop.extend(_text(f"stop[{i}]", text) for i, text in enumerate(stop))
         elif name == "stop_token_ids":
             message.stop_token_ids.extend(_token_ids(name, () if value is None else value))
+        elif name == "structured_outputs":
+            if (asked := StructuredOutputsParams.of(value)) is not None:
+                message.structured_outputs.CopyFrom(_structured_outputs(asked))
         elif value is not None:
             setattr(message, name, _number(name, fields[name], value))
         elif name == "max_tokens":  # as in SamplingParams: None is no limit
             message.max_tokens = NO_TOKEN_LIMIT
+    return message
+
+
+def _structured_outputs(asked: StructuredOutputsParams) -> pb.StructuredOutputs:
+    message, value = pb.StructuredOutputs(), getattr(asked, asked.name)
+    if asked.name == "choice":
+        message.choice.choices.extend(value)
+    else:
+        setattr(message, asked.name, value)
     return message
 
 

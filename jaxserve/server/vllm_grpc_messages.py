@@ -20,7 +20,7 @@ from jaxserve.openai.endpoint import MAX_CHOICES
 from jaxserve.prompts import ParsedPrompt
 from jaxserve.request import Completion, Logprob, RequestDelta, SamplingParams
 from jaxserve.served_model import ServedModel
-from jaxserve.server.messages import check_request_id, check_stops
+from jaxserve.server.messages import check_request_id, check_stops, structured_outputs
 from jaxserve.server.proto.vllm import vllm_engine_pb2 as pb
 
 if TYPE_CHECKING:
@@ -80,6 +80,10 @@ def _sampling_params(message: pb.SamplingParams, model: ServedModel, num_prompt_
     given = _given(message)
     if given.get("repetition_penalty") == 1:  # what gateways write for none
         del given["repetition_penalty"]
+    if structured := structured_outputs(message):
+        name = message.WhichOneof("constraint")
+        del given[name]
+        given["structured_outputs"] = {"json": structured[name]} if name == "json_schema" else structured
     _check_served(given, SAMPLING | NOT_THE_ENGINES)
     given = {name: value for name, value in given.items() if name not in NOT_THE_ENGINES}
     return model.sampling_params({**UNSET, **given}, num_prompt_tokens)
