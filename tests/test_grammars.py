@@ -6,6 +6,7 @@ import json
 import random
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -143,6 +144,15 @@ def test_outputs_of_one_grammar_do_not_meet() -> None:
     one, other = grammar.matcher(), grammar.matcher()
     one.accept(*BYTES.encode("a"))
     assert allowed(other) == BYTES.encode("a")
+
+
+def test_outputs_of_one_grammar_are_followed_in_several_threads() -> None:
+    def walks(seed: int) -> list[str]:
+        return [byte_walk(seed + number, json=SCHEMAS[-1]) for number in range(10)]
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(walks, range(0, 40, 10)))
+    assert found == [walks(seed) for seed in range(0, 40, 10)]
 
 
 def test_a_token_that_may_not_come() -> None:
