@@ -9,6 +9,7 @@ from jaxserve.errors import ConfigError, RequestError
 from jaxserve.prompts import TextPrompt, TokensPrompt
 from jaxserve.request import CompletionOutput, Logprob, RequestOutput
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from jaxserve.llm import LLM
@@ -22,6 +23,7 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
 ]

@@ -196,6 +196,7 @@ class BatchRun:
             completions = line.endpoint.completions(ask, line.id, self._model)
             for completion in completions:
                 self._engine.validate(completion.prompt_token_ids, completion.params)
+                self._engine.grammar_of(completion.params)
         except RequestError as error:
             self._results.append([_result(line, 400, body=None, error=str(error))])
             self._summary.num_errors += 1
@@ -221,6 +222,9 @@ class BatchRun:
         return len(finished)
 
     def _finish(self, answer: _Answer) -> dict[str, Any]:
+        if errors := [one.error for one in answer.response.completions if one.error is not None]:
+            self._summary.num_errors += 1
+            return _result(answer.line, 400, body=None, error=errors[0])
         body = answer.response.whole()
         self._summary.num_succeeded += 1
         self._summary.num_prompt_tokens += answer.response.num_prompt_tokens

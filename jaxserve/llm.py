@@ -113,6 +113,7 @@ class LLM:
         request_id = f"llm-{next(self._ids)}"
         completions = Completion.choices(request_id, token_ids, params, prompt.text)
         self.engine.validate(token_ids, completions[0].params)
+        self.engine.grammar_of(params)
         return _Asked(request_id, params.n, completions)
 
     def _serve(self, completions: list[Completion]) -> Generator[int | None]:

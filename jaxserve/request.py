@@ -15,6 +15,8 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    ERROR = "error"
+    """It cannot go on: see RequestDelta.error."""
 
 
 class RequestStatus(StrEnum):
@@ -154,6 +156,8 @@ class RequestDelta(NamedTuple):
     """The stop string or stop token id that ended the output; None for EOS and other endings."""
     metrics: RequestMetrics
     num_prompt_tokens: int
+    error: str | None = None
+    """Why the request ended where it could not go on."""
 
     def followed_by(self, later: RequestDelta) -> RequestDelta:
         """Both as one."""
@@ -167,6 +171,8 @@ class RequestDelta(NamedTuple):
 
 @dataclass
 class CompletionOutput:
+    """One output of a prompt. ``stop_reason``: the stop string or stop token id that ended it, or the error."""
+
     index: int
     text: str
     token_ids: list[int]
@@ -249,6 +255,11 @@ class Completion:
         """Once a delta has been added."""
         return self._last.metrics
 
+    @property
+    def error(self) -> str | None:
+        """Why the request could not go on, once it has ended."""
+        return self._last.error
+
     def output(self, index: int) -> CompletionOutput:
         """Once the last delta has been added. ``index``: among those of the prompt."""
         return CompletionOutput(
@@ -258,7 +269,7 @@ class Completion:
             cumulative_logprob=self.cumulative_logprob,
             logprobs=self.logprobs,
             finish_reason=None if self.finish_reason is None else self.finish_reason.value,
-            stop_reason=self._last.stop_reason,
+            stop_reason=self._last.error or self._last.stop_reason,
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from jaxserve.errors import RequestError
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 MAX_LOGPROBS = 20
 """Most alternatives per position that ``logprobs`` and ``prompt_logprobs`` may ask for (vLLM's default)."""
@@ -125,6 +126,7 @@ class SamplingParams:
     cache_salt: the request finds in the prefix cache only what others with the same salt have left there, so that no
     stranger can tell from the time to a first token what others have asked.
     priority: lower goes first, until others have waited for ten seconds a level longer.
+    structured_outputs: what the output must be, also as a dict; it ends where it is whole, so not with ignore_eos.
     Numbers may be numpy's or jax's, lists any iterable; they become Python's own and tuples.
     Raises RequestError, naming the field and the limit.
     """
@@ -153,6 +155,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     cache_salt: str | None = None
     priority: int = 0
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -199,6 +202,9 @@ class SamplingParams:
             )
         checked["stop"] = stop
         checked["stop_token_ids"] = _token_ids("stop_token_ids", self.stop_token_ids)
+        checked["structured_outputs"] = StructuredOutputsParams.of(self.structured_outputs)
+        if checked["structured_outputs"] is not None and checked["ignore_eos"]:
+            raise RequestError("ignore_eos must be False with structured_outputs, got True")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -207,7 +213,7 @@ class SamplingParams:
         """Whether tokens are drawn from other logits than the model's."""
         return bool(
             self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1 or self.logit_bias
-            or self.allowed_token_ids or self.bad_words or self.min_tokens
+            or self.allowed_token_ids or self.bad_words or self.min_tokens or self.structured_outputs is not None
         )  # fmt: skip
 
     @classmethod

@@ -124,8 +124,17 @@ class Tokenizer:
 
         Ids outside of the vocabulary have none.
         """
-        before = self.decode(self._letter, skip_special_tokens=False)
-        text = self.decode([*self._letter, token_id], skip_special_tokens=False).removeprefix(before)
+        return self._bytes_of(token_id, self.decode([*self._letter, token_id], skip_special_tokens=False))
+
+    def vocabulary_bytes(self) -> list[bytes]:
+        """``token_bytes`` of every id: some tenths of a second, mostly while other threads run on."""
+        after = [[*self._letter, token_id] for token_id in range(self.vocab_size)]
+        texts = self._backend.decode_batch(after, skip_special_tokens=False)
+        return [self._bytes_of(token_id, text) for token_id, text in enumerate(texts)]
+
+    def _bytes_of(self, token_id: int, after_letter: str) -> bytes:
+        """``after_letter``: the text of a letter and the token."""
+        text = after_letter.removeprefix(self._letter_text)
         piece = self._backend.id_to_token(token_id)
         if "\ufffd" in text and piece is not None:
             if match := _BYTE_TOKEN.fullmatch(piece):
@@ -138,6 +147,10 @@ class Tokenizer:
     def _letter(self) -> list[int]:
         """Something for a token to follow."""
         return self.encode("a", add_special_tokens=False)
+
+    @cached_property
+    def _letter_text(self) -> str:
+        return self.decode(self._letter, skip_special_tokens=False)
 
     def decode_stream(self, skip_special_tokens: bool = True, after: Sequence[int] = ()) -> TextStream:
         """For the text of tokens that arrive one by one and follow the tokens ``after``."""

@@ -66,6 +66,9 @@ class EchoEngine:
         if len(prompt_token_ids) >= MAX_MODEL_LEN:
             raise RequestError(f"prompt of {len(prompt_token_ids)} tokens exceeds max_model_len {MAX_MODEL_LEN}")
 
+    def grammar_of(self, params: SamplingParams) -> None:
+        """Has none."""
+
     def add_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
         assert request_id not in self.running
         self.running[request_id] = [prompt_token_ids, params, 0]

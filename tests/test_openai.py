@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from jaxserve.errors import RequestError
-from jaxserve.openai import CHAT, COMPLETIONS, Ask, Endpoint
+from jaxserve.openai import CHAT, COMPLETIONS, RESPONSES, Ask, Endpoint
 from jaxserve.prompts import ParsedPrompt
 from jaxserve.request import Completion, FinishReason, Logprob, RequestDelta, RequestMetrics
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.served_model import ServedModel
+from jaxserve.structured_outputs import StructuredOutputsParams
 from jaxserve.tokenizer import Tokenizer
 
 BYTES = Tokenizer.of_bytes()
@@ -168,6 +169,60 @@ def test_logprobs_of_tokens_with_one_text() -> None:
 def test_offsets_end_where_a_stop_string_cut_the_text() -> None:
     one = completion([*map(ord, "xEN")], "x", [{ord(c): Logprob(-1.0, 1)} for c in "xEN"], 0)
     assert logprobs_of(COMPLETIONS, one, CHATTING)["text_offset"] == [0, 1, 1]
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+STRUCTURED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}},
+     {"json": SCHEMA}),
+    ({"structured_outputs": {"json": SCHEMA}}, {"json": SCHEMA}),
+    ({"structured_outputs": {"regex": "a+"}, "response_format": {"type": "text"}}, {"regex": "a+"}),
+    ({"structured_outputs": {"choice": ["a", "b"]}}, {"choice": ["a", "b"]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "expected"), STRUCTURED)
+def test_structured_outputs(fields: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert parse(COMPLETIONS, prompt="hi", **fields)[1].structured_outputs == StructuredOutputsParams(**expected)
+    assert parse(CHAT, messages=MESSAGES, **fields)[1].structured_outputs == StructuredOutputsParams(**expected)
+
+
+@pytest.mark.parametrize(
+    ("format", "expected"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, StructuredOutputsParams(json_object=True)),
+        ({"type": "json_schema", "name": "n", "schema": SCHEMA}, StructuredOutputsParams(json=SCHEMA)),
+    ],
+)
+def test_structured_responses(format: dict[str, Any], expected: StructuredOutputsParams | None) -> None:
+    ask = RESPONSES.parse({"input": "hi", "text": {"format": format}}, CHATTING)
+    (one,) = RESPONSES.completions(ask, "resp_1", CHATTING)
+    assert one.params.structured_outputs == expected
+    answer = RESPONSES.respond(ask, [completion([120], "x", None, None)], "resp_1", CHATTING).whole()
+    assert answer["text"] == {"format": format}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format.type must be one of text, json_object, json_schema, s"),
+        ({"response_format": "json"}, "response_format must be an object, got 'json'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format must be {'name': ..., 'schema': ...}, got {'t"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
+         "response_format.json_schema.schema at # has 'not', a keyword that cannot be served and must be left out"),
+        ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+         "response_format must be left out with structured_outputs, got {'type': 'json_object'}"),
+        ({"structured_outputs": "a"}, "structured_outputs must be an object, got 'a'"),
+        ({"structured_outputs": {"guided": "a"}}, "unknown field 'guided' of structured_outputs; known: json, regex, "),
+        ({"guided_regex": "a"}, "unknown parameter 'guided_regex' for"),
+    ],
+)  # fmt: skip
+def test_bad_formats(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(CHAT, messages=MESSAGES, **fields)
+    assert str(caught.value).startswith(message)
 
 
 NEUTRAL_FIELDS = {

@@ -7,17 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.errors import RequestError
+from jaxserve.grammars import Grammars
 from jaxserve.openai import CHAT, Ask
+from jaxserve.openai.tool_grammar import tool_grammar
 from jaxserve.openai.tools import FORMATS, ToolCall, ToolParser, Tools
 from jaxserve.request import Completion, FinishReason, Logprob, RequestDelta, RequestMetrics
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.served_model import ServedModel
+from jaxserve.structured_outputs import StructuredOutputsParams
 from jaxserve.tokenizer import Tokenizer
+from tests.test_grammars import GRAMMARS, allowed, byte_walk
 
 BY_NAME = {entry.name: entry for entry in FORMATS}
 SCHEMAS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("weather", "time")]
@@ -191,6 +197,90 @@ def test_calls_come_back_as_messages() -> None:
     )
 
 
+ARGUMENTS = {
+    "type": "object", "properties": {"city": {"type": "string", "maxLength": 5}}, "required": ["city"],
+    "additionalProperties": False,
+}  # fmt: skip
+STRICT = [
+    {"type": "function", "function": {"name": "weather", "parameters": ARGUMENTS, "strict": True}},
+    {"type": "function", "function": {"name": "time", "parameters": None}},
+]
+
+
+def must_call(**body: Any) -> StructuredOutputsParams:
+    (completion,) = CHAT.completions(ask(**body), "id", MODEL)
+    assert completion.params.structured_outputs is not None
+    return completion.params.structured_outputs
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("only", [None, "weather"])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_answers_that_must_be_calls_are(name: str, only: str | None, parallel: bool) -> None:
+    chosen = Tools(STRICT, BY_NAME[name], parallel, required=True, only=only)
+    found = []
+    for seed in range(6):
+        answer = byte_walk(seed, grammar=tool_grammar(chosen, MODEL.tokenizer))
+        text, calls = parsed(chosen, answer)
+        assert not text
+        found.append(len(calls))
+        for called, arguments in calls:
+            assert only in (None, called)
+            jsonschema.validate(arguments, ARGUMENTS if called == "weather" else {})
+    assert min(found) == 1
+    assert max(found) == 1 or (parallel and only is None)
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "forced"),
+    [
+        ("hermes", "Well, <tool_call>", '\n{"name": "'),
+        ("llama3_json", "{", '"name": "'),
+        ("mistral", "Well, [TOOL_CALLS]", '[{"name": "'),
+    ],
+)
+def test_strict_tools_bind_calls_and_leave_text_free(name: str, begin: str, forced: str) -> None:
+    grammar = tool_grammar(tools(name), MODEL.tokenizer)
+    assert grammar is None, "nothing is strict"
+    grammar = tool_grammar(Tools(STRICT, BY_NAME[name]), MODEL.tokenizer)
+    compiled = GRAMMARS.compile(StructuredOutputsParams(grammar=grammar))
+    matcher = compiled.matcher()
+    for token_id in MODEL.tokenizer.encode(begin):
+        matcher.accept(token_id)
+    assert MODEL.tokenizer.decode(matcher.forced()) == forced
+    matcher = compiled.matcher()
+    for token_id in MODEL.tokenizer.encode("It is late, {}"):
+        matcher.accept(token_id)
+    assert 256 in allowed(matcher), "a text may end"
+
+
+def test_marks_that_are_special_tokens() -> None:
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["</s>", "[TOOL_CALLS]", "[ARGS]"])
+    special = Tokenizer(backend, special_tokens={"eos_token": "</s>"}, chat_template=None)
+    end, mark, arguments = (special.token_id(token) for token in ("</s>", "[TOOL_CALLS]", "[ARGS]"))
+    grammars = Grammars(special, 300, [end or 0])
+    for required, begin in ((True, ""), (False, "Well, ")):
+        grammar = tool_grammar(Tools(STRICT, BY_NAME["mistral"], required=required), special)
+        matcher = grammars.compile(StructuredOutputsParams(grammar=grammar)).matcher()
+        for token_id in special.encode(f"{begin}[TOOL_CALLS]weather"):
+            matcher.accept(token_id)
+        assert allowed(matcher) == [arguments]
+        for token_id in special.encode('[ARGS]{"city":"a"}'):
+            matcher.accept(token_id)
+        assert {mark, end} <= set(allowed(matcher))
+
+
+def test_tools_that_must_be_called_reach_the_engine() -> None:
+    named = {"type": "function", "function": {"name": "time"}}
+    every, one = must_call(tools=SCHEMAS, tool_choice="required"), must_call(tools=SCHEMAS, tool_choice=named)
+    assert "weather" in str(every.grammar)
+    assert "weather" not in str(one.grammar)
+
+
 def function(**fields: Any) -> list[dict[str, Any]]:
     return [{"type": "function", "function": {"name": "time", **fields}}]
 
@@ -202,8 +292,18 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": function(name="a b")}, "tools[0].function.name must be 1 to 64 of a-z, A-Z, 0-9, _ and -, got 'a b'"),
     ({"tools": function(description=1)}, "tools[0].function.description must be a string, got 1"),
     ({"tools": function(parameters=[])}, "tools[0].function.parameters must be a JSON Schema, got []"),
-    ({"tools": function(strict=True)}, "tools[0].function.strict must be false, got True"),
-    ({"tools": SCHEMAS, "tool_choice": "required"}, "tool_choice must be 'none' or 'auto', got 'required'"),
+    ({"tools": function(strict=1)}, "tools[0].function.strict must be true or false, got 1"),
+    ({"tools": SCHEMAS, "tool_choice": "any"}, "tool_choice must be 'none', 'auto', 'required' or {'type': 'function'"),
+    ({"tool_choice": "required"}, "tool_choice 'required' needs tools, got none"),
+    ({"tools": SCHEMAS, "tool_choice": {"type": "function", "function": {"name": "rm"}}},
+     "tool_choice.function.name must be the name of one of tools, got 'rm'"),
+    ({"tools": function(strict=True, parameters={"not": {}})}, "tools[0].function.parameters at # has 'not', a "),
+    ({"tools": function(strict=True, parameters={"type": "string"})},
+     "tools[0].function.parameters.type must be 'object', got 'string'"),
+    ({"tools": [{"type": "function", "function": {
+        "name": f"f{i}", "strict": True, "parameters": {"enum": ["a" * 1000] * 40}}} for i in range(2)]},
+     "tools must make a grammar of at most"),
+    ({"tools": function(strict=True), "response_format": {"type": "json_object"}}, "response_format and struct"),
     ({"tools": SCHEMAS, "parallel_tool_calls": 2}, "parallel_tool_calls must be true or false, got 2"),
     ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs must not have tools, which is a parameter of its"),
     ({"chat_template_kwargs": "x"}, "chat_template_kwargs must be an object, got 'x'"),

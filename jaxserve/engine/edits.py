@@ -8,7 +8,9 @@ import numpy as np
 
 from jaxserve.engine.logits import BITS, EditLayout
 from jaxserve.engine.step import Step
-from jaxserve.request import Request
+from jaxserve.errors import RequestError
+from jaxserve.grammars import Grammar, Matcher
+from jaxserve.request import Request, RequestStatus
 from jaxserve.scheduler import Chunk
 from jaxserve.tokenizer import Tokenizer
 
@@ -16,8 +18,12 @@ from jaxserve.tokenizer import Tokenizer
 class RequestEdits:
     """Of one request whose parameters ask for some."""
 
-    def __init__(self, request: Request, layout: EditLayout, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, request: Request, layout: EditLayout, tokenizer: Tokenizer, matcher: Matcher | None = None
+    ) -> None:
+        """``matcher``: of what the output must be, if anything."""
         params = request.params
+        self._matcher = matcher
         self._request = request
         self._packed = layout.blank(1)
         edits = layout.split(self._packed)
@@ -34,15 +40,28 @@ class RequestEdits:
     @property
     def needs_tokens(self) -> bool:
         """Whether a draw's edits depend on the tokens before it: then the host must know them all."""
-        return any(len(word) > 1 for word in self._bad_words)
+        return self._matcher is not None or any(len(word) > 1 for word in self._bad_words)
 
     def write(self, packed: np.ndarray, layout: EditLayout, num_outputs: int) -> None:
-        """Those of the draw that follows ``num_outputs`` output tokens, into ``int32[1, layout.width]``."""
+        """Those of the draw that follows ``num_outputs`` output tokens, into ``int32[1, layout.width]``.
+
+        Raises RequestError where a grammar takes more work than it may.
+        """
         packed[:] = self._packed
         allowed = layout.split(packed).allowed[0]
         if num_outputs < self._request.params.min_tokens:
             _set_bits(allowed, list(self._request.stop_token_ids), False)
         _set_bits(allowed, [word[-1] for word in self._bad_words if self._ends_with(word[:-1])], False)
+        if self._matcher is not None:
+            mask = np.zeros_like(allowed)
+            self._matcher.fill(mask)
+            # What the output must be goes before what else is asked for, where not both can be had.
+            allowed[:] = both if (both := allowed & mask).any() else mask
+
+    def accept(self, token_id: int) -> None:
+        """The output has gone on. Raises RequestError where a grammar takes more work than it may."""
+        if self._matcher is not None:
+            self._matcher.accept(token_id)
 
     def _ends_with(self, token_ids: tuple[int, ...]) -> bool:
         return not token_ids or tuple(self._request.output_token_ids[-len(token_ids) :]) == token_ids
@@ -74,9 +93,11 @@ class EditedRequests:
         self._layout, self._tokenizer = layout, tokenizer
         self._edits: dict[str, RequestEdits] = {}
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, grammar: Grammar | None) -> None:
+        """``grammar``: of what its output must be, if anything."""
         if request.params.edits_logits:
-            self._edits[request.request_id] = RequestEdits(request, self._layout, self._tokenizer)
+            matcher = None if grammar is None else grammar.matcher()
+            self._edits[request.request_id] = RequestEdits(request, self._layout, self._tokenizer, matcher)
 
     def discard(self, request: Request) -> None:
         self._edits.pop(request.request_id, None)
@@ -85,20 +106,30 @@ class EditedRequests:
         """Whether sampling the step must wait until the host has the tokens of the one before."""
         return any(edits.needs_tokens for _, _, edits in self._of(step))
 
-    def pack(self, step: Step, num_draws: int) -> np.ndarray | None:
-        """``int32[num_draws, layout.width]`` of a step's draws; None where no request among them has any."""
-        packed = None
+    def accept(self, request: Request, token_id: int) -> None:
+        """A request's output has gone on. Raises RequestError where it cannot go on any further."""
+        if (edits := self._edits.get(request.request_id)) is not None:
+            edits.accept(token_id)
+
+    def pack(self, step: Step, num_draws: int) -> tuple[np.ndarray | None, list[tuple[Request, RequestError]]]:
+        """``int32[num_draws, layout.width]`` of a step's draws, None where no request among them has any; and the
+        requests that cannot go on."""
+        packed, failed = None, []
         for draw, chunk, edits in self._of(step):
             if packed is None:
                 packed = self._layout.blank(num_draws)
             num_outputs = chunk.start + chunk.num_tokens - chunk.request.num_prompt_tokens
-            edits.write(packed[draw : draw + 1], self._layout, num_outputs)
-        return packed
+            try:
+                edits.write(packed[draw : draw + 1], self._layout, num_outputs)
+            except RequestError as error:
+                failed.append((chunk.request, error))
+        return packed, failed
 
     def _of(self, step: Step) -> Iterator[tuple[int, Chunk, RequestEdits]]:
         """The draws that have edits, by number."""
         if not self._edits:
             return
         for draw, chunk in enumerate(chunk for chunk in step.chunks if chunk.samples):
-            if (edits := self._edits.get(chunk.request.request_id)) is not None:
+            edits = self._edits.get(chunk.request.request_id)
+            if edits is not None and chunk.request.status is not RequestStatus.FINISHED:
                 yield draw, chunk, edits

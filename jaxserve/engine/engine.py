@@ -20,9 +20,11 @@ from jaxserve.engine.runner import ModelRunner
 from jaxserve.engine.step import Packer, Step, prefills_of, wants_prompt_logprobs
 from jaxserve.engine.tracing import StepTracer, open_trace
 from jaxserve.errors import RequestError
+from jaxserve.grammars import Grammar, Grammars
 from jaxserve.request import FinishReason, Request, RequestDelta, RequestMetrics
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Batch, Chunk
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 HELD_POLL_SECONDS = 0.01
 """How long an idle engine may wait for programs before it looks for other requests."""
@@ -63,6 +65,7 @@ class Engine:
             self.on_step.append(self._tracer.add)
         self._clock, self._random = clock, np.random.default_rng(config.seed)
         self._packer = Packer(self.blocks, absolute=config.pipeline_parallel > 1)
+        self._grammars = Grammars(self.tokenizer, self.model_config.vocab_size, self.eos_token_ids)
         self._edited = EditedRequests(self.runner.edits, self.tokenizer)
         self._streams: dict[str, OutputStream] = {}
         self._held: dict[str, Request] = {}
@@ -70,7 +73,7 @@ class Engine:
         self._launched: Step | None = None
         """The step whose last stage the device works on: without a pipeline, the step launched last."""
         self._device_free_seconds = -math.inf
-        self._aborted: list[RequestDelta] = []
+        self._ended: list[RequestDelta] = []
         self._closed = False
         self.compiles = CompileCounter()
 
@@ -107,20 +110,28 @@ class Engine:
                 f"exceeds max_model_len {limit}"
             )
 
+    def grammar_of(self, params: SamplingParams) -> Grammar | None:
+        """What an output must be, compiled, if anything. May be called from any thread, and may take seconds. Raises
+        RequestError."""
+        structured = StructuredOutputsParams.of(params.structured_outputs)
+        return None if structured is None else self._grammars.compile(structured)
+
     def add_request(
         self,
         request_id: str,
         prompt_token_ids: list[int],
         params: SamplingParams,
         arrival_seconds: float | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
-        """Queue a request. ``arrival_seconds`` is on the engine's clock, now by default. Raises RequestError, and
-        RuntimeError once the engine is closed."""
+        """Queue a request. ``arrival_seconds`` is on the engine's clock, now by default. ``grammar``: of its structured
+        outputs, where it has been compiled. Raises RequestError, and RuntimeError once the engine is closed."""
         if self._closed:
             raise RuntimeError("the engine is closed")
         if request_id in self._streams:
             raise RequestError(f"request_id {request_id!r} is already in flight")
         self.validate(prompt_token_ids, params)
+        grammar = grammar or self.grammar_of(params)
         eos = () if params.ignore_eos else self.eos_token_ids
         request = Request(
             request_id=request_id,
@@ -132,7 +143,7 @@ class Engine:
             seed=params.seed if params.seed is not None else int(self._random.integers(2**31)),
         )
         self._streams[request_id] = OutputStream(request, self.tokenizer)
-        self._edited.add(request)
+        self._edited.add(request, grammar)
         needs_rare = params.prompt_logprobs is not None or params.edits_logits
         if not needs_rare or self.runner.has_rare():
             self.scheduler.add(request)
@@ -144,12 +155,11 @@ class Engine:
         stream = self._streams.get(request_id)
         if stream is None:
             return False
-        self._finish(stream.request, FinishReason.ABORT)
-        self._aborted.append(stream.abort())
+        self._end(stream)
         return True
 
     def has_unfinished(self) -> bool:
-        return bool(self._streams or self._launched or self._aborted or self.runner.has_steps)
+        return bool(self._streams or self._launched or self._ended or self.runner.has_steps)
 
     def step(self) -> list[RequestDelta]:
         """Launch the next batch, then return what left the device before, a delta for each request served.
@@ -163,7 +173,7 @@ class Engine:
         with self.compiles:
             launched = self._launch(batch, start) if batch.chunks or self.runner.has_steps else None
         previous, self._launched = self._launched, launched
-        deltas, self._aborted = self._aborted, []
+        deltas, self._ended = self._ended, []
         # Where edits depend on tokens that the host has yet to read, only the forward pass overlaps with reading them.
         waits = previous is not None and launched is not None and self._edited.needs_tokens(launched)
         if launched is not None and not waits:
@@ -212,9 +222,12 @@ class Engine:
     def _sample(self, entered: Step) -> None:
         """Start to sample what has been launched last."""
         with self.compiles:
-            self.runner.sample(entered, self._edited.pack(entered, self.runner.num_draws(entered)))
+            edits, failed = self._edited.pack(entered, self.runner.num_draws(entered))
+            self.runner.sample(entered, edits)
             if any(wants_prompt_logprobs(chunk) for chunk in prefills_of(entered.chunks)):
                 entered.prompt_logprobs = self.runner.score(entered)
+        for request, error in failed:
+            self._end(self._streams[request.request_id], str(error))
 
     def _pack(self, batch: Batch, start: float, scheduled: float) -> Step:
         chunks = list(batch.chunks.values())
@@ -239,14 +252,27 @@ class Engine:
         collect_prompt_logprobs(step, self._streams)
         deltas = []
         for request, token_id, logprobs in drawn_tokens(step, token_ids):
-            delta = self._streams[request.request_id].append(token_id, logprobs, record.ready_seconds)
+            stream = self._streams[request.request_id]
+            delta = stream.append(token_id, logprobs, record.ready_seconds)
+            deltas.append(delta)
             if delta.finish_reason is not None:
                 self._finish(request, delta.finish_reason)
-            deltas.append(delta)
+                continue
+            try:
+                self._edited.accept(request, token_id)
+            except RequestError as error:
+                self._end(stream, str(error))
         record.processed_seconds = self._clock()
         for observe in self.on_step:
             observe(record, step.chunks)
         return deltas
+
+    def _end(self, stream: OutputStream, error: str | None = None) -> None:
+        """End a request between steps: its last delta comes with the next one."""
+        last = stream.end(error)
+        assert last.finish_reason is not None
+        self._finish(stream.request, last.finish_reason)
+        self._ended.append(last)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self._held.pop(request.request_id, None)

@@ -65,9 +65,10 @@ class OutputStream:
         text, reason = self.push(token_id)
         return self._delta((token_id,), text, None if logprobs is None else [logprobs], prompt_logprobs, reason)
 
-    def abort(self) -> RequestDelta:
-        """The rest of the text when the request ends from outside."""
-        return self._delta((), self._held + self._decoder.flush(), None, None, FinishReason.ABORT)
+    def end(self, error: str | None = None) -> RequestDelta:
+        """The rest of the text when the request ends from outside, or cannot go on: then ``error`` says why."""
+        reason = FinishReason.ABORT if error is None else FinishReason.ERROR
+        return self._delta((), self._held + self._decoder.flush(), None, None, reason)._replace(error=error)
 
     def _delta(
         self,

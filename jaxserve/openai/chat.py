@@ -12,6 +12,7 @@ from jaxserve.openai.choices import Choice, ChoicesEndpoint
 from jaxserve.openai.endpoint import Ask
 from jaxserve.openai.fields import take_object, take_switch
 from jaxserve.openai.response import Part
+from jaxserve.openai.tool_grammar import tool_grammar
 from jaxserve.openai.tools import ToolCall, ToolParser, take_tools
 from jaxserve.prompts import ParsedPrompt
 from jaxserve.request import Completion, FinishReason, Logprob
@@ -43,10 +44,19 @@ class ChatCompletions(ChoicesEndpoint):
         sampling = _take_logprobs(given)
         if tools is not None:
             options["tools"] = tools.schemas
+            if (grammar := tool_grammar(tools, model.tokenizer)) is not None:
+                if "structured_outputs" in ask.sampling:
+                    raise RequestError(
+                        "response_format and structured_outputs must be left out with required or strict tools, got one"
+                    )
+                sampling["structured_outputs"] = {"grammar": grammar}
             if tools.needs_special_tokens(model.tokenizer):
                 sampling["skip_special_tokens"] = False
         return replace(
-            ask, prompts=[ParsedPrompt(messages=messages, template_options=options)], sampling=sampling, tools=tools
+            ask,
+            prompts=[ParsedPrompt(messages=messages, template_options=options)],
+            sampling={**ask.sampling, **sampling},
+            tools=tools,
         )
 
     def choice(self, index: int, completion: Completion, ask: Ask, model: ServedModel) -> Choice:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 from jaxserve.errors import RequestError
 from jaxserve.openai.endpoint import Ask, Endpoint
 from jaxserve.openai.fields import rename_max_tokens, take_object, take_switch
+from jaxserve.openai.formats import take_structured_outputs
 from jaxserve.openai.response import Part, Response
 from jaxserve.request import Completion, best_of
 from jaxserve.served_model import ServedModel
@@ -30,7 +31,6 @@ class ChoicesEndpoint(Endpoint):
     """What the chunks of a streamed response call themselves."""
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "suffix": ("",),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "functions": ([],),
         "function_call": ("none", "auto"),
@@ -42,7 +42,13 @@ class ChoicesEndpoint(Endpoint):
         usage, continuous = (take_switch(options, name) for name in ("include_usage", "continuous_usage_stats"))
         if stream and given.get("best_of", given.get("n", 1)) != given.get("n", 1):
             raise RequestError("stream must be false with a best_of over n, got true")
-        return Ask(stream=stream, include_usage=usage, continuous_usage_stats=continuous)
+        structured = take_structured_outputs(given)
+        return Ask(
+            sampling={"structured_outputs": structured} if structured else {},
+            stream=stream,
+            include_usage=usage,
+            continuous_usage_stats=continuous,
+        )
 
     def respond(self, ask: Ask, completions: Sequence[Completion], response_id: str, model: ServedModel) -> Response:
         return ChoicesResponse(self, ask, completions, response_id, model)

@@ -28,7 +28,7 @@ class Completions(ChoicesEndpoint):
 
     def _take(self, given: dict[str, Any], model: ServedModel) -> Ask:
         ask = super()._take(given, model)
-        echo, sampling = take_switch(given, "echo"), {}
+        echo, sampling = take_switch(given, "echo"), dict(ask.sampling)
         if echo and (given.get("logprobs") is not None or given.get("max_tokens") == 0):
             sampling["prompt_logprobs"] = given.get("logprobs", 0)
         return replace(ask, prompts=_take_prompts(given), sampling=sampling, echo=echo)

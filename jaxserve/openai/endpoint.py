@@ -43,6 +43,8 @@ class Ask:
     """Whether a choice begins with its prompt."""
     tools: Tools | None = None
     """What the model may call instead of answering, if anything."""
+    text_format: Mapping[str, Any] = field(default_factory=lambda: {"type": "text"})
+    """Of the answer, as /v1/responses says it."""
     stream: bool = False
     include_usage: bool = False
     """Whether a last chunk tells the number of tokens; ``continuous_usage_stats``: every chunk those until then."""

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from jaxserve.errors import RequestError
 from jaxserve.openai.chat import take_template_options
 from jaxserve.openai.endpoint import NO_TOOLS, Ask, Endpoint
-from jaxserve.openai.fields import rename_max_tokens, take_switch
+from jaxserve.openai.fields import rename_max_tokens, take_object, take_switch
+from jaxserve.openai.formats import structured_outputs
 from jaxserve.openai.response import Part, Response
 from jaxserve.prompts import ParsedPrompt
 from jaxserve.request import Completion, FinishReason
@@ -28,7 +29,6 @@ class Responses(Endpoint):
         **NO_TOOLS,
         "background": (False,),
         "include": ([],),
-        "text": ({}, {"format": {"type": "text"}}),
         "truncation": ("disabled",),
         "top_logprobs": (0,),
     }
@@ -46,7 +46,13 @@ class Responses(Endpoint):
                 raise RequestError(f"{name} is no parameter of {self.path}, got {given[name]!r:.80}")
         rename_max_tokens(given, "max_output_tokens")
         prompt = ParsedPrompt(messages=messages, template_options=take_template_options(given))
-        return Ask(prompts=[prompt], stream=take_switch(given, "stream"))
+        text_format = take_object(take_object(given, "text"), "format") or {"type": "text"}
+        sampling: dict[str, Any] = {}
+        if structured := structured_outputs("text.format", text_format):
+            if "structured_outputs" in given:
+                raise RequestError(f"text.format must be left out with structured_outputs, got {text_format!r:.80}")
+            sampling["structured_outputs"] = structured
+        return Ask(prompts=[prompt], sampling=sampling, stream=take_switch(given, "stream"), text_format=text_format)
 
     def respond(self, ask: Ask, completions: Sequence[Completion], response_id: str, model: ServedModel) -> Response:
         return TextResponse(ask, completions, response_id, model)
@@ -147,7 +153,7 @@ class TextResponse(Response):
             "temperature": self._params.temperature,
             "top_p": self._params.top_p,
             "max_output_tokens": self._params.max_tokens,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": self.ask.text_format},
             "tools": [],
             "tool_choice": "auto",
             "parallel_tool_calls": True,

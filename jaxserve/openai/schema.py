@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxserve.openai.formats import TYPES
 from jaxserve.openai.responses import TEXT_PARTS
 from jaxserve.openai.tools import MAX_TOOLS
 from jaxserve.sampling_params import (
@@ -18,9 +19,31 @@ from jaxserve.sampling_params import (
     MAX_SEED,
     MAX_STOP_STRINGS,
 )
+from jaxserve.structured_outputs import MAX_CHOICES as MAX_STRINGS
 
 BOOLEAN: dict[str, Any] = {"type": ["boolean", "null"]}
 TOKEN_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+STRUCTURED_OUTPUTS: dict[str, Any] = {
+    "type": ["object", "null"], "maxProperties": 1, "minProperties": 1,
+    "properties": {
+        "json": {"type": ["object", "string"], "description": "A JSON Schema."},
+        "regex": {"type": "string"},
+        "choice": {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_STRINGS},
+        "grammar": {"type": "string", "description": "In Lark's syntax or GBNF's."},
+        "json_object": {"type": "boolean"},
+        "structural_tag": {"type": ["object", "string"]},
+    },
+}  # fmt: skip
+RESPONSE_FORMAT: dict[str, Any] = {
+    "type": ["object", "null"], "required": ["type"],
+    "properties": {
+        "type": {"enum": list(TYPES)},
+        "json_schema": {
+            "type": "object", "required": ["schema"],
+            "properties": {"name": {"type": "string"}, "schema": {"type": "object"}, "strict": BOOLEAN},
+        },
+    },
+}  # fmt: skip
 SAMPLING: dict[str, dict[str, Any]] = {
     "model": {"type": ["string", "null"], "description": "One of the names that /v1/models lists."},
     "stream": BOOLEAN,
@@ -57,6 +80,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
         "type": ["integer", "null"], "minimum": -MAX_PRIORITY, "maximum": MAX_PRIORITY,
         "description": "Lower goes first.",
     },
+    "structured_outputs": STRUCTURED_OUTPUTS,
     "user": {"type": ["string", "null"]},
 }  # fmt: skip
 """What every endpoint takes."""
@@ -69,6 +93,7 @@ COMMON: dict[str, dict[str, Any]] = {
         "type": ["object", "null"], "properties": {"include_usage": BOOLEAN, "continuous_usage_stats": BOOLEAN},
     },
     "max_tokens": MAX_TOKENS,
+    "response_format": RESPONSE_FORMAT,
 }  # fmt: skip
 """Of endpoints with choices."""
 COMPLETION: dict[str, dict[str, Any]] = {
@@ -113,6 +138,7 @@ TOOL: dict[str, Any] = {
                 "name": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
                 "description": {"type": ["string", "null"]},
                 "parameters": {"type": ["object", "null"]},
+                "strict": BOOLEAN,
             },
         },
     },
@@ -123,7 +149,7 @@ CHAT: dict[str, dict[str, Any]] = {
     "logprobs": BOOLEAN,
     "top_logprobs": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_LOGPROBS},
     "tools": {"type": ["array", "null"], "items": TOOL, "maxItems": MAX_TOOLS},
-    "tool_choice": {"enum": ["none", "auto", None]},
+    "tool_choice": {"anyOf": [{"enum": ["none", "auto", "required", None]}, {"type": "object"}]},
     "parallel_tool_calls": BOOLEAN,
     **TEMPLATE,
 }
@@ -131,6 +157,7 @@ RESPONSE: dict[str, dict[str, Any]] = {
     "input": {"anyOf": [{"type": "string"}, {"type": "array", "items": _message(*TEXT_PARTS), "minItems": 1}]},
     "instructions": {"type": ["string", "null"]},
     "max_output_tokens": MAX_TOKENS,
+    "text": {"type": ["object", "null"], "properties": {"format": RESPONSE_FORMAT}},
     **TEMPLATE,
 }
 TOKENIZE: dict[str, dict[str, Any]] = {

@@ -135,6 +135,10 @@ class Tools:
     format: ToolFormat
     parallel: bool = True
     """Whether an answer may hold several calls; of more than one the others are left out."""
+    required: bool = False
+    """Whether the answer is calls and nothing else."""
+    only: str | None = None
+    """The one to call."""
 
     @property
     def names(self) -> list[str]:
@@ -152,12 +156,11 @@ def take_tools(given: dict[str, Any], tokenizer: Tokenizer) -> Tools | None:
     """Take tools and what belongs to them out of a body. Raises RequestError."""
     schemas, choice = given.pop("tools", []), given.pop("tool_choice", "auto")
     parallel = take_switch(given, "parallel_tool_calls", True)
-    if choice not in ("none", "auto"):
-        raise RequestError(f"tool_choice must be 'none' or 'auto', got {choice!r:.80}")
     if not isinstance(schemas, list) or len(schemas) > MAX_TOOLS:
         raise RequestError(f"tools must be a list of at most {MAX_TOOLS} tools, got {schemas!r:.80}")
     for index, schema in enumerate(schemas):
         _check_tool(f"tools[{index}]", schema)
+    only = _name_of_choice(choice, [schema["function"]["name"] for schema in schemas])
     if not schemas or choice == "none":
         return None
     template = tokenizer.chat_template
@@ -165,7 +168,25 @@ def take_tools(given: dict[str, Any], tokenizer: Tokenizer) -> Tools | None:
     if found is None:
         known = ", ".join(entry.name for entry in FORMATS)
         raise RequestError(f"tools cannot be served: the model's chat template has calls in no known format: {known}")
-    return Tools(schemas, found, parallel)
+    return Tools(schemas, found, parallel, required=only is not None or choice == "required", only=only)
+
+
+def _name_of_choice(choice: object, names: Sequence[str]) -> str | None:
+    """The tool that must be called, if it is one. Raises RequestError."""
+    if choice in ("none", "auto"):
+        return None
+    if choice == "required":
+        if not names:
+            raise RequestError("tool_choice 'required' needs tools, got none")
+        return None
+    function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if name is None:
+        one = "{'type': 'function', 'function': {'name': ...}}"
+        raise RequestError(f"tool_choice must be 'none', 'auto', 'required' or {one}, got {choice!r:.80}")
+    if name not in names:
+        raise RequestError(f"tool_choice.function.name must be the name of one of tools, got {name!r:.80}")
+    return str(name)
 
 
 def _check_tool(name: str, schema: object) -> None:
@@ -179,8 +200,8 @@ def _check_tool(name: str, schema: object) -> None:
         raise RequestError(f"{name}.function.description must be a string, got {function['description']!r:.80}")
     if not isinstance(parameters, Mapping | None):
         raise RequestError(f"{name}.function.parameters must be a JSON Schema, got {parameters!r:.80}")
-    if function.get("strict"):
-        raise RequestError(f"{name}.function.strict must be false, got {function['strict']!r:.80}")
+    if not isinstance(function.get("strict"), bool | None):
+        raise RequestError(f"{name}.function.strict must be true or false, got {function['strict']!r:.80}")
 
 
 class ToolParser:

@@ -21,6 +21,7 @@ from jaxserve.errors import RequestError
 from jaxserve.server.messages import MAX_UINT32, NO_TOKEN_LIMIT
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2_grpc as pb_grpc
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from grpc import _CallIterator as CallIterator
@@ -243,6 +244,9 @@ def _sampling_message(sampling: dict[str, Any]) -> pb.SamplingParams:
         if fields[name].is_repeated:
             if value is not None:
                 _add_items(message, name, fields[name], value)
+        elif name == "structured_outputs":
+            if (asked := StructuredOutputsParams.of(value)) is not None:
+                message.structured_outputs.CopyFrom(_structured_outputs(asked))
         elif value is not None:
             setattr(message, name, _scalar(name, fields[name], value))
         elif name == "max_tokens":  # as in SamplingParams: None is no limit
@@ -267,6 +271,15 @@ def _add_bias(message: pb.SamplingParams, bias: Any) -> None:
         raise RequestError(f"logit_bias must be a mapping, got {bias!r:.80}")
     for token_id, value in bias.items():
         message.logit_bias[_integer("logit_bias: token id", token_id, 0, MAX_UINT32)] = _number("logit_bias", value)
+
+
+def _structured_outputs(asked: StructuredOutputsParams) -> pb.StructuredOutputs:
+    message, value = pb.StructuredOutputs(), getattr(asked, asked.name)
+    if asked.name == "choice":
+        message.choice.choices.extend(value)
+    else:
+        setattr(message, asked.name, value)
+    return message
 
 
 def _scalar(name: str, field: Any, value: Any) -> bool | int | float | str:

@@ -26,6 +26,7 @@ from jaxserve.server.errors import UnavailableError
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine
+    from jaxserve.grammars import Grammar
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class _Add:
     prompt_token_ids: list[int]
     params: SamplingParams
     arrival_seconds: float
+    grammar: Grammar | None
 
 
 @dataclass(frozen=True)
@@ -133,18 +135,19 @@ class EngineThread:
         return request_id in self._streams
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, grammar: Grammar | None = None
     ) -> AsyncGenerator[RequestDelta, None]:
         """Deltas up to the one with a finish reason. Closing or cancelling the iterator aborts the request at once.
 
-        Raises RequestError before the first delta, EngineDeadError at any time.
+        Raises RequestError before the first delta, or later where a grammar takes more work than it may, and
+        EngineDeadError at any time.
         """
         if self._dead:
             raise EngineDeadError()
         if request_id in self._streams:
             raise RequestError(f"request_id must be unique among the requests in flight, got {request_id!r} again")
         stream = self._streams[request_id] = _Stream(request_id)
-        self._commands.put(_Add(stream, prompt_token_ids, params, arrival_seconds=time.monotonic()))
+        self._commands.put(_Add(stream, prompt_token_ids, params, time.monotonic(), grammar))
         try:
             while True:
                 item = await stream.get()
@@ -224,7 +227,10 @@ class EngineThread:
                 del self._live[delta.request_id]
 
     def _item(self, delta: RequestDelta) -> RequestDelta | Exception:
-        """A request that the end of the server cuts off before its first token was not served at all."""
+        """A request that the end of the server cuts off before its first token was not served at all; one that cannot
+        go on has failed alone."""
+        if delta.error is not None:
+            return RequestError(delta.error)
         unserved = delta.finish_reason is FinishReason.ABORT and not delta.metrics.token_seconds
         return EngineDeadError() if self._stopping and unserved else delta
 
@@ -252,7 +258,7 @@ class EngineThread:
             self._step()
         try:
             self.engine.add_request(
-                stream.request_id, command.prompt_token_ids, command.params, command.arrival_seconds
+                stream.request_id, command.prompt_token_ids, command.params, command.arrival_seconds, command.grammar
             )
         except Exception as error:  # RequestError, or a fault: in either case this request fails alone
             self._send([(stream, error)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import Message
 
@@ -71,9 +71,20 @@ def sampling_params(message: pb.SamplingParams, model: ServedModel, num_prompt_t
     for name in ("stop", "stop_token_ids", "allowed_token_ids", "bad_words"):
         if name in given:
             given[name] = tuple(given[name])
+    if "structured_outputs" in given:
+        given["structured_outputs"] = structured_outputs(given["structured_outputs"])
     if given.get("max_tokens") == NO_TOKEN_LIMIT:
         given["max_tokens"] = None
     return model.sampling_params(given, num_prompt_tokens)
+
+
+def structured_outputs(message: Message) -> dict[str, Any]:
+    """The field of ``constraint`` that is set, by its name; choices as a list."""
+    name = message.WhichOneof("constraint")
+    if name is None:
+        return {}
+    value = getattr(message, name)
+    return {name: list(value.choices) if name == "choice" else value}
 
 
 def max_request_bytes(model: ServedModel) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from jaxserve.request import Completion, RequestDelta
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from jaxserve.server.spans import Spans
 
 
+GRAMMAR_THREADS = 2
+"""Grammars of structured outputs that are compiled at once."""
 IndexedDelta = tuple[int, RequestDelta]
 """What a step has added to which of several requests."""
 
@@ -38,6 +41,7 @@ class Replicas:
     ) -> None:
         self._spans = spans
         self._threads = [EngineThread(engine, on_death, step_timeout_seconds) for engine in engines]
+        self._compiling = ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammars")
         self.engines = tuple(engines)
         """To look on."""
         self.engine = engines[0]
@@ -52,10 +56,23 @@ class Replicas:
         """As EngineThread.generate."""
         # The one that has a request of this name refuses another.
         thread = self._thread_of(request_id) or min(self._threads, key=lambda thread: thread.num_in_flight)
-        deltas = thread.generate(request_id, prompt_token_ids, params)
+        if params.structured_outputs is None:
+            deltas = thread.generate(request_id, prompt_token_ids, params)
+        else:
+            deltas = self._generate_structured(thread, request_id, prompt_token_ids, params)
         if self._spans is None:
             return deltas
         return self._spans.around(deltas, self.model.names[0], request_id, prompt_token_ids, params)
+
+    async def _generate_structured(
+        self, thread: EngineThread, request_id: str, prompt_token_ids: list[int], params: SamplingParams
+    ) -> AsyncGenerator[RequestDelta, None]:
+        """The grammar is compiled first: neither the event loop nor the engine waits for that."""
+        loop = asyncio.get_running_loop()
+        grammar = await loop.run_in_executor(self._compiling, thread.engine.grammar_of, params)
+        async with contextlib.aclosing(thread.generate(request_id, prompt_token_ids, params, grammar)) as deltas:
+            async for delta in deltas:
+                yield delta
 
     async def generate_all(self, completions: Sequence[Completion]) -> AsyncGenerator[IndexedDelta, None]:
         """Of several requests, as they come, to their ends. Closing it aborts them; raises what ``generate`` does."""
@@ -101,6 +118,7 @@ class Replicas:
 
     async def stop(self) -> None:
         """Abort what is left and give the devices back."""
+        self._compiling.shutdown(wait=False, cancel_futures=True)
         for thread in self._threads:
             await thread.stop()
             thread.engine.close()

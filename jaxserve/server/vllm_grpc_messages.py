@@ -20,7 +20,7 @@ from jaxserve.prompts import ParsedPrompt
 from jaxserve.request import Completion, Logprob, RequestDelta
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.served_model import ServedModel
-from jaxserve.server.messages import check_lists, check_request_id
+from jaxserve.server.messages import check_lists, check_request_id, structured_outputs
 from jaxserve.server.proto.vllm import vllm_engine_pb2 as pb
 
 if TYPE_CHECKING:
@@ -73,6 +73,10 @@ def completions(
 def _sampling_params(message: pb.SamplingParams, model: ServedModel, num_prompt_tokens: int) -> SamplingParams:
     check_lists(message, model)
     given = _given(message)
+    if structured := structured_outputs(message):
+        name = message.WhichOneof("constraint")
+        del given[name]
+        given["structured_outputs"] = {"json": structured[name]} if name == "json_schema" else structured
     _check_served(given, SAMPLING | NOT_THE_ENGINES)
     given = {name: value for name, value in given.items() if name not in NOT_THE_ENGINES}
     return model.sampling_params({**UNSET, **given}, num_prompt_tokens)

@@ -188,7 +188,7 @@ def test_abort_releases_what_was_held() -> None:
     half = TOKENIZER.encode(FAMILY)[:1]
     deltas, _ = push_all(stream, [*letters("abc"), *half])
     assert "".join(deltas) == ""
-    assert stream.abort().text == "abc" + TOKENIZER.decode(half)
+    assert stream.end().text == "abc" + TOKENIZER.decode(half)
 
 
 some_tokens = st.lists(
@@ -212,7 +212,7 @@ def test_deltas_are_the_text_of_all_tokens(token_ids: list[int], skip: bool, end
     stream = make_stream(len(token_ids) if ends_at_limit else 10**6, skip_special_tokens=skip, stop=stops)
     deltas, reason = push_all(stream, token_ids)
     if not ends_at_limit:
-        deltas.append(stream.abort().text)
+        deltas.append(stream.end().text)
     assert "".join(deltas) == text
     assert reason is (FinishReason.LENGTH if ends_at_limit else None)
 

@@ -17,6 +17,7 @@ import pytest
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.engine.metrics import EngineMetrics, StepRecord
 from jaxserve.errors import RequestError
+from jaxserve.grammars import Grammar
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestMetrics
 from jaxserve.sampling_params import SamplingParams
@@ -95,7 +96,12 @@ class FakeEngine:
         self.closed = False
 
     def add_request(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, arrival_seconds: float | None = None
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        arrival_seconds: float | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
         if prompt_token_ids == [1]:
             raise RuntimeError("secret of the engine")

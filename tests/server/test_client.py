@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from jaxserve.errors import RequestError
 from jaxserve.server.client import AsyncClient, Client, _generate_request, _is_local
+from jaxserve.server.messages import structured_outputs
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 GENERATE = Path(__file__).parents[2] / "scripts" / "generate.py"
 
@@ -204,6 +206,20 @@ def test_sampling_parameters_are_sent_as_given():
     assert _generate_request("abc", "", "", given | lists | edits).sampling_params == pb.SamplingParams(
         **sent, stop=["a"], stop_token_ids=[1, 2], logit_bias={3: 0.5}, allowed_token_ids=[0, 1]
     )
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"json": {"type": "null"}}, {"json": '{"type": "null"}'}),
+        ({"choice": ("a", "b")}, {"choice": ["a", "b"]}),
+        (StructuredOutputsParams(json_object=True), {"json_object": True}),
+    ],
+)
+def test_structured_outputs_are_sent(asked, expected):
+    message = _generate_request("abc", "", "", {"structured_outputs": asked}).sampling_params
+    assert structured_outputs(message.structured_outputs) == expected
+    assert not _generate_request("abc", "", "", {"structured_outputs": None}).sampling_params.ListFields()
 
 
 @given(st.lists(st.integers() | st.booleans() | st.floats() | st.none() | st.text(max_size=3)))

@@ -18,6 +18,7 @@ from jaxserve.server import listener
 from jaxserve.server.kserve import KSERVE_NAME
 from jaxserve.server.proto.inference import grpc_service_pb2 as pb
 from jaxserve.server.proto.inference import grpc_service_pb2_grpc as pb_grpc
+from jaxserve.structured_outputs import StructuredOutputsParams
 from tests.server.conftest import RunningServer
 
 TYPES = {bytes: "BYTES", bool: "BOOL"}
@@ -150,6 +151,15 @@ def test_sampling_parameters(server, stub):
     next(stream.call)
     (request,) = server.engine.running.values()
     assert request.params == SamplingParams(temperature=0.5, top_k=9, ignore_eos=True, stop="3", max_tokens=None)
+    stream.call.cancel()
+
+
+def test_structured_outputs(server, stub):
+    stream = Stream(stub)
+    stream.send(ask(stream=True, structured_outputs={"choice": ["a", "b"]}))
+    next(stream.call)
+    (request,) = server.engine.running.values()
+    assert request.params.structured_outputs == StructuredOutputsParams(choice=["a", "b"])
     stream.call.cancel()
 
 

@@ -88,8 +88,8 @@ def test_a_stream(client: openai.OpenAI) -> None:
         ({"previous_response_id": "resp_1"}, "unknown parameter 'previous_response_id' for /v1/responses; known: "),
         ({"tools": [SCHEMA]}, "tools must be [], got [{'type': 'function'"),
         (
-            {"text": {"format": {"type": "json_object"}}},
-            "text must be {} or {'format': {'type': 'text'}}, got {'format'",
+            {"text": {"format": {"type": "xml"}}},
+            "text.format.type must be one of text, json_object, json_schema, structural_tag, got 'xml'",
         ),
         ({"background": True}, "background must be False, got True"),
         ({"max_tokens": 3}, "max_tokens is no parameter of /v1/responses, got 3"),

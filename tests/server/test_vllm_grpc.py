@@ -21,6 +21,7 @@ from jaxserve.server.client import Client
 from jaxserve.server.proto.vllm import vllm_engine_pb2 as pb
 from jaxserve.server.proto.vllm import vllm_engine_pb2_grpc as pb_grpc
 from jaxserve.server.vllm_grpc import VLLM_NAME
+from jaxserve.structured_outputs import StructuredOutputsParams
 from jaxserve.tokenizer import Tokenizer
 from tests.server.conftest import RunningServer
 
@@ -99,6 +100,23 @@ def test_what_is_left_out_has_vllms_defaults(server, stub):
     call.cancel()
 
 
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        ({"json_schema": '{"type": "null"}'}, {"json": '{"type": "null"}'}),
+        ({"regex": "a"}, {"regex": "a"}),
+        ({"grammar": 'start: "a"'}, {"grammar": 'start: "a"'}),
+        ({"json_object": True}, {"json_object": True}),
+        ({"choice": pb.ChoiceConstraint(choices=["a", "b"])}, {"choice": ("a", "b")}),
+    ],
+)
+def test_constraints(server, stub, field, expected):
+    call = stub.Generate(ask(request_id="a", **field))
+    next(call)
+    assert server.engine.running["a"].params.structured_outputs == StructuredOutputsParams(**expected)
+    call.cancel()
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_several_sequences(server, stub, stream):
     responses = list(stub.Generate(ask(request_id="a", stream=stream, max_tokens=3, n=4)))
@@ -146,12 +164,10 @@ def test_cancel_frees_the_request(server, stub, eventually):
         ({"frequency_penalty": 2.5}, "frequency_penalty must be in [-2, 2], got 2.5"),
         ({"logit_bias": {5: 101.0}}, "logit_bias must be in [-100, 100], got 101.0"),
         ({"truncate_prompt_tokens": -1}, "truncate_prompt_tokens cannot be served and must be left out, got -1"),
-        ({"json_schema": "{}"}, "json_schema cannot be served and must be left out, got '{}'"),
-        ({"regex": "a"}, "regex cannot be served and must be left out, got 'a'"),
-        ({"grammar": "a"}, "grammar cannot be served and must be left out, got 'a'"),
-        ({"structural_tag": "a"}, "structural_tag cannot be served and must be left out, got 'a'"),
-        ({"json_object": True}, "json_object cannot be served and must be left out, got True"),
-        ({"choice": pb.ChoiceConstraint()}, "choice cannot be served and must be left out"),
+        ({"json_schema": '{"not": {}}'}, "structured_outputs.json at # has 'not', a keyword that cannot be served"),
+        ({"structural_tag": "a"}, "structured_outputs.structural_tag must be JSON, got 'a'"),
+        ({"choice": pb.ChoiceConstraint()}, "structured_outputs.choice must be a list of 1 to 1024 strings, got list"),
+        ({"json_object": False}, "structured_outputs must have exactly one of json, regex, choice, grammar, json_obj"),
         ({"grammar_from_first_token": True}, "grammar_from_first_token cannot be served and must be left out"),
         ({"n": 129}, "n must be an integer in [1, 128], got 129"),
         ({"temperature": -1}, "temperature must be in [0, 100], got -1.0"),

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n1jaxserve/server/proto/jaxserve/v1/inference.proto\x12\x0bjaxserve.v1\"\xd3\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.jaxserve.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x11.jaxserve.v1.ChatH\x00\x12\x34\n\x0fsampling_params\x18\x06 \x01(\x0b\x32\x1b.jaxserve.v1.SamplingParamsB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.jaxserve.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xb4\x07\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\x05H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x17\n\nignore_eos\x18\t \x01(\x08H\x06\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\x05H\x07\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0b \x01(\x05H\x08\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x0c \x01(\x08H\t\x88\x01\x01\x12\'\n\x1ainclude_stop_str_in_output\x18\r \x01(\x08H\n\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0e \x01(\x01H\x0b\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0f \x01(\x01H\x0c\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x10 \x01(\x01H\r\x88\x01\x01\x12>\n\nlogit_bias\x18\x11 \x03(\x0b\x32*.jaxserve.v1.SamplingParams.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\x12 \x03(\r\x12\x11\n\tbad_words\x18\x13 \x03(\t\x12\x17\n\nmin_tokens\x18\x14 \x01(\x05H\x0e\x88\x01\x01\x12\x17\n\ncache_salt\x18\x15 \x01(\tH\x0f\x88\x01\x01\x12\x15\n\x08priority\x18\x16 \x01(\x05H\x10\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x16\n\x14_skip_special_tokensB\x1d\n\x1b_include_stop_str_in_outputB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_min_tokensB\r\n\x0b_cache_saltB\x0b\n\t_priority\"\xc4\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12/\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1d.jaxserve.v1.PositionLogprobs\x12\x36\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x1d.jaxserve.v1.PositionLogprobs\x12\x30\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x19.jaxserve.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x07 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x08 \x01(\rH\x00\x12!\n\x05usage\x18\t \x01(\x0b\x32\x12.jaxserve.v1.UsageB\r\n\x0bstop_reason\"A\n\x10PositionLogprobs\x12-\n\ncandidates\x18\x01 \x03(\x0b\x32\x19.jaxserve.v1.TokenLogprob\"?\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r\"\xd2\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x19\n\x0cttft_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12%\n\x18scheduling_delay_seconds\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x17\n\x0fnum_preemptions\x18\x05 \x01(\r\x12\x12\n\nnum_stalls\x18\x06 \x01(\rB\x0f\n\r_ttft_secondsB\x1b\n\x19_scheduling_delay_seconds\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\"\x15\n\x13GetModelInfoRequest\"\xcb\x01\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\x14\n\x0ctoken_budget\x18\x07 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x08 \x01(\r\x12\x11\n\tscheduler\x18\t \x01(\t\"]\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x11.jaxserve.v1.ChatH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"o\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\x8a\x03\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.jaxserve.v1.GenerateRequest\x1a\x1d.jaxserve.v1.GenerateResponse0\x01\x12>\n\x05\x41\x62ort\x12\x19.jaxserve.v1.AbortRequest\x1a\x1a.jaxserve.v1.AbortResponse\x12S\n\x0cGetModelInfo\x12 .jaxserve.v1.GetModelInfoRequest\x1a!.jaxserve.v1.GetModelInfoResponse\x12G\n\x08Tokenize\x12\x1c.jaxserve.v1.TokenizeRequest\x1a\x1d.jaxserve.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.jaxserve.v1.DetokenizeRequest\x1a\x1f.jaxserve.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n1jaxserve/server/proto/jaxserve/v1/inference.proto\x12\x0bjaxserve.v1\"\xd3\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.jaxserve.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x11.jaxserve.v1.ChatH\x00\x12\x34\n\x0fsampling_params\x18\x06 \x01(\x0b\x32\x1b.jaxserve.v1.SamplingParamsB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.jaxserve.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xf0\x07\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\x05H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x17\n\nignore_eos\x18\t \x01(\x08H\x06\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\x05H\x07\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0b \x01(\x05H\x08\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x0c \x01(\x08H\t\x88\x01\x01\x12\'\n\x1ainclude_stop_str_in_output\x18\r \x01(\x08H\n\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0e \x01(\x01H\x0b\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0f \x01(\x01H\x0c\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x10 \x01(\x01H\r\x88\x01\x01\x12>\n\nlogit_bias\x18\x11 \x03(\x0b\x32*.jaxserve.v1.SamplingParams.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\x12 \x03(\r\x12\x11\n\tbad_words\x18\x13 \x03(\t\x12\x17\n\nmin_tokens\x18\x14 \x01(\x05H\x0e\x88\x01\x01\x12\x17\n\ncache_salt\x18\x15 \x01(\tH\x0f\x88\x01\x01\x12\x15\n\x08priority\x18\x16 \x01(\x05H\x10\x88\x01\x01\x12:\n\x12structured_outputs\x18\x17 \x01(\x0b\x32\x1e.jaxserve.v1.StructuredOutputs\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x16\n\x14_skip_special_tokensB\x1d\n\x1b_include_stop_str_in_outputB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_min_tokensB\r\n\x0b_cache_saltB\x0b\n\t_priority\"\xae\x01\n\x11StructuredOutputs\x12\x0e\n\x04json\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12&\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x14.jaxserve.v1.ChoicesH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x05 \x01(\x08H\x00\x12\x18\n\x0estructural_tag\x18\x06 \x01(\tH\x00\x42\x0c\n\nconstraint\"\x1a\n\x07\x43hoices\x12\x0f\n\x07\x63hoices\x18\x01 \x03(\t\"\xc4\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12/\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1d.jaxserve.v1.PositionLogprobs\x12\x36\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x1d.jaxserve.v1.PositionLogprobs\x12\x30\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x19.jaxserve.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x07 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x08 \x01(\rH\x00\x12!\n\x05usage\x18\t \x01(\x0b\x32\x12.jaxserve.v1.UsageB\r\n\x0bstop_reason\"A\n\x10PositionLogprobs\x12-\n\ncandidates\x18\x01 \x03(\x0b\x32\x19.jaxserve.v1.TokenLogprob\"?\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r\"\xd2\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x19\n\x0cttft_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12%\n\x18scheduling_delay_seconds\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x17\n\x0fnum_preemptions\x18\x05 \x01(\r\x12\x12\n\nnum_stalls\x18\x06 \x01(\rB\x0f\n\r_ttft_secondsB\x1b\n\x19_scheduling_delay_seconds\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\"\x15\n\x13GetModelInfoRequest\"\xcb\x01\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\x14\n\x0ctoken_budget\x18\x07 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x08 \x01(\r\x12\x11\n\tscheduler\x18\t \x01(\t\"]\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x11.jaxserve.v1.ChatH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"o\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\x8a\x03\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.jaxserve.v1.GenerateRequest\x1a\x1d.jaxserve.v1.GenerateResponse0\x01\x12>\n\x05\x41\x62ort\x12\x19.jaxserve.v1.AbortRequest\x1a\x1a.jaxserve.v1.AbortResponse\x12S\n\x0cGetModelInfo\x12 .jaxserve.v1.GetModelInfoRequest\x1a!.jaxserve.v1.GetModelInfoResponse\x12G\n\x08Tokenize\x12\x1c.jaxserve.v1.TokenizeRequest\x1a\x1d.jaxserve.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.jaxserve.v1.DetokenizeRequest\x1a\x1f.jaxserve.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2608
-  _globals['_FINISHREASON']._serialized_end=2728
+  _globals['_FINISHREASON']._serialized_start=2873
+  _globals['_FINISHREASON']._serialized_end=2993
   _globals['_GENERATEREQUEST']._serialized_start=67
   _globals['_GENERATEREQUEST']._serialized_end=278
   _globals['_TOKENIDS']._serialized_start=280
@@ -44,33 +44,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATMESSAGE']._serialized_start=357
   _globals['_CHATMESSAGE']._serialized_end=401
   _globals['_SAMPLINGPARAMS']._serialized_start=404
-  _globals['_SAMPLINGPARAMS']._serialized_end=1352
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1022
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1070
-  _globals['_GENERATERESPONSE']._serialized_start=1355
-  _globals['_GENERATERESPONSE']._serialized_end=1679
-  _globals['_POSITIONLOGPROBS']._serialized_start=1681
-  _globals['_POSITIONLOGPROBS']._serialized_end=1746
-  _globals['_TOKENLOGPROB']._serialized_start=1748
-  _globals['_TOKENLOGPROB']._serialized_end=1811
-  _globals['_USAGE']._serialized_start=1814
-  _globals['_USAGE']._serialized_end=2024
-  _globals['_ABORTREQUEST']._serialized_start=2026
-  _globals['_ABORTREQUEST']._serialized_end=2060
-  _globals['_ABORTRESPONSE']._serialized_start=2062
-  _globals['_ABORTRESPONSE']._serialized_end=2094
-  _globals['_GETMODELINFOREQUEST']._serialized_start=2096
-  _globals['_GETMODELINFOREQUEST']._serialized_end=2117
-  _globals['_GETMODELINFORESPONSE']._serialized_start=2120
-  _globals['_GETMODELINFORESPONSE']._serialized_end=2323
-  _globals['_TOKENIZEREQUEST']._serialized_start=2325
-  _globals['_TOKENIZEREQUEST']._serialized_end=2418
-  _globals['_TOKENIZERESPONSE']._serialized_start=2420
-  _globals['_TOKENIZERESPONSE']._serialized_end=2457
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2459
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2570
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2572
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2606
-  _globals['_INFERENCESERVICE']._serialized_start=2731
-  _globals['_INFERENCESERVICE']._serialized_end=3125
+  _globals['_SAMPLINGPARAMS']._serialized_end=1412
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1082
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1130
+  _globals['_STRUCTUREDOUTPUTS']._serialized_start=1415
+  _globals['_STRUCTUREDOUTPUTS']._serialized_end=1589
+  _globals['_CHOICES']._serialized_start=1591
+  _globals['_CHOICES']._serialized_end=1617
+  _globals['_GENERATERESPONSE']._serialized_start=1620
+  _globals['_GENERATERESPONSE']._serialized_end=1944
+  _globals['_POSITIONLOGPROBS']._serialized_start=1946
+  _globals['_POSITIONLOGPROBS']._serialized_end=2011
+  _globals['_TOKENLOGPROB']._serialized_start=2013
+  _globals['_TOKENLOGPROB']._serialized_end=2076
+  _globals['_USAGE']._serialized_start=2079
+  _globals['_USAGE']._serialized_end=2289
+  _globals['_ABORTREQUEST']._serialized_start=2291
+  _globals['_ABORTREQUEST']._serialized_end=2325
+  _globals['_ABORTRESPONSE']._serialized_start=2327
+  _globals['_ABORTRESPONSE']._serialized_end=2359
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2361
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2382
+  _globals['_GETMODELINFORESPONSE']._serialized_start=2385
+  _globals['_GETMODELINFORESPONSE']._serialized_end=2588
+  _globals['_TOKENIZEREQUEST']._serialized_start=2590
+  _globals['_TOKENIZEREQUEST']._serialized_end=2683
+  _globals['_TOKENIZERESPONSE']._serialized_start=2685
+  _globals['_TOKENIZERESPONSE']._serialized_end=2722
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2724
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2835
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2837
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2871
+  _globals['_INFERENCESERVICE']._serialized_start=2996
+  _globals['_INFERENCESERVICE']._serialized_end=3390
 # @@protoc_insertion_point(module_scope)
