@@ -40,7 +40,7 @@ class Grammars:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._eos_token_ids = [token_id for token_id in eos_token_ids if token_id < vocab_size]
         self._compile_seconds = compile_seconds
-        self._lock = threading.Lock()
+        self._lock, self._building = threading.Lock(), threading.Lock()
         self._known: OrderedDict[StructuredOutputsParams, Grammar] = OrderedDict()
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
@@ -65,7 +65,9 @@ class Grammars:
         format, text = source_of(params, self._special_tokens.values())
         try:
             source = try_out(format, text, self._vocab_size, self._special_tokens, self._compile_seconds)
-            return Grammar(self._library_tokenizer, source, self._eos_token_ids)
+            with self._building:
+                tokenizer = self._library_tokenizer
+            return Grammar(tokenizer, source, self._eos_token_ids)
         except TimeoutError:
             limit = f"within {self._compile_seconds:g} s"
             raise RequestError(

@@ -44,6 +44,7 @@ def walk(grammars: Grammars, tokenizer: Tokenizer, eos: tuple[int, ...], size: i
     ids: list[int] = []
     while True:
         choices = allowed(matcher, size)
+        assert not set(choices) & (tokenizer.special_token_ids - set(eos))
         assert max(choices) < tokenizer.vocab_size or set(choices) - set(range(tokenizer.vocab_size)) <= set(eos)
         if len(ids) > MAX_WALK_TOKENS:
             ends = [token_id for token_id in (*eos, closing[0]) if token_id in choices][:1]

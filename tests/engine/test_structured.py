@@ -21,7 +21,9 @@ from tests.schemas import SCHEMAS
 PROMPT = "Write about a person:"
 PERSON = {
     "type": "object", "additionalProperties": False, "required": ["name", "age"],
-    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "properties": {
+        "name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
 }  # fmt: skip
 
 
@@ -65,9 +67,7 @@ def test_neighbours_see_nothing_of_it(llm: LLM) -> None:
 
 def test_schemas_of_every_keyword(llm: LLM) -> None:
     """Drawn at random; those that come to an end in time are valid."""
-    params = [
-        structured(temperature=1.5, seed=index, max_tokens=120, json=schema) for index, schema in enumerate(SCHEMAS)
-    ]
+    params = [structured(temperature=1.5, seed=i, max_tokens=120, json=schema) for i, schema in enumerate(SCHEMAS)]
     outputs = llm.generate([PROMPT] * len(params), params, use_tqdm=False)
     num_ended = 0
     for schema, output in zip(SCHEMAS, outputs, strict=True):
@@ -109,7 +109,7 @@ def test_a_grammar_that_takes_too_much_work_ends_its_request_alone(
     assert len(served.outputs[0].token_ids) == 20
 
     calls.clear()
-    body = {"prompt": PROMPT, "max_tokens": 50, "response_format": {"type": "json_object"}}
+    body = {"prompt": PROMPT, "max_tokens": 50, "structured_outputs": {"json": PERSON}}
     line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
     results = ResultFile(tmp_path / "out")
     summary = BatchRun(llm.engine, io.BytesIO(json.dumps(line).encode()), results, show_progress=False).run()

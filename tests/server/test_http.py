@@ -85,9 +85,9 @@ def test_choices_have_seeds_of_their_own(server: RunningServer, client: openai.O
     seeds = []
     add = server.engine.add_request
 
-    def spy(request_id: str, token_ids: list[int], params: Any, arrival_seconds: float) -> None:
+    def spy(request_id: str, token_ids: list[int], params: Any, *rest: Any) -> None:
         seeds.append(params.seed)
-        add(request_id, token_ids, params, arrival_seconds)
+        add(request_id, token_ids, params, *rest)
 
     server.engine.add_request = spy  # type: ignore[method-assign]
     client.completions.create(model="fake", prompt="a", n=3, max_tokens=1, seed=2**31 - 2)
