@@ -27,7 +27,7 @@ PERSON = {
 }  # fmt: skip
 
 
-def structured(temperature: float = 1.0, seed: int | None = 0, max_tokens: int = 200, **fields: Any) -> SamplingParams:
+def structured(temperature: float = 1.0, seed: int | None = 0, max_tokens: int = 80, **fields: Any) -> SamplingParams:
     return SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens, structured_outputs=fields)
 
 
@@ -65,19 +65,20 @@ def test_neighbours_see_nothing_of_it(llm: LLM) -> None:
     assert len(set(texts)) > 1
 
 
-def test_schemas_of_every_keyword(llm: LLM) -> None:
-    """Drawn at random; those that come to an end in time are valid."""
-    params = [structured(temperature=1.5, seed=i, max_tokens=120, json=schema) for i, schema in enumerate(SCHEMAS)]
+def test_schemas_of_many_keywords(llm: LLM) -> None:
+    """Drawn at random; those that come to an end in time are valid. tests/test_grammars.py has the others."""
+    schemas = SCHEMAS[::7]
+    params = [structured(temperature=1.5, seed=i, max_tokens=80, json=schema) for i, schema in enumerate(schemas)]
     outputs = llm.generate([PROMPT] * len(params), params, use_tqdm=False)
     num_ended = 0
-    for schema, output in zip(SCHEMAS, outputs, strict=True):
+    for schema, output in zip(schemas, outputs, strict=True):
         one = output.outputs[0]
         if one.finish_reason == "stop":
             num_ended += 1
             jsonschema.Draft202012Validator(schema).validate(json.loads(one.text))
         else:
             assert one.finish_reason == "length", one
-    assert num_ended > len(SCHEMAS) / 2
+    assert num_ended > len(schemas) / 2
 
 
 def test_what_cannot_be_compiled_fails_alone(llm: LLM) -> None:
@@ -129,19 +130,18 @@ def test_what_must_be_goes_before_the_rest(llm: LLM) -> None:
     assert np.all(np.array(output.outputs[0].token_ids) >= 0)
 
 
-@pytest.mark.parametrize("parallel", [{}, {"pipeline_parallel": 2}])
-def test_preemptions_and_pipelines(parallel: dict[str, int]) -> None:
-    """A grammar goes on where it was, and every stage waits for it."""
+def test_preemptions() -> None:
+    """A grammar goes on where it was."""
     config: dict[str, Any] = {
         "model": "smollm2-135m", "token_budget": 16, "max_num_seqs": 4, "max_model_len": 128, "block_size": 8,
-        "show_progress": False, "enable_prefix_caching": False,
+        "num_blocks": 17, "show_progress": False, "enable_prefix_caching": False,
     }  # fmt: skip
     params = [structured(seed=seed, max_tokens=60, json=PERSON) for seed in range(4)]
-    with LLM(num_blocks=22, **config, **parallel) as llm:
-        outputs = llm.generate([PROMPT * 2] * 4, params, use_tqdm=False)
+    with LLM(**config) as llm:
+        outputs = llm.generate([PROMPT * 5] * 4, params, use_tqdm=False)
         assert sum(output.metrics.num_preemptions for output in outputs) > 0
-        for output in outputs:
-            if output.outputs[0].finish_reason == "stop":
-                jsonschema.validate(json.loads(output.outputs[0].text), PERSON)
-        assert any(output.outputs[0].finish_reason == "stop" for output in outputs)
+        ended = [one.outputs[0] for one in outputs if one.outputs[0].finish_reason == "stop"]
+        assert ended
+        for one in ended:
+            jsonschema.validate(json.loads(one.text), PERSON)
         assert llm.engine.compiles.count == 0
