@@ -1,25 +1,21 @@
-"""Tools: what a chat may call, and how models write calls in their text."""
+"""Tools: what a chat may call, and the calls in an answer's text."""
 
 from __future__ import annotations
 
 import json
-import random
 import re
-import string
-import uuid
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jaxserve.errors import RequestError
 from jaxserve.openai.fields import take_switch
+from jaxserve.openai.tool_formats import FORMATS, ToolFormat
 from jaxserve.text import overlap
 from jaxserve.tokenizer import Tokenizer
 
 MAX_TOOLS = 128
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-_JSON = json.JSONDecoder()
 
 
 class ToolCall(NamedTuple):
@@ -32,98 +28,6 @@ class ToolCall(NamedTuple):
 
     def body(self) -> dict[str, Any]:
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
-
-
-class ToolFormat(ABC):
-    """How the models of some families write calls."""
-
-    name: str
-    """vLLM's name of it."""
-    begin: str
-    """What a block of calls begins with."""
-    end: str | None = None
-    """What it ends with; without, it goes on to the end of the text."""
-    only_at_start: bool = False
-    """Whether no text goes before it."""
-
-    @abstractmethod
-    def is_of(self, template: str) -> bool:
-        """Whether a chat template tells its model to write calls in this way."""
-
-    @abstractmethod
-    def parse(self, block: str) -> list[tuple[object, object]]:
-        """Names and arguments of the calls in a block, with what it begins and ends with. Raises ValueError and its
-        like for one that holds something else."""
-
-    def new_id(self) -> str:
-        return f"chatcmpl-tool-{uuid.uuid4().hex}"
-
-
-class Hermes(ToolFormat):
-    """``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, of Hermes, Qwen 2.5 and 3, and SmolLM2, which
-    writes a list of them."""
-
-    name = "hermes"
-    begin, end = "<tool_call>", "</tool_call>"
-
-    def is_of(self, template: str) -> bool:
-        # Others have the same tag around XML.
-        return self.begin in template and '"arguments' in template and "<function=" not in template
-
-    def parse(self, block: str) -> list[tuple[object, object]]:
-        value = json.loads(block.removeprefix(self.begin).removesuffix(self.end))
-        return [_call(entry) for entry in (value if isinstance(value, list) else [value])]
-
-
-class Llama3(ToolFormat):
-    """Nothing but ``{"name": ..., "parameters": {...}}``, or several with semicolons between them."""
-
-    name = "llama3_json"
-    begin = "{"
-    only_at_start = True
-
-    def is_of(self, template: str) -> bool:
-        return "<|start_header_id|>" in template and '"parameters": ' in template
-
-    def parse(self, block: str) -> list[tuple[object, object]]:
-        calls = []
-        while block:
-            value, end = _JSON.raw_decode(block)
-            calls.append(_call(value))
-            block = block[end:].lstrip("; \n")
-        return calls
-
-
-class Mistral(ToolFormat):
-    """``[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]``; since 2025 ``[TOOL_CALLS]NAME[ARGS]{...}`` a call."""
-
-    name = "mistral"
-    begin = "[TOOL_CALLS]"
-
-    def is_of(self, template: str) -> bool:
-        return self.begin in template
-
-    def parse(self, block: str) -> list[tuple[object, object]]:
-        calls = []
-        for part in filter(str.strip, block.split(self.begin)):
-            if part.lstrip().startswith("["):
-                calls += [_call(entry) for entry in json.loads(part)]
-            else:
-                at = part.index("{")
-                called = part[:at].replace("[ARGS]", "").partition("[CALL_ID]")[0].strip()
-                calls.append((called, json.loads(part[at:])))
-        return calls
-
-    def new_id(self) -> str:
-        # Its chat templates insist on nine of these.
-        return "".join(random.choices(string.ascii_letters + string.digits, k=9))
-
-
-FORMATS: tuple[ToolFormat, ...] = (Mistral(), Llama3(), Hermes())
-
-
-def _call(entry: Mapping[str, Any]) -> tuple[object, object]:
-    return entry["name"], entry["arguments"] if "arguments" in entry else entry["parameters"]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,18 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 OPENAI, TRITON = (ROOT / ".clients" / name / "bin" for name in ("openai", "triton"))
 TIMEOUT_SECONDS = 240
-FLAGS = ["--port", "0", "--max-model-len", "1024", "--token-budget", "64", "--max-num-seqs", "8"]
+FLAGS = [
+    "--chat-template",
+    str(HERE / "tools.jinja"),
+    "--port",
+    "0",
+    "--max-model-len",
+    "1024",
+    "--token-budget",
+    "64",
+    "--max-num-seqs",
+    "8",
+]
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "smollm2_greedy.json").read_text())
 CHOICES = [
     {"context": "The capital of France is", "choices": [" Paris", " London", " a banana"], "answer": 0},

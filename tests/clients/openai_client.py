@@ -1,4 +1,5 @@
-"""openai: synchronous, asynchronous, streams, log-probabilities, and errors as the classes that its users catch."""
+"""openai: synchronous, asynchronous, streams, log-probabilities, tools, structured outputs, responses, and errors as the
+classes that its users catch."""
 
 from __future__ import annotations
 
@@ -43,6 +44,45 @@ def check_chat(client: openai.OpenAI) -> None:
         assert text == stream.get_final_completion().choices[0].message.content == choice.message.content
 
 
+def check_tools(client: openai.OpenAI) -> None:
+    """A small model calls what it must, whole and in a stream, and reads what comes of it."""
+    parameters = {
+        "type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"],
+        "additionalProperties": False,
+    }  # fmt: skip
+    tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    asked = CHAT | {"tools": [tool], "max_completion_tokens": 60, "parallel_tool_calls": False}
+    for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+        whole = client.chat.completions.create(**asked, tool_choice=choice).choices[0]
+        (call,) = whole.message.tool_calls
+        assert call.function.name == "weather", whole
+        assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome"), whole
+        with client.chat.completions.stream(**asked, tool_choice=choice) as stream:
+            (streamed,) = stream.get_final_completion().choices[0].message.tool_calls
+        assert streamed.function.arguments == call.function.arguments, streamed
+    answer = {"role": "tool", "tool_call_id": call.id, "content": "Rain."}
+    said = asked | {"messages": [*QUESTION, whole.message.model_dump(), answer], "tool_choice": "none"}
+    assert client.chat.completions.create(**said).choices[0].message.content
+
+
+def check_structured(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"year": {"type": "integer", "minimum": 0, "maximum": 9999}}}
+    schema |= {"required": ["year"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "when", "schema": schema, "strict": True}}
+    text = client.chat.completions.create(**CHAT, response_format=form).choices[0].message.content
+    assert 0 <= json.loads(text)["year"] <= 9999, text
+    extra = {"structured_outputs": {"choice": ["yes", "no"]}}
+    assert client.completions.create(**ASKED, extra_body=extra).choices[0].text in ("yes", "no")
+
+
+def check_responses(client: openai.OpenAI) -> None:
+    asked = {"model": MODEL, "input": QUESTION, "temperature": 0, "max_output_tokens": 12}
+    whole = client.responses.create(**asked)
+    assert "Paris" in whole.output_text, whole
+    with client.responses.stream(**asked) as stream:
+        assert "".join(e.delta for e in stream if e.type == "response.output_text.delta") == whole.output_text
+
+
 def check_errors(client: openai.OpenAI) -> None:
     for error, message, asked in (
         (openai.BadRequestError, "temperature", ASKED | {"temperature": -1}),
@@ -75,5 +115,8 @@ async def check_async() -> None:
 with openai.OpenAI(base_url=settings["base_url"], api_key="none", max_retries=0) as client:
     check_completions(client)
     check_chat(client)
+    check_tools(client)
+    check_structured(client)
+    check_responses(client)
     check_errors(client)
 asyncio.run(check_async())
