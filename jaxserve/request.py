@@ -83,6 +83,8 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()
     """Ids that end the output: the caller's, and the model's EOS unless ignore_eos."""
     seed: int = 0
+    client: str = ""
+    """Whose it is, where that has a name: the scheduler is fair among clients."""
     output_token_ids: list[int] = field(default_factory=list)
     num_prompt_tokens: int = field(init=False)
     num_tokens: int = field(init=False)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from jaxserve.errors import RequestError
 from jaxserve.grammars import Grammars
 from jaxserve.openai import CHAT, Ask
-from jaxserve.openai.tool_grammar import tool_grammar
 from jaxserve.openai.tool_formats import FORMATS
+from jaxserve.openai.tool_grammar import tool_grammar
 from jaxserve.openai.tools import ToolCall, ToolParser, Tools
 from jaxserve.request import Completion, FinishReason, Logprob, RequestDelta, RequestMetrics
 from jaxserve.sampling_params import SamplingParams

@@ -123,9 +123,11 @@ class Engine:
         params: SamplingParams,
         arrival_seconds: float | None = None,
         grammar: Grammar | None = None,
+        client: str = "",
     ) -> None:
         """Queue a request. ``arrival_seconds`` is on the engine's clock, now by default. ``grammar``: of its structured
-        outputs, where it has been compiled. Raises RequestError, and RuntimeError once the engine is closed."""
+        outputs, where it has been compiled. ``client``: see Request. Raises RequestError, and RuntimeError once the
+        engine is closed."""
         if self._closed:
             raise RuntimeError("the engine is closed")
         if request_id in self._streams:
@@ -141,6 +143,7 @@ class Engine:
             metrics=RequestMetrics(self._clock() if arrival_seconds is None else arrival_seconds),
             stop_token_ids=frozenset((*(params.stop_token_ids or ()), *eos)),
             seed=params.seed if params.seed is not None else int(self._random.integers(2**31)),
+            client=client,
         )
         self._streams[request_id] = OutputStream(request, self.tokenizer)
         self._edited.add(request, grammar)

@@ -18,6 +18,11 @@ class Caller(NamedTuple):
     def of(cls, key: bytes) -> Caller:
         return cls(sha256(key).hexdigest()[:NAME_CHARACTERS])
 
+    @property
+    def client(self) -> str:
+        """What schedulers, which are fair among clients, call it; nothing where no key tells one from another."""
+        return "" if self is ANYBODY else self.name
+
 
 ANYBODY = Caller("-")
 """Whoever calls where no key is asked for."""

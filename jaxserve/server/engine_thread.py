@@ -82,6 +82,7 @@ class _Add:
     params: SamplingParams
     arrival_seconds: float
     grammar: Grammar | None
+    client: str
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,12 @@ class EngineThread:
         return request_id in self._streams
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, grammar: Grammar | None = None
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        grammar: Grammar | None = None,
+        client: str = "",
     ) -> AsyncGenerator[RequestDelta, None]:
         """Deltas up to the one with a finish reason. Closing or cancelling the iterator aborts the request at once.
 
@@ -147,7 +153,7 @@ class EngineThread:
         if request_id in self._streams:
             raise RequestError(f"request_id must be unique among the requests in flight, got {request_id!r} again")
         stream = self._streams[request_id] = _Stream(request_id)
-        self._commands.put(_Add(stream, prompt_token_ids, params, time.monotonic(), grammar))
+        self._commands.put(_Add(stream, prompt_token_ids, params, time.monotonic(), grammar, client))
         try:
             while True:
                 item = await stream.get()
@@ -258,7 +264,12 @@ class EngineThread:
             self._step()
         try:
             self.engine.add_request(
-                stream.request_id, command.prompt_token_ids, command.params, command.arrival_seconds, command.grammar
+                stream.request_id,
+                command.prompt_token_ids,
+                command.params,
+                command.arrival_seconds,
+                command.grammar,
+                command.client,
             )
         except Exception as error:  # RequestError, or a fault: in either case this request fails alone
             self._send([(stream, error)])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from jaxserve.request import Completion, RequestDelta
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.served_model import ServedModel
+from jaxserve.server.caller import current_caller
 from jaxserve.server.engine_thread import EngineThread
 
 if TYPE_CHECKING:
@@ -54,23 +55,25 @@ class Replicas:
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
     ) -> AsyncGenerator[RequestDelta, None]:
         """As EngineThread.generate."""
+        client = current_caller.get().client
         # The one that has a request of this name refuses another.
         thread = self._thread_of(request_id) or min(self._threads, key=lambda thread: thread.num_in_flight)
         if params.structured_outputs is None:
-            deltas = thread.generate(request_id, prompt_token_ids, params)
+            deltas = thread.generate(request_id, prompt_token_ids, params, client=client)
         else:
-            deltas = self._generate_structured(thread, request_id, prompt_token_ids, params)
+            deltas = self._generate_structured(thread, request_id, prompt_token_ids, params, client)
         if self._spans is None:
             return deltas
         return self._spans.around(deltas, self.model.names[0], request_id, prompt_token_ids, params)
 
     async def _generate_structured(
-        self, thread: EngineThread, request_id: str, prompt_token_ids: list[int], params: SamplingParams
+        self, thread: EngineThread, request_id: str, prompt_token_ids: list[int], params: SamplingParams, client: str
     ) -> AsyncGenerator[RequestDelta, None]:
         """The grammar is compiled first: neither the event loop nor the engine waits for that."""
         loop = asyncio.get_running_loop()
         grammar = await loop.run_in_executor(self._compiling, thread.engine.grammar_of, params)
-        async with contextlib.aclosing(thread.generate(request_id, prompt_token_ids, params, grammar)) as deltas:
+        stream = thread.generate(request_id, prompt_token_ids, params, grammar, client)
+        async with contextlib.aclosing(stream) as deltas:
             async for delta in deltas:
                 yield delta
 

@@ -1,5 +1,5 @@
-"""openai: synchronous, asynchronous, streams, log-probabilities, tools, structured outputs, responses, and errors as the
-classes that its users catch."""
+"""openai: synchronous, asynchronous, streams, log-probabilities, tools, structured outputs, and errors as the classes
+that its users catch."""
 
 from __future__ import annotations
 

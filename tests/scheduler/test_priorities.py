@@ -15,8 +15,11 @@ from tests.scheduler.driver import BLOCK_SIZE, MAX_LEN, Driver, Workload, make_r
 from tests.scheduler.test_prefix_cache import alike
 
 
-def ask(index: int, priority: int, arrival_seconds: float = 0.0, prompt: int = 8, output: int = 2) -> Request:
+def ask(
+    index: int, priority: int = 0, arrival_seconds: float = 0.0, prompt: int = 8, output: int = 2, client: str = ""
+) -> Request:
     request = make_request(index, prompt, output)
+    request.client = client
     request.params = replace(request.params, priority=priority)
     request.metrics.arrival_seconds = arrival_seconds
     return request
@@ -111,6 +114,38 @@ def test_ten_seconds_of_waiting_are_worth_a_level(seconds: float, expected: list
 def test_who_is_added_late_goes_behind() -> None:
     """However early it came; of equal priority the order is that of the queue."""
     assert order(make(), ask(0, 0, arrival_seconds=5.0), ask(1, 0, arrival_seconds=1.0)) == ["0", "1"]
+
+
+def test_clients_take_turns() -> None:
+    """One's long prompts do not hold up another's, whoever was first; each one's own stay in order."""
+    flood = [ask(i, prompt=40, client="a") for i in range(4)]
+    assert order(make(), *flood, ask(4, client="b"), ask(5, client="b")) == ["0", "4", "5", "1", "2", "3"]
+    flood = [ask(i, prompt=40, client="a") for i in range(4)]
+    assert order(make(), *flood, ask(4), ask(5)) == ["0", "4", "5", "1", "2", "3"], "as does who has no name"
+    nameless = [ask(i, prompt=40) for i in range(4)]
+    assert order(make(), *nameless, ask(4, client="b")) == ["0", "1", "2", "3", "4"], "the nameless are one crowd"
+
+
+def test_nobody_waits_for_turns_that_never_end() -> None:
+    """A client's requests have the ranks of its own pace, which later ones of others do not precede for ever."""
+    queue, late = WaitingQueue(), [ask(i, arrival_seconds=i * 0.01, prompt=10, client="b") for i in range(20)]
+    for request in (ask(90, prompt=100, client="a"), ask(91, prompt=100, client="a"), *late):
+        queue.add(request)
+    names = []
+    while (head := queue.head()) is not None:
+        names.append(head.request_id)
+        queue.remove(head)
+    assert names.index("91") == 11, "0.1 s behind the first, as ten of the others"
+
+
+@settings(max_examples=100, deadline=None)
+@given(urgent(), st.data())
+def test_everybody_is_served_among_clients(workload: Workload, data: st.DataObject) -> None:
+    for request in workload.requests:
+        request.client = data.draw(st.sampled_from(["", "a", "b"]))
+    for step in run(workload.scheduler("sarathi"), workload):
+        assert step.batch.num_tokens <= workload.limits.token_budget
+    assert all(request.metrics.num_stalls == 0 for request in workload.requests)
 
 
 def test_the_least_urgent_is_preempted() -> None:

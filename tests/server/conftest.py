@@ -102,6 +102,7 @@ class FakeEngine:
         params: SamplingParams,
         arrival_seconds: float | None = None,
         grammar: Grammar | None = None,
+        client: str = "",
     ) -> None:
         if prompt_token_ids == [1]:
             raise RuntimeError("secret of the engine")

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -84,6 +85,23 @@ def test_one_key_does_not_fill_the_queue(
         assert say(server, "greedy", 1) is None
         streams[1].cancel()
     eventually(lambda: not server.admission._num_active_of)
+
+
+def test_engines_know_whose_a_request_is(make_server: Callable[..., RunningServer], tmp_path: Path) -> None:
+    """By the caller's name, so that schedulers can be fair; those without keys have none."""
+    file = tmp_path / "keys"
+    file.write_text("secret\n")
+    for settings, expected in (({"api_key_file": str(file)}, Caller.of(b"secret").name), ({}, "")):
+        server = make_server(http_port=0, **settings)
+        clients, add = [], server.engine.add_request
+
+        def spy(*args: Any, clients: list[str] = clients, add: Any = add) -> None:
+            clients.append(args[5])
+            add(*args)
+
+        server.engine.add_request = spy  # type: ignore[method-assign]
+        assert say_openai(server, "secret", 2) is None
+        assert clients == [expected] * 2
 
 
 def test_the_log_names_the_caller_and_not_the_key(
