@@ -37,7 +37,8 @@ test: .venv/.tested
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Real clients against the real server, in environments of their own in .clients: 1.8 GB. ARGS="-k smg" and the like.
-test-clients: .venv/.tested .clients/openai/.installed .clients/triton/.installed
+CLIENTS ?= openai triton load
+test-clients: .venv/.tested $(CLIENTS:%=.clients/%/.installed)
 	$(BIN)/python -m pytest tests/clients/driver.py -v --durations 0 --durations-min 0.1 $(ARGS)
 
 .PRECIOUS: .clients/%/bin/python

@@ -249,10 +249,10 @@ BAD_LINES = [
         line("a", CHAT, messages=[], tools=[{"type": "function"}]),
         "tools[0] must be {'type': 'function', 'function': ...}, got {'type':",
     ),
-    (line("a", CHAT, messages=[], tool_choice="required"), "tool_choice must be 'none' or 'auto', got "),
+    (line("a", CHAT, messages=[], tool_choice="required"), "tool_choice 'required' needs tools, got none"),
     (
-        line("a", CHAT, messages=[], response_format={"type": "json_object"}),
-        "response_format must be {'type': 'text'}, got {'type': 'json_object'}",
+        line("a", CHAT, messages=[], response_format={"type": "yaml"}),
+        "response_format.type must be one of text, json_object, json_schema, structural_tag, got 'yaml'",
     ),
     (line("a", prompt="hello", prompt_logprobs=2), "unknown parameter 'prompt_logprobs'"),
     (line("a", prompt="hello", n=200), "n must be an integer in [1, 128], got 200"),

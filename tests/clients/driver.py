@@ -25,7 +25,7 @@ from tests.server.test_serve_process import Server
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-OPENAI, TRITON = (ROOT / ".clients" / name / "bin" for name in ("openai", "triton"))
+OPENAI, TRITON, LOAD = (ROOT / ".clients" / name / "bin" for name in ("openai", "triton", "load"))
 TIMEOUT_SECONDS = 240
 FLAGS = [
     "--chat-template",
@@ -119,7 +119,7 @@ def test_lm_eval(server: Server, settings: dict[str, Any], tokenizer: Path) -> N
         choices = [c | {"logprobs": [log_likelihood(client, c["context"], e) for e in c["choices"]]} for c in CHOICES]
     hits = [max(range(len(c["logprobs"])), key=c["logprobs"].__getitem__) == c["answer"] for c in choices]
     told = {"tokenizer": str(tokenizer), "choices": choices, "accuracy": sum(hits) / len(hits)}
-    run_script(OPENAI, "lm_eval_client.py", settings | told)
+    run_script(LOAD, "lm_eval_client.py", settings | told)
 
 
 def log_likelihood(client: Client, context: str, continuation: str) -> float:
@@ -131,7 +131,7 @@ def log_likelihood(client: Client, context: str, continuation: str) -> float:
 def test_aiperf(server: Server, settings: dict[str, Any], tokenizer: Path) -> None:
     """A short run of a load generator, over the endpoint of chats."""
     run(
-        OPENAI / "aiperf", "profile", "--model", settings["model"], "--url", server.url, "--endpoint-type", "chat",
+        LOAD / "aiperf", "profile", "--model", settings["model"], "--url", server.url, "--endpoint-type", "chat",
         "--streaming", "--concurrency", "4", "--request-count", "12", "--tokenizer", f"./{tokenizer.name}",
         "--synthetic-input-tokens-mean", "32", "--output-tokens-mean", "16", "--extra-inputs", "ignore_eos:true",
         "--use-server-token-count", "--ui-type", "none", "--artifact-dir", "results", cwd=tokenizer.parent,

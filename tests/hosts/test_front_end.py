@@ -14,6 +14,7 @@ from jaxserve.server.keys import Keys
 from jaxserve.server.listener import Listener
 
 TRACEPARENT = ("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")
+KEY = ("authorization", "Bearer secret")
 METHOD = "/jaxserve.v1.InferenceService/Generate"
 
 
@@ -31,8 +32,8 @@ class Leader(grpc.GenericRpcHandler):
         return b""
 
 
-def test_the_callers_trace_goes_on_behind_it() -> None:
-    """And its key does not."""
+def test_the_callers_trace_and_key_go_on_behind_it() -> None:
+    """What the leader's spans hang below, and by what its admission knows callers; nothing else."""
 
     async def call_through(leader: Leader) -> None:
         server = grpc.aio.server(handlers=(leader,))
@@ -44,11 +45,11 @@ def test_the_callers_trace_goes_on_behind_it() -> None:
         listener.server.add_generic_rpc_handlers((proxy,))
         await listener.start()
         async with grpc.aio.insecure_channel(listener.address, options=[NO_PROXY]) as channel:
-            await channel.unary_unary(METHOD)(b"", metadata=[TRACEPARENT, ("authorization", "Bearer secret")])
+            await channel.unary_unary(METHOD)(b"", metadata=[TRACEPARENT, KEY, ("x-other", "1")])
         await listener.stop()
         await server.stop(None)
 
     leader = Leader()
     asyncio.run(call_through(leader))
-    assert TRACEPARENT in leader.metadata
-    assert "authorization" not in dict(leader.metadata)
+    assert leader.metadata >= {TRACEPARENT, KEY}
+    assert "x-other" not in dict(leader.metadata)

@@ -114,6 +114,9 @@ class FakeEngine:
         metrics = RequestMetrics(arrival_seconds if arrival_seconds is not None else time.monotonic())
         self.running[request_id] = FakeRequest(prompt_token_ids, params, metrics)
 
+    def grammar_of(self, params: SamplingParams) -> None:
+        """Writes what it likes."""
+
     def abort(self, request_id: str) -> bool:
         request = self.running.pop(request_id, None)
         if request is None:
