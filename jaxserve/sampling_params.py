@@ -50,7 +50,8 @@ def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = 
     return number
 
 
-def _integer(name: str, value: object, low: int, high: int) -> int:
+def checked_integer(name: str, value: object, low: int, high: int) -> int:
+    """The integer that ``value`` is. Raises RequestError, which calls it ``name``."""
     try:
         number = as_integer(value)
     except TypeError:
@@ -77,12 +78,12 @@ def _bias(value: object) -> dict[int, float]:
     bias = {}
     for token, amount in value.items():
         token_id = int(token) if isinstance(token, str) and token.isascii() and token.isdigit() else token
-        bias[_integer("logit_bias: token id", token_id, 0, MAX_INT32)] = _number("logit_bias", amount, -100, 100)
+        bias[checked_integer("logit_bias: token id", token_id, 0, MAX_INT32)] = _number("logit_bias", amount, -100, 100)
     return bias
 
 
 def _token_ids(name: str, value: object) -> tuple[int, ...]:
-    return tuple(_integer(name, token_id, 0, MAX_INT32) for token_id in _as_tuple(name, value))
+    return tuple(checked_integer(name, token_id, 0, MAX_INT32) for token_id in _as_tuple(name, value))
 
 
 def _bad_words(value: object) -> tuple[str, ...]:
@@ -159,28 +160,28 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
-            "n": _integer("n", self.n, 1, MAX_CHOICES),
+            "n": checked_integer("n", self.n, 1, MAX_CHOICES),
             "temperature": _number("temperature", self.temperature, 0.0, 100.0),
             "top_p": _number("top_p", self.top_p, 0.0, 1.0, open_low=True),
             "min_p": _number("min_p", self.min_p, 0.0, 1.0),
-            "top_k": _integer("top_k", self.top_k, -1, MAX_INT32),
-            "priority": _integer("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY),
+            "top_k": checked_integer("top_k", self.top_k, -1, MAX_INT32),
+            "priority": checked_integer("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY),
             "presence_penalty": _number("presence_penalty", self.presence_penalty, -2.0, 2.0),
             "frequency_penalty": _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0),
             "repetition_penalty": _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True),
             "logit_bias": _bias(self.logit_bias),
-            "min_tokens": _integer("min_tokens", self.min_tokens, 0, MAX_INT32),
+            "min_tokens": checked_integer("min_tokens", self.min_tokens, 0, MAX_INT32),
             "bad_words": _bad_words(self.bad_words),
         }
         if self.best_of is not None:
-            best_of = _integer("best_of", self.best_of, checked["n"], MAX_CHOICES)
+            best_of = checked_integer("best_of", self.best_of, checked["n"], MAX_CHOICES)
             checked["best_of"] = best_of if best_of > checked["n"] else None
         for name, low, high in _OPTIONAL_INTEGERS:
             if (value := getattr(self, name)) is not None:
-                checked[name] = _integer(name, value, low, high)
+                checked[name] = checked_integer(name, value, low, high)
         if self.max_tokens is not None:
             least = 1 if self.prompt_logprobs is None else 0
-            checked["max_tokens"] = _integer("max_tokens", self.max_tokens, least, MAX_INT32)
+            checked["max_tokens"] = checked_integer("max_tokens", self.max_tokens, least, MAX_INT32)
             if checked["min_tokens"] > checked["max_tokens"] and not isinstance(self.max_tokens, SoftLimit):
                 raise RequestError(f"min_tokens must not exceed max_tokens, {self.max_tokens}, got {self.min_tokens!r}")
         if self.allowed_token_ids is not None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxserve.errors import RequestError
-from jaxserve.sampling_params import as_integer
-
-MAX_INT32 = 2**31 - 1
+from jaxserve.sampling_params import MAX_INT32, checked_integer
 
 
 def take_switch(given: dict[str, Any], name: str, default: bool = False) -> bool:
@@ -20,16 +18,8 @@ def take_switch(given: dict[str, Any], name: str, default: bool = False) -> bool
 
 def rename_max_tokens(given: dict[str, Any], name: str) -> None:
     """Where a body calls max_tokens ``name``."""
-    if name not in given:
-        return
-    value = given.pop(name)
-    try:
-        number = as_integer(value)
-    except TypeError:
-        number = 0
-    if not 1 <= number <= MAX_INT32:
-        raise RequestError(f"{name} must be an integer in [1, {MAX_INT32}], got {value!r}")
-    given["max_tokens"] = number
+    if name in given:
+        given["max_tokens"] = checked_integer(name, given.pop(name), 1, MAX_INT32)
 
 
 def take_object(given: dict[str, Any], name: str) -> dict[str, Any]:

@@ -57,9 +57,11 @@ class Server:
         self.http: HttpServer | None = None
         if config.has_http:
             # Imported late: FastAPI takes half a second.
+            from jaxserve.server.http.app import make_app
             from jaxserve.server.http.server import HttpServer
 
-            self.http = HttpServer(config, self.admission, texts, self._registry, calls, self.keys)
+            app = make_app(config, self.admission, texts, self._registry, calls, self.keys)
+            self.http = HttpServer(config, app)
 
     async def start(self) -> None:
         """Listen; whoever asks is told that the server warms up. Raises ConfigError when a port is taken."""

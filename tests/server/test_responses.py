@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import openai
 import pytest
 
 from tests.server.conftest import RunningServer
+from tests.server.test_http import client, server
 
+__all__ = ["client", "server"]  # fixtures
 SCHEMA = {"type": "function", "name": "time", "parameters": {}}
-
-
-@pytest.fixture
-def server(make_server: Callable[..., RunningServer]) -> RunningServer:
-    return make_server(http_port=0)
-
-
-@pytest.fixture
-def client(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def test_a_text(client: openai.OpenAI) -> None:

@@ -32,6 +32,7 @@ from jaxserve.server.http.errors import failure_of
 from jaxserve.server.http.exchange import read_body
 from jaxserve.server.http.generate import Answer
 from jaxserve.server.http.page import add_page
+from jaxserve.server.http.profile import add_profiling
 from jaxserve.server.http.steps import integer, recent_steps
 from jaxserve.server.http.trace import DEFAULT_TRACED_STEPS, MAX_TRACED_STEPS, trace_next_steps
 from jaxserve.server.keys import Keys
@@ -46,7 +47,7 @@ def make_app(
     calls: Calls,
     keys: Keys,
 ) -> FastAPI:
-    """OpenAI's paths and vLLM's, and a page."""
+    """OpenAI's paths and vLLM's to what ``admission`` leads to, and a page. Raises ConfigError."""
     max_body_bytes = config.max_message_bytes
     app = FastAPI(title="jaxserve", version=version("jaxserve"), docs_url=None, redoc_url=None)
     app.add_middleware(Door, keys=keys, calls=calls)
@@ -122,6 +123,7 @@ def make_app(
         num_steps = integer(query, "steps", MAX_TRACED_STEPS, low=1, default=DEFAULT_TRACED_STEPS)
         return Response(await trace_next_steps(engine, num_steps), media_type="application/json")
 
+    add_profiling(app, config.profiler_dir)
     add_page(app)
     return app
 

@@ -12,17 +12,11 @@ from typing import Any
 from urllib.parse import quote
 
 import uvicorn
-from prometheus_client import CollectorRegistry
+from fastapi import FastAPI
 
 from jaxserve.config import ServerConfig
-from jaxserve.server.admission import Admission
-from jaxserve.server.calls import Calls
-from jaxserve.server.http.app import make_app
-from jaxserve.server.http.profile import add_profiling
 from jaxserve.server.http.protocol import IDLE_SECONDS, LimitedProtocol
-from jaxserve.server.keys import Keys
 from jaxserve.server.listener import listen_error, socket_address
-from jaxserve.server.text_threads import TextThreads
 from jaxserve.server.unix_socket import bind_unix
 
 BACKLOG = 2048
@@ -30,17 +24,9 @@ FLUSH_SECONDS = 1
 
 
 class HttpServer:
-    """What ``admission`` leads to, over HTTP. Create it inside the event loop. Raises ConfigError."""
+    """Serves ``app`` on a port or a Unix socket. Create it inside the event loop."""
 
-    def __init__(
-        self,
-        config: ServerConfig,
-        admission: Admission,
-        texts: TextThreads,
-        registry: CollectorRegistry,
-        calls: Calls,
-        keys: Keys,
-    ) -> None:
+    def __init__(self, config: ServerConfig, app: FastAPI) -> None:
         assert config.has_http
         self._host, self.port, self._path = config.host, config.http_port or 0, config.uds
         tls: dict[str, Any] = {}
@@ -51,8 +37,6 @@ class HttpServer:
                 "ssl_cert_reqs": ssl.CERT_REQUIRED if config.ssl_ca_certs else ssl.CERT_NONE,
             }  # fmt: skip
         self._scheme = "https" if tls else "http"
-        app = make_app(config, admission, texts, registry, calls, keys)
-        add_profiling(app, config.profiler_dir)
         self._server = _Server(
             uvicorn.Config(
                 app, http=LimitedProtocol, ws="none", lifespan="off", log_config=None, log_level="warning",
