@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from jaxserve.errors import ConfigError
+from jaxserve.sampling_params import MAX_LOGPROBS
 from jaxserve.scheduler import POLICIES, Limits, Pace, Scheduler
 
 ATTENTION_BACKENDS = ("auto", "xla", "native", "triton", "pod", "mosaic")
@@ -127,6 +128,9 @@ class EngineConfig:
     warmup: bool = option(
         True, "compile and run every program before serving; without it, for development, each when it is first needed"
     )
+    max_logprobs: int = option(
+        MAX_LOGPROBS, "most alternatives that logprobs and prompt_logprobs may ask for; -1: the vocabulary"
+    )
     trace: str | None = option(None, "write a Perfetto/Chrome trace of the steps to this file")
 
     def __post_init__(self) -> None:
@@ -160,6 +164,8 @@ class EngineConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not isinstance(self.max_logprobs, int) or isinstance(self.max_logprobs, bool) or self.max_logprobs < -1:
+            raise ConfigError(f"max_logprobs must be an integer of at least -1, got {self.max_logprobs!r}")
         self._check_objective()
         self._check_switches()
         for policy in POLICIES.values():
@@ -263,6 +269,10 @@ class ResolvedConfig(EngineConfig):
     def blocks_per_seq(self) -> int:
         """KV blocks of the longest sequence."""
         return -(-self.max_model_len // self.block_size)
+
+    def num_logprobs(self, vocab_size: int) -> int:
+        """What max_logprobs is for a vocabulary."""
+        return vocab_size if self.max_logprobs == -1 else min(self.max_logprobs, vocab_size)
 
     def limits(self, num_blocks: int, *, window: int | None = None, pace: Pace | None = None) -> Limits:
         """What the scheduler is made with: these settings, and what only the model and the device tell."""

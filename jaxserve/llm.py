@@ -81,7 +81,7 @@ class LLM:
 
     def score(
         self, prompts: Prompt | Iterable[Prompt], *, num_logprobs: int = 0, use_tqdm: bool = False
-    ) -> list[list[dict[int, Logprob] | None]]:
+    ) -> list[list[Mapping[int, Logprob] | None]]:
         """Log-probability of every prompt token given those before it; the first entry is None.
 
         Each entry maps the prompt's token, and the ``num_logprobs`` likeliest ones, to a Logprob. A prompt may be as
@@ -107,7 +107,8 @@ class LLM:
 
     def _asked(self, prompt: ParsedPrompt, params: SamplingParams | None) -> _Asked:
         """The prompt's requests, checked, without output yet."""
-        token_ids = self._model.token_ids(prompt)
+        given = {} if params is None else vars(params)
+        token_ids = self._model.token_ids(prompt, sampling=given)
         if params is None:
             params = self._model.sampling_params({}, len(token_ids))
         request_id = f"llm-{next(self._ids)}"

@@ -11,7 +11,8 @@ from jaxserve.errors import RequestError
 from jaxserve.structured_outputs import StructuredOutputsParams
 
 MAX_LOGPROBS = 20
-"""Most alternatives per position that ``logprobs`` and ``prompt_logprobs`` may ask for (vLLM's default)."""
+"""Most alternatives per position that ``logprobs`` and ``prompt_logprobs`` may ask for, unless the engine is configured
+for others (vLLM's default)."""
 MAX_STOP_STRINGS = 16
 MAX_CHOICES = 128
 """Outputs of a prompt."""
@@ -100,9 +101,11 @@ def _bad_words(value: object) -> tuple[str, ...]:
 
 _OPTIONAL_INTEGERS = (
     ("seed", 0, MAX_SEED),
-    ("logprobs", 0, MAX_LOGPROBS),
-    ("prompt_logprobs", 0, MAX_LOGPROBS),
+    ("logprobs", -1, MAX_INT32),
+    ("prompt_logprobs", -1, MAX_INT32),
+    ("truncate_prompt_tokens", -1, MAX_INT32),
 )
+_SWITCHES = ("ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +125,12 @@ class SamplingParams:
     max_tokens: None continues up to the engine's max_model_len, where its default ends too; 0, for prompt_logprobs
     alone, makes no output.
     stop, stop_token_ids: end the output; a stop string is left out of the text unless include_stop_str_in_output.
-    logprobs, prompt_logprobs: that many alternatives per position besides the chosen token. A prompt as long as
-    max_model_len has prompt_logprobs and no output, unless max_tokens is set.
+    logprobs, prompt_logprobs: that many alternatives per position besides the chosen token, up to the engine's
+    max_logprobs; -1: the vocabulary. A prompt as long as max_model_len has prompt_logprobs and no output, unless
+    max_tokens is set.
+    truncate_prompt_tokens: only so many of the prompt's last tokens are taken; -1: those that max_model_len leaves
+    before max_tokens.
+    spaces_between_special_tokens: whether the text may have what the tokenizer puts between special tokens.
     cache_salt: the request finds in the prefix cache only what others with the same salt have left there, so that no
     stranger can tell from the time to a first token what others have asked.
     priority: lower goes first, until others have waited for ten seconds a level longer.
@@ -152,7 +159,9 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     cache_salt: str | None = None
     priority: int = 0
@@ -179,6 +188,8 @@ class SamplingParams:
         for name, low, high in _OPTIONAL_INTEGERS:
             if (value := getattr(self, name)) is not None:
                 checked[name] = checked_integer(name, value, low, high)
+        if self.truncate_prompt_tokens == 0:
+            raise RequestError("truncate_prompt_tokens must be -1 or at least 1, got 0")
         if self.max_tokens is not None:
             least = 1 if self.prompt_logprobs is None else 0
             checked["max_tokens"] = checked_integer("max_tokens", self.max_tokens, least, MAX_INT32)
@@ -189,7 +200,7 @@ class SamplingParams:
             if not allowed:
                 raise RequestError("allowed_token_ids must hold at least one token id, got none")
             checked["allowed_token_ids"] = allowed
-        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+        for name in _SWITCHES:
             checked[name] = _plain(getattr(self, name))
             if not isinstance(checked[name], bool):
                 raise RequestError(f"{name} must be True or False, got {getattr(self, name)!r}")

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from jaxserve.errors import RequestError
 from jaxserve.prompts import ParsedPrompt
-from jaxserve.sampling_params import SamplingParams
+from jaxserve.sampling_params import MAX_INT32, SamplingParams, checked_integer
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine
     from jaxserve.tokenizer import Tokenizer
 
+LOGPROBS = ("logprobs", "prompt_logprobs")
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 MAX_TEXT_TOKENS = 128 * 1024
 """What is tokenized or detokenized for its own sake, or max_model_len where that is more."""
 
@@ -68,12 +71,24 @@ class ServedModel:
         if name not in self.names:
             raise UnknownModelError(f"model must be {any_of(self.names)}, which is served here, got {name!r:.80}")
 
-    def token_ids(self, prompt: ParsedPrompt, limit: TokenLimit | None = None) -> list[int]:
+    def token_ids(
+        self, prompt: ParsedPrompt, limit: TokenLimit | None = None, sampling: Mapping[str, Any] = NOTHING
+    ) -> list[int]:
         """The prompt as token ids, through tokenizer and chat template where needed. Raises RequestError.
 
         A text over ``limit`` is refused, where its length alone tells, before it is tokenized. Without one it is the
         engine that refuses a prompt that is too long, as it does everything that tokens can be wrong in.
+        ``sampling``: the fields of SamplingParams that the request gives; truncate_prompt_tokens is heeded.
         """
+        asked = sampling.get("truncate_prompt_tokens")
+        if asked is None:
+            return self._all_token_ids(prompt, limit)
+        num_tokens = checked_integer("truncate_prompt_tokens", asked, -1, MAX_INT32)
+        if num_tokens == -1:
+            num_tokens = max(1, self.max_model_len - (sampling.get("max_tokens") or 1))
+        return self._all_token_ids(prompt, limit and self.text_limit)[-num_tokens:]
+
+    def _all_token_ids(self, prompt: ParsedPrompt, limit: TokenLimit | None) -> list[int]:
         if prompt.token_ids is not None:
             return prompt.token_ids
         encode = self.tokenizer.encode
@@ -102,9 +117,11 @@ class ServedModel:
         """The fields ``given`` by a request; the others have the model's defaults, then the door's ``defaults``, then
         those of SamplingParams. Raises RequestError.
 
-        A max_tokens that is not given is cut to what max_model_len leaves after the prompt.
+        A max_tokens that is not given is cut to what max_model_len leaves after the prompt, and logprobs of -1 become
+        the vocabulary's.
         """
         defaults = {**(defaults or {}), **self.sampling_defaults}
+        given = {**given, **{name: self.vocab_size for name in LOGPROBS if given.get(name) == -1}}
         return SamplingParams.with_defaults(given, defaults, self.max_model_len - num_prompt_tokens)
 
 

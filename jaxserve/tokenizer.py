@@ -152,6 +152,12 @@ class Tokenizer:
     def _letter_text(self) -> str:
         return self.decode(self._letter, skip_special_tokens=False)
 
+    @cached_property
+    def spaces_special_tokens(self) -> bool:
+        """Whether there is more than their own text between special tokens."""
+        ids = sorted(self.special_token_ids)[:1] * 2
+        return self.decode(ids, skip_special_tokens=False) != 2 * self.decode(ids[:1], skip_special_tokens=False)
+
     def decode_stream(self, skip_special_tokens: bool = True, after: Sequence[int] = ()) -> TextStream:
         """For the text of tokens that arrive one by one and follow the tokens ``after``."""
         return TextStream(self, skip_special_tokens, after)

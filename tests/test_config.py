@@ -37,6 +37,8 @@ def test_counts(name: str, value: Any) -> None:
             {"max_num_seqs": 17, "token_budget": 16},
             "max_num_seqs must not exceed token_budget (every running decode is in every batch), got 17 > 16",
         ),
+        ({"max_logprobs": -2}, "max_logprobs must be an integer of at least -1, got -2"),
+        ({"max_logprobs": True}, "max_logprobs must be an integer of at least -1, got True"),
         ({"block_size": 24}, "block_size must be a power of two in [8, 128], got 24"),
         ({"block_size": 4}, "block_size must be a power of two in [8, 128], got 4"),
         ({"block_size": 256}, "block_size must be a power of two in [8, 128], got 256"),

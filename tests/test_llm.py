@@ -34,7 +34,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=len(WANTED), ignore_eos=True)
 def start(tiny_tokenizer: Path) -> LLM:
     return LLM(
         model=str(GOLDEN.checkpoint), tokenizer=str(tiny_tokenizer), max_model_len=GOLDEN.length, token_budget=32,
-        max_num_seqs=4, num_blocks=40, block_size=8, show_progress=False,
+        max_num_seqs=4, num_blocks=40, block_size=8, max_logprobs=-1,
+        show_progress=False,
     )  # fmt: skip
 
 
@@ -62,6 +63,32 @@ def assert_usable(llm: LLM) -> None:
 
 def token_ids(outputs: list[RequestOutput]) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
+
+
+def test_logprobs_of_the_whole_vocabulary(tiny: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, logprobs=-1, prompt_logprobs=-1)
+    (output,) = tiny.generate([PROMPT], params, use_tqdm=False)
+    positions = [*(output.prompt_logprobs or [])[1:], *(output.outputs[0].logprobs or [])]
+    assert len(positions) == len(PROMPT) + 1
+    for position in positions:
+        assert position is not None
+        assert sorted(position) == list(range(96))
+        assert sum(np.exp(entry.logprob) for entry in position.values()) == pytest.approx(1, abs=1e-5)
+        assert sorted(entry.rank for entry in position.values()) == list(range(1, 97))
+
+
+def test_the_end_of_a_prompt(tiny: LLM) -> None:
+    longer = replace(GREEDY, truncate_prompt_tokens=len(PROMPT))
+    (output,) = tiny.generate([[9] * 100 + PROMPT], longer, use_tqdm=False)
+    assert (output.prompt_token_ids, output.outputs[0].token_ids) == (PROMPT, WANTED)
+
+
+def test_spaces_that_a_tokenizer_puts_between_special_tokens(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = replace(GREEDY, spaces_between_special_tokens=False)
+    assert token_ids(tiny.generate([PROMPT], params, use_tqdm=False)) == [WANTED]
+    monkeypatch.setattr(tiny.engine.tokenizer, "spaces_special_tokens", True)
+    with pytest.raises(RequestError, match="spaces_between_special_tokens must be True with this model's tokenizer"):
+        tiny.generate([PROMPT], params, use_tqdm=False)
 
 
 class Interrupted(Exception):

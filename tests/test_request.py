@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 
 from jaxserve.errors import RequestError
-from jaxserve.request import Completion, FinishReason, Logprob, Request, RequestDelta, RequestMetrics, request_output
+from jaxserve.request import (
+    Completion,
+    FinishReason,
+    Logprob,
+    PositionLogprobs,
+    Request,
+    RequestDelta,
+    RequestMetrics,
+    request_output,
+)
 from jaxserve.sampling_params import MAX_SEED, MAX_STOP_STRINGS, SamplingParams
 
 INT_LIMIT = 2**31 - 1
@@ -47,8 +56,8 @@ def test_numbers(name: str, values: list[float], limits: str) -> None:
         ("top_k", [-2, INT_LIMIT + 1], f"[-1, {INT_LIMIT}]"),
         ("seed", [-1, MAX_SEED + 1], f"[0, {MAX_SEED}]"),
         ("max_tokens", [0, -1, INT_LIMIT + 1], f"[1, {INT_LIMIT}]"),
-        ("logprobs", [-1, 21], "[0, 20]"),
-        ("prompt_logprobs", [-1, 21], "[0, 20]"),
+        ("logprobs", [-2, INT_LIMIT + 1], f"[-1, {INT_LIMIT}]"),
+        ("prompt_logprobs", [-2, INT_LIMIT + 1], f"[-1, {INT_LIMIT}]"),
         ("min_tokens", [-1, INT_LIMIT + 1], f"[0, {INT_LIMIT}]"),
         ("n", [0, 129], "[1, 128]"),
         ("best_of", [0, 129], "[1, 128]"),
@@ -134,7 +143,9 @@ def test_stops_are_lists(name: str, value: Any) -> None:
     assert error(**{name: value}) == f"{name} must be a list, got {value!r}"
 
 
-@pytest.mark.parametrize("name", ["ignore_eos", "skip_special_tokens", "include_stop_str_in_output"])
+@pytest.mark.parametrize(
+    "name", ["ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output"]
+)
 @pytest.mark.parametrize("value", ["no", 1, None])
 def test_switches(name: str, value: Any) -> None:
     message = error(**{name: value})
@@ -150,6 +161,22 @@ def test_priorities_are_few(priority: Any) -> None:
 @pytest.mark.parametrize("salt", ["", "x" * 129, 5, b"a"])
 def test_salts_are_short_strings(salt: Any) -> None:
     assert error(cache_salt=salt) == f"cache_salt must be a string of 1 to 128 characters, got {salt!r}"
+
+
+def test_a_prompt_is_not_truncated_to_nothing() -> None:
+    assert error(truncate_prompt_tokens=0) == "truncate_prompt_tokens must be -1 or at least 1, got 0"
+
+
+def test_logprobs_of_a_position_are_a_mapping() -> None:
+    """The chosen token is first, also where it is among the likeliest."""
+    ids, top = np.array([7, 5], np.int32), np.array([-0.5, -1.0], np.float32)
+    found = PositionLogprobs(5, Logprob(-1.0, 2), ids, top)
+    assert found == {5: Logprob(-1.0, 2), 7: Logprob(-0.5, 1)} == dict(found.items())
+    assert [*found] == [5, 7]
+    assert (found[5], found[7], len(found), 9 in found) == (Logprob(-1.0, 2), Logprob(-0.5, 1), 2, False)
+    assert [*found.values()] == [found[5], found[7]]
+    assert repr(found) == repr(dict(found))
+    assert list(PositionLogprobs(9, Logprob(-9.0, 30), ids, top)) == [9, 7, 5]
 
 
 def test_limits_are_within_reach() -> None:

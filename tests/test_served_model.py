@@ -30,6 +30,38 @@ def test_only_a_limit_refuses_a_long_text() -> None:
     assert len(MODEL.token_ids(ParsedPrompt(TEXT), MODEL.text_limit)) == 11
 
 
+@pytest.mark.parametrize(
+    ("sampling", "num_tokens"),
+    [
+        ({"truncate_prompt_tokens": 4}, 4),
+        ({"truncate_prompt_tokens": 40}, 11),
+        ({"truncate_prompt_tokens": -1}, 9),
+        ({"truncate_prompt_tokens": -1, "max_tokens": 3}, 7),
+        ({"truncate_prompt_tokens": -1, "max_tokens": 30}, 1),
+        ({"truncate_prompt_tokens": None}, 11),
+    ],
+)
+def test_the_end_of_a_prompt_is_kept(sampling: dict[str, int | None], num_tokens: int) -> None:
+    text = "0123456789a"
+    wanted = BYTES.encode(text[-num_tokens:])
+    assert MODEL.token_ids(ParsedPrompt(text), sampling=sampling) == wanted
+    assert MODEL.token_ids(ParsedPrompt(token_ids=BYTES.encode(text)), sampling=sampling) == wanted
+
+
+def test_a_text_to_be_truncated_may_be_long_but_not_endless() -> None:
+    sampling = {"truncate_prompt_tokens": 4}
+    assert len(MODEL.token_ids(ParsedPrompt(TEXT), MODEL.prompt_limit, sampling)) == 4
+    with pytest.raises(RequestError, match=r"prompt of 131073 characters, .* exceeds the limit of 131072"):
+        MODEL.token_ids(ParsedPrompt("a" * (MAX_TEXT_TOKENS + 1)), MODEL.prompt_limit, sampling)
+    with pytest.raises(RequestError, match=r"truncate_prompt_tokens must be an integer in \[-1, .*\], got 'x'"):
+        MODEL.token_ids(ParsedPrompt(TEXT), sampling={"truncate_prompt_tokens": "x"})
+
+
+def test_all_logprobs_are_as_many_as_the_vocabulary_has() -> None:
+    params = MODEL.sampling_params({"logprobs": -1, "prompt_logprobs": 2}, 8)
+    assert (params.logprobs, params.prompt_logprobs) == (256, 2)
+
+
 def test_texts_may_be_longer_than_prompts() -> None:
     assert MODEL.text_limit == TokenLimit(MAX_TEXT_TOKENS, "the limit of")
     long = replace(MODEL, max_model_len=MAX_TEXT_TOKENS + 1)

@@ -467,3 +467,9 @@ def test_a_limit_of_tokens():
         TOKENIZER.encode(text, max_tokens=3)
     with pytest.raises(RequestError, match=r"^prompt of 810 characters, at least 10 tokens, exceeds the limit of 9$"):
         TOKENIZER.encode("x" * 810, max_tokens=9, limit_name="the limit of")
+
+
+def test_what_stands_between_special_tokens() -> None:
+    """Most tokenizers write them as they are."""
+    assert wordpiece().spaces_special_tokens
+    assert not any(t.spaces_special_tokens for t in (TOKENIZER, metaspace("always"), Tokenizer.of_bytes()))

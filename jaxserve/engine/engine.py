@@ -99,6 +99,7 @@ class Engine:
             if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab):
                 wrong = next(t for t in token_ids if not 0 <= t < vocab)
                 raise RequestError(f"{name} holds token id {wrong}, outside the vocabulary [0, {vocab})")
+        self._check_text(params)
         if params.min_tokens > room:
             raise RequestError(
                 f"min_tokens of {params.min_tokens} after a prompt of {len(prompt_token_ids)} tokens "
@@ -109,6 +110,16 @@ class Engine:
                 f"max_tokens of {params.max_tokens} after a prompt of {len(prompt_token_ids)} tokens "
                 f"exceeds max_model_len {limit}"
             )
+
+    def _check_text(self, params: SamplingParams) -> None:
+        """Raise RequestError for what the engine has not been configured for, or the tokenizer cannot do."""
+        limit, vocab = self.config.max_logprobs, self.model_config.vocab_size
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = getattr(params, name) or 0
+            if (vocab if asked == -1 else asked) > (vocab if limit == -1 else limit):
+                raise RequestError(f"{name} of {asked} exceeds max_logprobs {limit}")
+        if not params.spaces_between_special_tokens and self.tokenizer.spaces_special_tokens:
+            raise RequestError("spaces_between_special_tokens must be True with this model's tokenizer, got False")
 
     def grammar_of(self, params: SamplingParams) -> Grammar | None:
         """What an output must be, compiled, if anything. May be called from any thread, and may take seconds. Raises

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxserve.engine.sampler import TokenLogprobs
 from jaxserve.engine.step import Step
-from jaxserve.request import FinishReason, Logprob, Request, RequestDelta, RequestStatus
+from jaxserve.request import FinishReason, Logprob, PositionLogprobs, Request, RequestDelta, RequestStatus
 from jaxserve.text import overlap
 from jaxserve.tokenizer import Tokenizer
 
@@ -25,7 +25,7 @@ class OutputStream:
         self.request = request
         self.stop_reason: int | str | None = None
         num_scored = 0 if request.params.prompt_logprobs is None else request.num_prompt_tokens
-        self.prompt_logprobs: list[dict[int, Logprob] | None] = [None] * num_scored
+        self.prompt_logprobs: list[Mapping[int, Logprob] | None] = [None] * num_scored
         """By prompt token; empty where they were not asked for."""
         self._decoder = tokenizer.decode_stream(request.params.skip_special_tokens, request.prompt_token_ids)
         self._held = ""
@@ -50,7 +50,7 @@ class OutputStream:
             return (self._held, FinishReason.LENGTH) if stopped is None else (stopped, FinishReason.STOP)
         return self._release(), None
 
-    def append(self, token_id: int, logprobs: dict[int, Logprob] | None, now_seconds: float) -> RequestDelta:
+    def append(self, token_id: int, logprobs: Mapping[int, Logprob] | None, now_seconds: float) -> RequestDelta:
         """Add a sampled token, with its log-probabilities where they are asked for: what that adds to the output.
 
         The delta's finish_reason says whether the request ends with it; nothing else has ended it by then.
@@ -74,8 +74,8 @@ class OutputStream:
         self,
         token_ids: Sequence[int],
         text: str,
-        logprobs: list[dict[int, Logprob]] | None,
-        prompt_logprobs: list[dict[int, Logprob] | None] | None,
+        logprobs: list[Mapping[int, Logprob]] | None,
+        prompt_logprobs: list[Mapping[int, Logprob] | None] | None,
         finish_reason: FinishReason | None,
     ) -> RequestDelta:
         request = self.request
@@ -117,15 +117,15 @@ def host_logprobs(logprobs: TokenLogprobs[jax.Array]) -> TokenLogprobs[np.ndarra
     return TokenLogprobs(*(np.asarray(array) for array in logprobs))
 
 
-def logprob_entry(logprobs: TokenLogprobs[np.ndarray], row: int, token_id: int, num_top: int) -> dict[int, Logprob]:
-    """Row ``row`` as vLLM gives it: the chosen token first, then the ``num_top`` likeliest."""
-    entry = {token_id: Logprob(float(logprobs.chosen[row]), int(logprobs.rank[row]))}
-    for rank, (top_id, top) in enumerate(zip(logprobs.top_ids[row, :num_top], logprobs.top[row], strict=False), 1):
-        entry.setdefault(int(top_id), Logprob(float(top), rank))
-    return entry
+def logprob_entry(logprobs: TokenLogprobs[np.ndarray], row: int, token_id: int, num_top: int) -> PositionLogprobs:
+    """Row ``row`` with the ``num_top`` likeliest, all that there are for -1."""
+    chosen = Logprob(float(logprobs.chosen[row]), int(logprobs.rank[row]))
+    top = slice(num_top if num_top >= 0 else None)
+    # Copies, which do not keep the rows of others alive.
+    return PositionLogprobs(token_id, chosen, logprobs.top_ids[row, top].copy(), logprobs.top[row, top].copy())
 
 
-def drawn_tokens(step: Step, token_ids: Sequence[int]) -> Iterator[tuple[Request, int, dict[int, Logprob] | None]]:
+def drawn_tokens(step: Step, token_ids: Sequence[int]) -> Iterator[tuple[Request, int, Mapping[int, Logprob] | None]]:
     """Of each request of the step that is still there and draws: its token of ``token_ids`` ``[R]``, and the token's
     log-probabilities where it asked for them."""
     draws = [

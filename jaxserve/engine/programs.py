@@ -99,6 +99,8 @@ class StepPrograms:
         self.layouts = step_layouts(config, self.num_blocks, self.backend.tiling, model_config.window)
         self.buckets = tuple(self.layouts)
         self.edits = EditLayout(model_config.vocab_size)
+        self.num_logprobs = config.num_logprobs(model_config.vocab_size)
+        """Alternatives of a draw or a prompt's token."""
         self.draw_layouts = {layout.num_draws: layout for layout in self.layouts.values()}
         """By number of draws, a layout that has as many."""
 
@@ -203,7 +205,7 @@ class StepPrograms:
                 packed, history = edits
                 changed = edited(logits, self.edits.split(packed), history, inputs.draw_positions)
             tokens = sample(changed, inputs)
-            return StepOutputs(tokens, optional_logprobs(wanted, logits, tokens))
+            return StepOutputs(tokens, optional_logprobs(wanted, self.num_logprobs, logits, tokens))
 
         inputs = SamplingInputs(*(fields[name] for name in SamplingInputs._fields))
         # Slots that do not exist are dropped.
@@ -214,8 +216,8 @@ class StepPrograms:
         return SequenceState(history, sequences.lengths.at[slots].set(positions + 1, mode="drop")), outputs
 
     def _score(self, outside: list[Parameter], hidden: jax.Array, targets: jax.Array) -> TokenLogprobs[jax.Array]:
-        model = self.forward.head(outside)
-        return over_rows(token_logprobs, self.mesh, model.logits(self.forward.normed(model, hidden)), targets)
+        model, score = self.forward.head(outside), partial(token_logprobs, self.num_logprobs)
+        return over_rows(score, self.mesh, model.logits(self.forward.normed(model, hidden)), targets)
 
 
 def zeros(abstract: jax.ShapeDtypeStruct) -> jax.Array:

@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.sampling_params import MAX_LOGPROBS
-
 NEVER = -jnp.inf
 ARGMAX_BLOCK = 128
 SEARCH_BLOCK, SEARCH_BLOCKS = 64, 128
@@ -47,7 +45,7 @@ class TokenLogprobs[Array](NamedTuple):
     """``int32[R]``, 1 for the likeliest."""
     top_ids: Array
     top: Array
-    """``[R, MAX_LOGPROBS]``, likeliest first."""
+    """``[R, num_top]``, likeliest first."""
 
 
 def sample(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
@@ -182,22 +180,25 @@ def _distance(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.abs(x), jnp.uint32)
 
 
-def token_logprobs(logits: jax.Array, tokens: jax.Array) -> TokenLogprobs[jax.Array]:
-    """Of ``tokens`` ``[R]`` under the unmodified distribution of ``logits`` ``[R, vocab]``."""
+def token_logprobs(num_top: int, logits: jax.Array, tokens: jax.Array) -> TokenLogprobs[jax.Array]:
+    """Of ``tokens`` ``[R]`` and the ``num_top`` likeliest under the unmodified distribution of ``logits``
+    ``[R, vocab]``."""
     # Relative to the largest: logits far from zero would cost the difference its last digits.
     logits = logits - logits.max(axis=-1, keepdims=True)
     norm = jnp.log(jnp.exp(logits).sum(axis=-1))
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
     rank = (logits > chosen).sum(axis=-1, dtype=jnp.int32) + 1
-    top, top_ids = jax.lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    top, top_ids = jax.lax.top_k(logits, num_top)
     return TokenLogprobs(chosen[:, 0] - norm, rank, top_ids, top - norm[:, None])
 
 
-def optional_logprobs(wanted: jax.Array, logits: jax.Array, tokens: jax.Array) -> TokenLogprobs[jax.Array]:
+def optional_logprobs(
+    wanted: jax.Array, num_top: int, logits: jax.Array, tokens: jax.Array
+) -> TokenLogprobs[jax.Array]:
     """``token_logprobs`` when the scalar ``wanted`` is set, zeros otherwise, decided on the device."""
-    shapes = jax.eval_shape(token_logprobs, logits, tokens)
+    shapes = jax.eval_shape(partial(token_logprobs, num_top), logits, tokens)
     return jax.lax.cond(
         wanted,
-        lambda: token_logprobs(logits, tokens),
+        lambda: token_logprobs(num_top, logits, tokens),
         lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
     )

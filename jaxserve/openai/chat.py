@@ -121,7 +121,7 @@ class ChatChoice:
             reason = "tool_calls"
         return {"index": self._index, **message, "logprobs": logprobs, "finish_reason": reason}
 
-    def _position(self, position: dict[int, Logprob]) -> dict[str, Any]:
+    def _position(self, position: Mapping[int, Logprob]) -> dict[str, Any]:
         tokens = []
         for token_id, entry in position.items():
             raw = self._tokenizer.token_bytes(token_id)

@@ -104,7 +104,7 @@ class TextChoice:
             "text_offset": offsets,
         }
 
-    def _position(self, position: dict[int, Logprob]) -> dict[str, float]:
+    def _position(self, position: Mapping[int, Logprob]) -> dict[str, float]:
         """By text, the likeliest first, always with the chosen token; of tokens with one text, the likeliest."""
         by_text: dict[str, float] = {}
         for token_id, entry in sorted(position.items(), key=lambda item: item[1].logprob, reverse=True):

@@ -87,7 +87,7 @@ class Endpoint(ABC):
         """
         found: list[Completion] = []
         for index, prompt in enumerate(ask.prompts):
-            token_ids = model.token_ids(prompt, limit)
+            token_ids = model.token_ids(prompt, limit, ask.sampling)
             params = model.sampling_params(ask.sampling, len(token_ids), self.defaults)
             found += Completion.choices(f"{response_id}-{index}", token_ids, params, prompt.text)
         return found

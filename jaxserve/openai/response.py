@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from jaxserve.openai.endpoint import Ask
@@ -20,9 +20,9 @@ class Part(Protocol):
     @property
     def token_ids(self) -> list[int]: ...
     @property
-    def logprobs(self) -> list[dict[int, Logprob]] | None: ...
+    def logprobs(self) -> list[Mapping[int, Logprob]] | None: ...
     @property
-    def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None: ...
+    def prompt_logprobs(self) -> list[Mapping[int, Logprob] | None] | None: ...
     @property
     def finish_reason(self) -> FinishReason | None: ...
     @property

@@ -73,7 +73,12 @@ SAMPLING: dict[str, dict[str, Any]] = {
     },
     "stop_token_ids": {"type": ["array", "null"], "items": {"type": "integer", "minimum": 0}},
     "ignore_eos": BOOLEAN,
+    "truncate_prompt_tokens": {
+        "type": ["integer", "null"], "minimum": -1,
+        "description": "So many of the prompt's last tokens are taken; -1: those that leave room for max_tokens.",
+    },
     "skip_special_tokens": BOOLEAN,
+    "spaces_between_special_tokens": BOOLEAN,
     "include_stop_str_in_output": BOOLEAN,
     "cache_salt": {"type": ["string", "null"], "minLength": 1, "maxLength": MAX_CACHE_SALT_CHARACTERS},
     "priority": {

@@ -63,7 +63,7 @@ class Ask:
 
     def prepare(self, model: ServedModel) -> tuple[list[int], SamplingParams]:
         """For the engine. Raises RequestError."""
-        token_ids = model.token_ids(ParsedPrompt(self.prompt), model.prompt_limit)
+        token_ids = model.token_ids(ParsedPrompt(self.prompt), model.prompt_limit, self.sampling)
         return token_ids, model.sampling_params(self.sampling, len(token_ids))
 
 

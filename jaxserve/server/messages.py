@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import Message
@@ -67,15 +67,21 @@ def check_request_id(name: str, value: str) -> None:
 def sampling_params(message: pb.SamplingParams, model: ServedModel, num_prompt_tokens: int) -> SamplingParams:
     """The fields that the caller set; the others have the model's defaults, or SamplingParams'. Raises RequestError."""
     check_lists(message, model)
-    given = {field.name: value for field, value in message.ListFields()}
+    given = _given(message)
     for name in ("stop", "stop_token_ids", "allowed_token_ids", "bad_words"):
         if name in given:
             given[name] = tuple(given[name])
     if "structured_outputs" in given:
         given["structured_outputs"] = structured_outputs(given["structured_outputs"])
+    return model.sampling_params(given, num_prompt_tokens)
+
+
+def _given(message: pb.SamplingParams | None) -> dict[str, Any]:
+    """The fields that the caller set, as protobuf has them; no max_tokens is None."""
+    given = {field.name: value for field, value in message.ListFields()} if message is not None else {}
     if given.get("max_tokens") == NO_TOKEN_LIMIT:
         given["max_tokens"] = None
-    return model.sampling_params(given, num_prompt_tokens)
+    return given
 
 
 def structured_outputs(message: Message) -> dict[str, Any]:
@@ -98,7 +104,8 @@ def max_request_bytes(model: ServedModel) -> int | None:
 
 def token_limit(message: Message, model: ServedModel) -> TokenLimit:
     """Of the prompt or the ids in ``message``."""
-    return model.prompt_limit if isinstance(message, pb.GenerateRequest) else model.text_limit
+    whole = isinstance(message, pb.GenerateRequest) and not message.sampling_params.HasField("truncate_prompt_tokens")
+    return model.prompt_limit if whole else model.text_limit
 
 
 def check_size(message: pb.GenerateRequest | pb.TokenizeRequest | pb.DetokenizeRequest, model: ServedModel) -> None:
@@ -128,7 +135,8 @@ def prompt_token_ids(message: pb.GenerateRequest | pb.TokenizeRequest, model: Se
             prompt = ParsedPrompt(token_ids=list(message.token_ids.ids))
         case _:
             raise RequestError("prompt must be given, got none")
-    return model.token_ids(prompt, token_limit(message, model))
+    sampling = message.sampling_params if isinstance(message, pb.GenerateRequest) else None
+    return model.token_ids(prompt, token_limit(message, model), _given(sampling))
 
 
 def text_of(message: pb.DetokenizeRequest, model: ServedModel) -> str:
@@ -137,7 +145,7 @@ def text_of(message: pb.DetokenizeRequest, model: ServedModel) -> str:
     return model.text(list(message.token_ids), skip)
 
 
-def position_logprobs(position: dict[int, Logprob] | None) -> pb.PositionLogprobs:
+def position_logprobs(position: Mapping[int, Logprob] | None) -> pb.PositionLogprobs:
     """The candidates of one position; none for the first prompt token."""
     candidates = [
         pb.TokenLogprob(token_id=token_id, logprob=entry.logprob, rank=entry.rank)

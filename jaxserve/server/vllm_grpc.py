@@ -59,10 +59,9 @@ class VllmServicer(pb_grpc.VllmEngineServicer):
 
     async def _token_ids(self, request: pb.GenerateRequest, model: ServedModel) -> list[int]:
         prompt = messages.prompt(request, model)
-        if prompt.token_ids is not None:
-            return prompt.token_ids
+        encode = partial(model.token_ids, prompt, model.prompt_limit, messages.truncation(request))
         # Tokenizers may take long: not in the event loop, and with a limit.
-        return await self._texts.run(partial(model.token_ids, prompt, model.prompt_limit), request.ByteSize())
+        return encode() if prompt.token_ids is not None else await self._texts.run(encode, request.ByteSize())
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         replicas = self._admission.replicas()

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 REQUEST = {"request_id", "tokenized", "text", "sampling_params", "stream"}
 SAMPLING = {f.name for f in fields(SamplingParams)}
-NOT_THE_ENGINES = {"spaces_between_special_tokens"}
-"""Fields of sampling that are served without it: what is about text alone."""
 UNSET: dict[str, Any] = {
     "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "max_tokens": None, "skip_special_tokens": False,
 }  # fmt: skip
@@ -39,7 +37,7 @@ ADVERTISED = ("temperature", "top_p", "top_k", "min_p")
 """Sampling defaults that gateways ask for."""
 CHUNK_BYTES = 64 * 1024
 
-Position = dict[int, Logprob] | None
+Position = Mapping[int, Logprob] | None
 
 
 def request_id(request: pb.GenerateRequest) -> str:
@@ -62,6 +60,12 @@ def prompt(request: pb.GenerateRequest, model: ServedModel) -> ParsedPrompt:
     raise RequestError("input must be given, got none")
 
 
+def truncation(request: pb.GenerateRequest) -> dict[str, Any]:
+    """Of the fields of sampling those that say how much of the prompt is taken."""
+    given = _given(request.sampling_params)
+    return {name: given[name] for name in ("truncate_prompt_tokens", "max_tokens") if name in given}
+
+
 def completions(
     request: pb.GenerateRequest, request_id: str, token_ids: list[int], model: ServedModel
 ) -> list[Completion]:
@@ -77,8 +81,7 @@ def _sampling_params(message: pb.SamplingParams, model: ServedModel, num_prompt_
         name = message.WhichOneof("constraint")
         del given[name]
         given["structured_outputs"] = {"json": structured[name]} if name == "json_schema" else structured
-    _check_served(given, SAMPLING | NOT_THE_ENGINES)
-    given = {name: value for name, value in given.items() if name not in NOT_THE_ENGINES}
+    _check_served(given, SAMPLING)
     return model.sampling_params({**UNSET, **given}, num_prompt_tokens)
 
 

@@ -109,6 +109,8 @@ def test_deltas_add_up_and_name_their_request(llm: LLM) -> None:
         ([1, 49152], GREEDY, r"prompt holds token id 49152, outside the vocabulary \[0, 49152\)"),
         ([-1], GREEDY, "prompt holds token id -1, outside the vocabulary"),
         ([1] * 2040, GREEDY, "max_tokens of 24 after a prompt of 2040 tokens exceeds max_model_len 2048"),
+        ([1], SamplingParams(logprobs=21), "logprobs of 21 exceeds max_logprobs 20"),
+        ([1], SamplingParams(prompt_logprobs=-1), "prompt_logprobs of -1 exceeds max_logprobs 20"),
         ([1], SamplingParams(stop_token_ids=[60000]), "stop_token_ids holds token id 60000, outside the vocabulary"),
     ],
 )

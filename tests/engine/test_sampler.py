@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from unittest import mock
 
 import jax
@@ -15,7 +16,6 @@ from hypothesis import strategies as st
 
 from jaxserve.engine import sampler
 from jaxserve.engine.sampler import SamplingInputs, TokenLogprobs, optional_logprobs, sample, token_logprobs
-from jaxserve.sampling_params import MAX_LOGPROBS
 
 VOCAB = 64
 SLACK = 1e-5
@@ -294,9 +294,9 @@ def test_a_draw_depends_on_its_row_alone(seed: int) -> None:
 @given(logits(), st.integers(0, VOCAB - 1), st.sampled_from([1, 4]))
 def test_logprobs(logits: np.ndarray, token: int, scale: int) -> None:
     logits = logits * np.float32(scale)
-    found = jax.jit(token_logprobs)(logits[None], np.array([token]))
+    found = jax.jit(partial(token_logprobs, 20))(logits[None], np.array([token]))
     expected = log_softmax(logits.astype(np.float64))
-    order = np.argsort(-logits, kind="stable")[:MAX_LOGPROBS]
+    order = np.argsort(-logits, kind="stable")[:20]
     tolerance = {"rtol": 1e-6, "atol": 1e-5}
     np.testing.assert_allclose(found.chosen[0], expected[token], **tolerance)
     assert found.rank[0] == 1 + (logits > logits[token]).sum()
@@ -307,12 +307,12 @@ def test_logprobs(logits: np.ndarray, token: int, scale: int) -> None:
 def test_logprobs_of_the_likeliest_are_bitwise_those_of_the_chosen() -> None:
     """Evaluation harnesses call an output greedy if its logprob equals the largest one exactly."""
     values = np.random.default_rng(3).normal(size=(64, 1000)).astype(np.float32) * 5
-    found = jax.jit(token_logprobs)(values, values.argmax(axis=-1))
+    found = jax.jit(partial(token_logprobs, 20))(values, values.argmax(axis=-1))
     assert np.array_equal(found.chosen, found.top[:, 0])
 
 
-def test_vocabulary_smaller_than_the_alternatives() -> None:
-    found = token_logprobs(jnp.array([[0.0, 2.0, 1.0]]), jnp.array([2]))
+def test_all_of_a_vocabulary() -> None:
+    found = token_logprobs(3, jnp.array([[0.0, 2.0, 1.0]]), jnp.array([2]))
     assert found.top_ids.tolist() == [[1, 2, 0]]
     assert found.rank.tolist() == [2]
 
@@ -320,8 +320,8 @@ def test_vocabulary_smaller_than_the_alternatives() -> None:
 @pytest.mark.parametrize("wanted", [False, True])
 def test_optional_logprobs(wanted: bool) -> None:
     values, tokens = np.random.default_rng(4).normal(size=(2, VOCAB)).astype(np.float32), np.array([1, 2])
-    found = jax.jit(optional_logprobs)(wanted, values, tokens)
-    expected: TokenLogprobs = token_logprobs(values, tokens)
+    found = jax.jit(optional_logprobs, static_argnums=1)(wanted, 20, values, tokens)
+    expected: TokenLogprobs = token_logprobs(20, values, tokens)
     for one, other in zip(found, expected, strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
         np.testing.assert_allclose(one, other if wanted else np.zeros_like(other), rtol=1e-6)

@@ -163,7 +163,7 @@ def test_cancel_frees_the_request(server, stub, eventually):
     [
         ({"frequency_penalty": 2.5}, "frequency_penalty must be in [-2, 2], got 2.5"),
         ({"logit_bias": {5: 101.0}}, "logit_bias must be in [-100, 100], got 101.0"),
-        ({"truncate_prompt_tokens": -1}, "truncate_prompt_tokens cannot be served and must be left out, got -1"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens must be an integer in [-1, 2147483647], got -2"),
         ({"json_schema": '{"not": {}}'}, "structured_outputs.json at # has 'not', a keyword that cannot be served"),
         ({"structural_tag": "a"}, "structured_outputs.structural_tag must be JSON, got 'a'"),
         ({"choice": pb.ChoiceConstraint()}, "structured_outputs.choice must be a list of 1 to 1024 strings, got list"),
@@ -171,7 +171,7 @@ def test_cancel_frees_the_request(server, stub, eventually):
         ({"grammar_from_first_token": True}, "grammar_from_first_token cannot be served and must be left out"),
         ({"n": 129}, "n must be an integer in [1, 128], got 129"),
         ({"temperature": -1}, "temperature must be in [0, 100], got -1.0"),
-        ({"logprobs": -1}, "logprobs must be an integer in [0, 20], got -1"),
+        ({"logprobs": -2}, "logprobs must be an integer in [-1, 2147483647], got -2"),
         ({"max_tokens": 0}, "max_tokens must be an integer in [1, 2147483647], got 0"),
         ({"stop": ["a"] * 17}, "stop must be at most 16 values, got 17"),
         ({"ids": (2,) * 1001}, "tokenized of 1001 input_ids exceeds max_model_len 1000"),
