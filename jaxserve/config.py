@@ -119,6 +119,11 @@ class EngineConfig:
         "keep the KV of earlier requests while there is room, and compute only what a prompt adds to them; not with "
         "schedulers that run whole prompts",
     )
+    swap_space_bytes: int = option(
+        0,
+        "host memory for blocks that the prefix cache has no room for, where they come back faster than they are "
+        "computed; a CPU's is better used for more num_blocks",
+    )
     gpu_memory_utilization: float = option(0.92, "share of the GPU's memory for weights, KV cache and steps")
     tensor_parallel: int = option(1, "devices that share every layer: heads, MLPs and the vocabulary are divided")
     pipeline_parallel: int = option(
@@ -168,6 +173,7 @@ class EngineConfig:
             raise ConfigError(f"max_logprobs must be an integer of at least -1, got {self.max_logprobs!r}")
         self._check_objective()
         self._check_switches()
+        self._check_swap_space()
         for policy in POLICIES.values():
             policy.check_options(self)
         if not 0.1 <= self.gpu_memory_utilization <= 1.0:
@@ -206,6 +212,17 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if not self.warmup and self.token_budget == "auto":
             raise ConfigError("warmup must be true for token_budget auto, which times every program, got false")
+
+    def _check_swap_space(self) -> None:
+        num_bytes = self.swap_space_bytes
+        if not isinstance(num_bytes, int) or isinstance(num_bytes, bool) or num_bytes < 0:
+            raise ConfigError(f"swap_space_bytes must be an integer of at least 0, got {num_bytes!r}")
+        if not num_bytes:
+            return
+        if not self.enable_prefix_caching or self.policy.runs_whole_prompts:
+            raise ConfigError(f"swap_space_bytes must be 0 without a prefix cache, got {num_bytes}")
+        if self.pipeline_parallel > 1:
+            raise ConfigError(f"swap_space_bytes must be 0 with pipeline_parallel above 1, got {num_bytes}")
 
     @property
     def chunk_budgets(self) -> tuple[int, ...]:

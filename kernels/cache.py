@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.lax import dynamic_index_in_dim, dynamic_update_index_in_dim
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
@@ -74,6 +76,29 @@ class KVCacheShape:
             v=jax.ShapeDtypeStruct(shape, self.dtype, sharding=v),
             scales=jax.ShapeDtypeStruct((self.num_layers, 2), jnp.float32, sharding=scales),
         )
+
+    def abstract_block(self, mesh: Mesh) -> jax.ShapeDtypeStruct:
+        """Of a block by itself, ``[2, layers, page_size, kv_heads, head_dim]``: keys, then values."""
+        shape = (2, *self.pages_shape(1))
+        sharding = NamedSharding(mesh, PartitionSpec(None, None, None, "tensor"))
+        return jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding)
+
+    def blocks_of(self, cache: KVCache[jax.Array], numbers: jax.Array) -> list[jax.Array]:
+        """The blocks ``numbers`` ``int32[n]`` of a cache that is in one stage, as ``abstract_block`` has them."""
+        k, v = self._by_layer(cache.k), self._by_layer(cache.v)
+        return [jnp.stack([dynamic_index_in_dim(x, number, 1, keepdims=False) for x in (k, v)]) for number in numbers]
+
+    def with_blocks(
+        self, cache: KVCache[jax.Array], numbers: jax.Array, blocks: Sequence[jax.Array]
+    ) -> KVCache[jax.Array]:
+        """The cache with these as its blocks ``numbers``; in place where it is donated."""
+        k, v = self._by_layer(cache.k), self._by_layer(cache.v)
+        for number, block in zip(numbers, blocks, strict=True):
+            k, v = (dynamic_update_index_in_dim(x, new, number, 1) for x, new in zip((k, v), block, strict=True))
+        return cache._replace(k=k.reshape(cache.k.shape), v=v.reshape(cache.v.shape))
+
+    def _by_layer(self, pages: jax.Array) -> jax.Array:
+        return pages.reshape(self.num_layers, -1, *pages.shape[1:])
 
     def zeros(self, num_pages: int, mesh: Mesh) -> KVCache[jax.Array]:
         """The same without keys and values, made on the devices: the host may not have as much memory. Scales are 1."""

@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--token-budget", type=int, default=512)
     parser.add_argument("--max-num-seqs", type=int, default=128)
     parser.add_argument("--max-model-len", type=int, default=16384)
+    parser.add_argument("--swap-space-bytes", type=int, default=0, help="host memory behind the prefix cache")
     parser.add_argument("--authors-host", action="store_true", help="the paper's engine, whose host delays each step")
     parser.add_argument("--profile", help="step times measured by profile_steps.py instead of the roofline's")
     parser.add_argument("--against", metavar="REPORT.json", help="of bench.py capacity: predict it from the profile")
@@ -133,6 +134,7 @@ def main() -> None:
             token_budget=args.token_budget,
             max_num_seqs=args.max_num_seqs,
             max_model_len=args.max_model_len,
+            swap_space_bytes=args.swap_space_bytes,
             host=authors_host_time(args.tp) if args.authors_host else OVERLAPPED,
             measured=FittedCost(profile.step_time, model.window) if profile else None,
         )

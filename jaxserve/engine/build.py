@@ -10,18 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig, ResolvedConfig
 from jaxserve.engine.profiling import Profiler, largest_budget, read_profile
 from jaxserve.engine.runner import ModelRunner, prepare
 from jaxserve.engine.startup import StartupTimes, timed
+from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.loading import generation, hf_tokenizer
 from jaxserve.models.loading.files import read_text
 from jaxserve.models.loading.hub import resolve
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.scheduler import Pace, Scheduler
+from jaxserve.scheduler import Limits, Pace, Scheduler
 from jaxserve.scheduler.step_time import Profile
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.tokenizer import Tokenizer
@@ -70,7 +72,10 @@ def build(
     pace = None
     if config.needs_step_times:
         pace, resolved = _settle_pace(runner, resolved, stored, auto=config.token_budget == "auto")
-    scheduler = config.policy(resolved.limits(runner.num_blocks, window=checkpoint.config.window, pace=pace))
+    limits = resolved.limits(runner.num_blocks, window=checkpoint.config.window, pace=pace)
+    if config.swap_space_bytes:
+        limits = _with_swap_space(limits, runner)
+    scheduler = config.policy(limits)
     runner.prepare_rare()
     startup = StartupTimes(
         imports_seconds,
@@ -93,6 +98,29 @@ def _log_sampling(defaults: Mapping[str, Any]) -> None:
         ", ".join(f"{name} {getattr(effective, name)}" for name in generation.FIELDS),
         ", ".join(defaults) or "none",
     )
+
+
+def _with_swap_space(limits: Limits, runner: ModelRunner) -> Limits:
+    """With as many blocks of it as its bytes hold, by times measured now. Raises ConfigError."""
+    num_bytes, block_bytes = runner.config.swap_space_bytes, runner.block_bytes
+    if limits.window is not None:
+        raise ConfigError(
+            f"swap_space_bytes must be 0 for a model that looks back {limits.window} tokens at most, got {num_bytes}"
+        )
+    if jax.process_count() > 1:
+        raise ConfigError(f"swap_space_bytes must be 0 on several hosts, got {num_bytes}")
+    if num_bytes < block_bytes:
+        raise ConfigError(f"swap_space_bytes must hold a KV block of {block_bytes} bytes at least, got {num_bytes}")
+    profiler = Profiler(runner)
+    copied_seconds = profiler.seconds_per_swapped_block()
+    computed_seconds = profiler.seconds_per_prefill_token() * limits.block_size
+    logger.info(
+        "a KV block of %d tokens goes to the swap space and back in %.3f ms, and is computed in %.3f ms: %s",
+        limits.block_size, 1e3 * copied_seconds, 1e3 * computed_seconds,
+        "swapped" if copied_seconds < computed_seconds else "not swapped",
+    )  # fmt: skip
+    num_blocks = num_bytes // block_bytes
+    return limits.with_swap_space(num_blocks, copied_seconds=copied_seconds, computed_seconds=computed_seconds)
 
 
 def _settle_pace(

@@ -185,6 +185,7 @@ class Engine:
         batch = self.scheduler.schedule()
         self.metrics.preemptions.inc(len(batch.preempted))
         with self.compiles:
+            self._copy_blocks()
             launched = self._launch(batch, start) if batch.chunks or self.runner.has_steps else None
         previous, self._launched = self._launched, launched
         deltas, self._ended = self._ended, []
@@ -221,6 +222,12 @@ class Engine:
             for request in self._held.values():
                 self.scheduler.add(request)
             self._held.clear()
+
+    def _copy_blocks(self) -> None:
+        """Move what the scheduler wants moved between KV cache and swap space, before the step that needs it."""
+        if copies := self.blocks.take_copies():
+            self.runner.copy_blocks(copies)
+            self.metrics.observe_copies(copies)
 
     def _launch(self, batch: Batch, start: float) -> Step:
         """Launch a batch; returns the step that enters the last stage with it."""

@@ -19,6 +19,7 @@ from jaxserve.engine.startup import StartupTimes
 from jaxserve.request import Request, RequestMetrics
 from jaxserve.scheduler import Chunk, Scheduler
 from jaxserve.scheduler.blocks import BlockManager
+from jaxserve.scheduler.swap_space import Copy
 
 _LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 3, 5, 10, 20, 40, 80)
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5)
@@ -107,6 +108,8 @@ class EngineMetrics:
         self.preemptions = counter("num_preemptions", "Requests that lost their KV blocks and were recomputed")
         self.prefix_queries = counter("prefix_cache_queries", "Prompt tokens of requests that have begun")
         self.prefix_hits = counter("prefix_cache_hits", "Those of them that the prefix cache had")
+        self.swapped_out = counter("swapped_out_blocks", "KV blocks that were copied to the swap space")
+        self.swapped_in = counter("swapped_in_blocks", "KV blocks that came back from there")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished requests")
         self.generation_tokens = counter("generation_tokens", "Output tokens of finished requests")
         self.finished = counter("request_success", "Finished requests", "finished_reason")
@@ -140,6 +143,11 @@ class EngineMetrics:
     def observe_startup(self, times: StartupTimes) -> None:
         for phase, seconds in times.phases.items():
             self.startup.labels(phase).set(seconds)
+
+    def observe_copies(self, copies: Sequence[Copy]) -> None:
+        num_out = sum(copy.is_out for copy in copies)
+        self.swapped_out.inc(num_out)
+        self.swapped_in.inc(len(copies) - num_out)
 
     def observe_queues(self, scheduler: Scheduler, num_held: int, blocks: BlockManager, num_compiles: int) -> None:
         """``num_held``: requests that wait outside of the scheduler."""

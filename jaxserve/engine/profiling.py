@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxserve.config import ResolvedConfig
+from jaxserve.engine.programs import SWAP_BLOCKS
 from jaxserve.engine.runner import ModelRunner
 from jaxserve.engine.step import Packer, Step
 from jaxserve.errors import ConfigError
@@ -20,6 +21,7 @@ from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Chunk
 from jaxserve.scheduler.blocks import BlockManager
 from jaxserve.scheduler.step_time import BatchShape, Profile, Sample, StepTimeModel, held_out_error
+from jaxserve.scheduler.swap_space import Copy
 
 NUM_REPEATS = 3
 
@@ -47,6 +49,22 @@ class Profiler:
             step_time=StepTimeModel.fit(samples),
         )
         return profile, samples
+
+    def seconds_per_prefill_token(self) -> float:
+        """Of a whole step of prompts' beginnings, where a token costs the least."""
+        batches = [self._batch(rows, 0, min(rows, self.context_tokens)) for rows in reversed(self._runner.buckets)]
+        batch = next(batch for batch in batches if self._fits(batch))
+        return self._seconds(batch) / sum(chunk.num_tokens for chunk in batch)
+
+    def seconds_per_swapped_block(self) -> float:
+        """Of a block's way to the swap space and back, among others."""
+        times, places = [], range(SWAP_BLOCKS)
+        for _ in range(1 + NUM_REPEATS):
+            start = time.perf_counter()
+            self._runner.copy_blocks([Copy(0, place, is_out) for is_out in (True, False) for place in places])
+            self._runner.wait()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:]) / len(places)
 
     def worst_shapes(self) -> dict[int, BatchShape]:
         """For every bucket that could be the budget: all sequences but one decode, and the rest is a prefill chunk,

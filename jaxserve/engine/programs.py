@@ -38,6 +38,9 @@ from jaxserve.models.weights import Weight
 from jaxserve.sharding.rows import over_rows
 from jaxserve.sharding.rules import abstract_model, divided
 
+SWAP_BLOCKS = 8
+"""Blocks that are copied at once between the KV cache and the host's memory."""
+
 AbstractParameter = jax.ShapeDtypeStruct | Matrix
 
 
@@ -171,6 +174,24 @@ class StepPrograms:
     def lower_score(self, rows: int) -> jax.stages.Lowered:
         """Of the parameters outside the layers, a step's hidden states and target tokens ``int32[rows]``."""
         return self._lower(self._score, self._abstract_outside(), self.forward.abstract_hidden(rows), self._ints(rows))
+
+    def lower_swap_out(self) -> jax.stages.Lowered:
+        """Of the KV cache and ``int32[SWAP_BLOCKS]``, numbers of blocks, whose contents come out."""
+        blocks = [self.abstract_block.sharding] * SWAP_BLOCKS
+        arguments = self.abstract_state().cache, self._ints(SWAP_BLOCKS)
+        return self._lower(self.kv_cache.blocks_of, *arguments, out_shardings=blocks)
+
+    def lower_swap_in(self) -> jax.stages.Lowered:
+        """Of the KV cache (donated), ``int32[SWAP_BLOCKS]`` and as many blocks' contents."""
+        cache = self.abstract_state().cache
+        arguments = cache, self._ints(SWAP_BLOCKS), [self.abstract_block] * SWAP_BLOCKS
+        placed = jax.tree.map(lambda array: array.sharding, cache)
+        return self._lower(self.kv_cache.with_blocks, *arguments, donate_argnums=0, out_shardings=placed)
+
+    @property
+    def abstract_block(self) -> jax.ShapeDtypeStruct:
+        """Of the KV cache, by itself."""
+        return self.kv_cache.abstract_block(self.mesh)
 
     def _lower(self, function: Callable[..., object], *arguments: object, **options: Any) -> jax.stages.Lowered:
         jitted = jax.jit(function, compiler_options=self._options, **options)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from functools import partial
+from itertools import batched, groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,17 @@ from jaxserve.config import EngineConfig, ResolvedConfig, cache_dir
 from jaxserve.engine.compile import CompiledPrograms, use_persistent_cache
 from jaxserve.engine.forward import Drawn
 from jaxserve.engine.memory import claim_gpu_memory
-from jaxserve.engine.programs import StepPrograms
+from jaxserve.engine.programs import SWAP_BLOCKS, StepPrograms
 from jaxserve.engine.sampler import TokenLogprobs
 from jaxserve.engine.startup import timed
 from jaxserve.engine.step import Step, StepLayout, StepOutputs, prompt_targets
+from jaxserve.engine.swapped import SwappedBlocks
 from jaxserve.errors import ModelError
 from jaxserve.models.loading.checkpoint import Checkpoint, OrbaxCheckpoint, open_checkpoint
 from jaxserve.models.matrix import Parameter
 from jaxserve.models.rope import longest_sequence
 from jaxserve.scheduler.buckets import bubble_share, bucket_of
+from jaxserve.scheduler.swap_space import Copy
 
 RUNS_OF_A_GRAPH = 3
 """XLA runs a program op by op at first, captures its CUDA graph the second time, and replays that from the third on."""
@@ -42,6 +45,8 @@ class Kind(IntEnum):
     ADMIT = 2
     SCORE = 3
     SAMPLE_EDITED = 4
+    SWAP_OUT = 5
+    SWAP_IN = 6
 
 
 def prepare(config: EngineConfig) -> tuple[Checkpoint, ResolvedConfig]:
@@ -79,6 +84,8 @@ class ModelRunner:
         common = {(Kind.ADMIT, 0): programs.lower_admit}
         common |= {(Kind.FORWARD, rows): partial(programs.lower_forward, rows) for rows in self.buckets}
         common |= {(Kind.SAMPLE, draws): partial(programs.lower_sample, draws) for draws in programs.draw_layouts}
+        if config.swap_space_bytes:
+            common |= {(Kind.SWAP_OUT, 0): programs.lower_swap_out, (Kind.SWAP_IN, 0): programs.lower_swap_in}
         self._rare, self._compiled = rare, CompiledPrograms(common | rare)
         ahead = [*common, *(rare if programs.uses_graphs else ())] if config.warmup else []
 
@@ -99,6 +106,9 @@ class ModelRunner:
         _, self.loading_seconds = timed(load_and_compile)
         self._outside = programs.forward.outside(self._parameters)
         self._state, self._sequences = programs.new_state(), programs.new_sequences()
+        self._swapped = SwappedBlocks(programs.abstract_block)
+        self.block_bytes = programs.kv_cache.block_bytes
+        """Of a block of the KV cache, on all devices of the mesh together."""
         self._drawn: Drawn
         """By the last forward pass."""
         smallest = self._layouts[self.buckets[0]]
@@ -146,6 +156,17 @@ class ModelRunner:
         """R of the program that has run the step's last stage."""
         return self._layouts[step.record.num_rows].num_draws
 
+    def copy_blocks(self, copies: Iterable[Copy]) -> None:
+        """Start to copy blocks between the KV cache and the swap space, one after the other, after what runs now."""
+        for is_out, alike in groupby(copies, attrgetter("is_out")):
+            kind = Kind.SWAP_OUT if is_out else Kind.SWAP_IN
+            for some in batched(alike, SWAP_BLOCKS):
+                self.run(kind, 0, np.array([(copy.block, copy.place) for copy in some], np.int32))
+
+    def wait(self) -> None:
+        """Until the devices have done all that has been started."""
+        jax.block_until_ready((self._state, self._sequences))
+
     def score(self, step: Step) -> TokenLogprobs[jax.Array]:
         """Log-probabilities of the prompt tokens that follow the rows of ``step``, which the last launch returned."""
         rows = step.record.num_rows
@@ -171,6 +192,8 @@ class ModelRunner:
             Kind.ADMIT: self._admit,
             Kind.SCORE: self._score,
             Kind.SAMPLE_EDITED: self._sample_edited,
+            Kind.SWAP_OUT: self._swap_out,
+            Kind.SWAP_IN: self._swap_in,
         }
         return starts[kind](size, array)
 
@@ -182,6 +205,8 @@ class ModelRunner:
         graphs = self._programs.uses_graphs
         for _ in range(RUNS_OF_A_GRAPH if graphs else 1):
             self.run(Kind.ADMIT, 0, np.zeros(2 + self.config.max_model_len, np.int32))
+            if self.config.swap_space_bytes:
+                self.copy_blocks([Copy(0, 0, is_out=True), Copy(0, 0, is_out=False)])
         for rows, layout in self._layouts.items():
             ints = np.stack([Step.empty(layout).ints] * self.num_stages)
             for _ in range(RUNS_OF_A_GRAPH if graphs else 1):
@@ -197,6 +222,7 @@ class ModelRunner:
         for array in jax.tree.leaves((self._parameters, self._state, self._sequences)):
             if not array.is_deleted():
                 array.block_until_ready().delete()
+        self._swapped.clear()
         self._compiled.close()
 
     def _forward(self, rows: int, ints: np.ndarray) -> jax.Array:
@@ -222,6 +248,22 @@ class ModelRunner:
 
     def _admit(self, size: int, admission: np.ndarray) -> None:
         self._sequences = self._compiled[Kind.ADMIT, size](self._sequences, self._put(admission))
+
+    def _swap_out(self, size: int, copies: np.ndarray) -> None:
+        """copies: ``int32[n, 2]``, blocks and places."""
+        numbers, places = copies.reshape(-1, 2).T
+        program = self._compiled[Kind.SWAP_OUT, size]
+        self._swapped.keep(places.tolist(), program(self._state.cache, self._put_numbers(numbers)))
+
+    def _swap_in(self, size: int, copies: np.ndarray) -> None:
+        numbers, places = copies.reshape(-1, 2).T
+        blocks = self._swapped.fetch(places.tolist(), SWAP_BLOCKS)
+        cache = self._compiled[Kind.SWAP_IN, size](self._state.cache, self._put_numbers(numbers), blocks)
+        self._state = self._state._replace(cache=cache)
+
+    def _put_numbers(self, numbers: np.ndarray) -> jax.Array:
+        """Of blocks, and of the dummy one for those that are missing."""
+        return self._put(np.pad(numbers, (0, SWAP_BLOCKS - len(numbers))))
 
     def _score(self, rows: int, targets: np.ndarray) -> TokenLogprobs[jax.Array]:
         return self._compiled[Kind.SCORE, rows](self._outside, self._drawn.hidden, self._put(targets))

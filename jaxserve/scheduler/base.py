@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import insort
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, ClassVar
@@ -16,6 +16,7 @@ from jaxserve.scheduler.blocks import BlockManager
 from jaxserve.scheduler.prefix_cache import Hit
 from jaxserve.scheduler.queue import WaitingQueue, by_rank
 from jaxserve.scheduler.step_time import Pace
+from jaxserve.scheduler.swap_space import SwapSpace
 
 if TYPE_CHECKING:
     from jaxserve.config import EngineConfig
@@ -51,8 +52,23 @@ class Limits:
     """Of sarathi's stages of a prefill, the first one's first; none: one stage, of the whole budget."""
     pace: Pace | None = None
     """For the policies that need step times."""
+    num_swap_blocks: int = 0
+    """Blocks that the swap space of the prefix cache holds."""
+    swap_blocks_at_once: int = 0
+    """The most of them that are copied back before one step."""
     enable_prefix_caching: bool = False
     """Not for those that run whole prompts: they stand for engines that had no such cache."""
+
+    def with_swap_space(self, num_blocks: int, *, copied_seconds: float, computed_seconds: float) -> Limits:
+        """With a swap space of so many blocks, where a block's way there and back takes less time than computing it.
+
+        Before a step no more of them are copied back than take as long as a step of the whole budget; the step does not
+        wait for the others on their way there.
+        """
+        if copied_seconds >= computed_seconds:
+            return self
+        at_once = self.token_budget / self.block_size * computed_seconds / (copied_seconds / 2)
+        return replace(self, num_swap_blocks=num_blocks, swap_blocks_at_once=max(1, int(at_once)))
 
 
 class Scheduler(ABC):
@@ -75,13 +91,16 @@ class Scheduler(ABC):
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
+        caching = limits.enable_prefix_caching and not self.runs_whole_prompts
+        swaps = caching and limits.num_swap_blocks > 0
         self.blocks = BlockManager(
             limits.num_blocks,
             limits.block_size,
             limits.max_num_seqs,
             limits.max_model_len,
             window=limits.window,
-            prefix_caching=limits.enable_prefix_caching and not self.runs_whole_prompts,
+            prefix_caching=caching,
+            swap_space=SwapSpace(limits.num_swap_blocks, limits.swap_blocks_at_once) if swaps else None,
         )
         self.waiting = WaitingQueue()
         self.running: list[Request] = []

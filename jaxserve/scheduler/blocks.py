@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jaxserve.scheduler.prefix_cache import Hit, PrefixCache, block_digests
+from jaxserve.scheduler.swap_space import Copy, SwapSpace
 
 if TYPE_CHECKING:
     from jaxserve.request import Request
@@ -17,7 +19,8 @@ class BlockManager:
 
     With ``prefix_caching``, sequences of requests that begin alike share the full blocks of their beginnings, which
     nobody writes to again, and a block outlives its sequences until it is wanted for other tokens. ``window``: the
-    widest attention window, where every layer has one.
+    widest attention window, where every layer has one. ``swap_space``: where there is one, what such a block held goes
+    there, and who looks for it gets it back; ``take_copies`` says what that takes.
     """
 
     def __init__(
@@ -29,6 +32,7 @@ class BlockManager:
         *,
         window: int | None = None,
         prefix_caching: bool = False,
+        swap_space: SwapSpace | None = None,
     ) -> None:
         import numpy as np  # who only configures a scheduler, or asks for help, need not wait for it
 
@@ -48,6 +52,7 @@ class BlockManager:
         self._num_owners = [0] * num_blocks
         self._cache = PrefixCache(block_size, window)
         self._prefix_caching = prefix_caching
+        self.swap_space = swap_space
         self._requests: list[Request | None] = [None] * max_num_seqs
         """By slot, whose blocks others may find."""
         self._num_shown = [0] * max_num_seqs
@@ -87,7 +92,8 @@ class BlockManager:
         """What the cache has of a request that waits. Who wants logprobs of its prompt has to compute all of it."""
         if not self._prefix_caching or request.params.prompt_logprobs is not None:
             return Hit(0, [])
-        return self._cache.find(request)
+        hit = self._cache.find(request)
+        return hit if self.swap_space is None else self._with_swapped(request, hit, self.swap_space)
 
     def admit(self, slot: int, request: Request, hit: Hit) -> None:
         """Begin a request's sequence with what ``find`` has just found for it."""
@@ -98,8 +104,8 @@ class BlockManager:
                 self._cache.wake(block)
             self._num_owners[block] += 1
         end = hit.num_tokens // self.block_size
-        first = end - len(hit.blocks)
-        self.tables[slot, first:end] = hit.blocks
+        first = end - len(hit.blocks) - len(hit.swapped)
+        self.tables[slot, first:end] = [*hit.blocks, *self._swap_in(hit.swapped)]
         self.held_tokens[slot] = hit.num_tokens
         self._num_released[slot], self._num_shown[slot] = first, end
         if self._prefix_caching:
@@ -113,13 +119,7 @@ class BlockManager:
             return
         if wanted - held > self.num_free:
             raise RuntimeError(f"{wanted - held} KV blocks wanted for slot {slot}, {self.num_free} free")
-        first = max(0, len(self._free) - (wanted - held))
-        taken = self._free[first:][::-1]
-        del self._free[first:]
-        taken += [self._cache.evict() for _ in range(wanted - held - len(taken))]
-        for block in taken:
-            self._num_owners[block] = 1
-        self.tables[slot, held:wanted] = taken
+        self.tables[slot, held:wanted] = self._take(wanted - held)
         self.held_tokens[slot] = wanted * self.block_size
 
     def show(self, slot: int, num_tokens: int) -> None:
@@ -156,6 +156,10 @@ class BlockManager:
         self.held_tokens[slot] = self._num_released[slot] = self._num_shown[slot] = 0
         self._requests[slot] = None
 
+    def take_copies(self) -> list[Copy]:
+        """What is to be copied between cache and swap space, one after the other, before the next step is launched."""
+        return [] if self.swap_space is None else self.swap_space.take_copies()
+
     def check(self) -> None:
         """Prove that every block is free or in as many tables as it is counted for; raises RuntimeError otherwise."""
         entries = self.tables[self.tables > 0].tolist()
@@ -168,6 +172,46 @@ class BlockManager:
             raise RuntimeError(
                 f"KV blocks do not balance: {len(free)} free + {len(used)} used of {self.num_blocks - 1}"
             )
+
+    def _take(self, number: int) -> list[int]:
+        """Free blocks, for one sequence; those of the prefix cache last."""
+        first = max(0, len(self._free) - number)
+        taken = self._free[first:][::-1]
+        del self._free[first:]
+        while len(taken) < number:
+            block, digest = self._cache.evict()
+            if self.swap_space is not None:
+                self.swap_space.put(digest, block)
+            taken.append(block)
+        for block in taken:
+            self._num_owners[block] = 1
+        return taken
+
+    def _with_swapped(self, request: Request, hit: Hit, swap_space: SwapSpace) -> Hit:
+        """And what comes after it in the swap space, as far as there are blocks to copy it to."""
+        first, most = hit.num_tokens // self.block_size, (request.num_tokens - 1) // self.block_size
+        room = self.num_free - (len(hit.blocks) - self.num_in_use(hit))
+        last = min(most, first + min(room, swap_space.max_blocks_at_once))
+        found = list[bytes]()
+        for index in range(first, last):
+            digest = block_digests(request, index + 1, self.block_size)[index]
+            if digest not in swap_space:
+                break
+            found.append(digest)
+        return Hit(hit.num_tokens + len(found) * self.block_size, hit.blocks, found)
+
+    def _swap_in(self, digests: Sequence[bytes]) -> list[int]:
+        """Blocks that have what is in the swap space now."""
+        if not digests:
+            return []
+        assert self.swap_space is not None
+        # Claimed first: what leaves the cache to make room must not take their places.
+        places = [self.swap_space.claim(digest) for digest in digests]
+        blocks = self._take(len(digests))
+        for digest, place, block in zip(digests, places, blocks, strict=True):
+            self.swap_space.copy_back(place, block)
+            self._cache.add(block, digest)
+        return blocks
 
     def _take_back(self, slot: int, first: int, end: int) -> None:
         """A sequence's last blocks become free before its first ones: those are what others will look for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
+from collections.abc import Sequence
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -16,7 +17,9 @@ class Hit(NamedTuple):
     num_tokens: int
     """They need not be computed: whole blocks of them, and at least one token less than the request has."""
     blocks: list[int]
-    """The last blocks of these tokens. Those before, if any, have left the window."""
+    """Of these tokens, those that are in the cache. What comes before, if anything, has left the window."""
+    swapped: Sequence[bytes] = ()
+    """Of the blocks that follow them, which are in the swap space, the digests."""
 
 
 def block_digests(request: Request, num_blocks: int, block_size: int) -> list[bytes]:
@@ -87,11 +90,12 @@ class PrefixCache:
         """An idle block has a sequence again."""
         del self._idle[block]
 
-    def evict(self) -> int:
-        """Take the block that has been idle for longest, for other tokens."""
+    def evict(self) -> tuple[int, bytes]:
+        """Take the block that has been idle for longest, for other tokens. Also what those were that it has."""
         block, _ = self._idle.popitem(last=False)
-        del self._blocks[self._digests.pop(block)]
-        return block
+        digest = self._digests.pop(block)
+        del self._blocks[digest]
+        return block, digest
 
     def idle_blocks(self) -> list[int]:
         return list(self._idle)

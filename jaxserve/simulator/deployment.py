@@ -10,7 +10,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.evaluation.workload import WorkloadRequest
 from jaxserve.models.config import ModelConfig
 from jaxserve.scheduler import POLICIES, Limits, Pace
-from jaxserve.simulator.cost import OVERLAPPED, CostModel, HostTime, RooflineCost
+from jaxserve.simulator.cost import OVERLAPPED, CostModel, HostTime, RooflineCost, Tokens
 from jaxserve.simulator.devices import GIB, Device
 from jaxserve.simulator.simulator import SimulatedRun, Simulator
 
@@ -33,6 +33,8 @@ class Deployment:
     block_size: int = 64
     memory_share: float = 0.9
     """Of a device's memory, for weights and KV cache."""
+    swap_space_bytes: int = 0
+    """Of the host's memory."""
     host: HostTime = OVERLAPPED
     lock_step: bool = False
     """Stages move together, as our engine's do (TickPipeline)."""
@@ -61,6 +63,11 @@ class Deployment:
             raise ConfigError(f"memory_share must be in (0, 1], got {self.memory_share:g}")
         if self.measured is not None and self.measured.num_stages != self.pipeline:
             raise ConfigError(f"pipeline must be the measured {self.measured.num_stages}, got {self.pipeline}")
+        if self.swap_space_bytes < 0 or (self.swap_space_bytes and self.pipeline > 1):
+            raise ConfigError(
+                f"swap_space_bytes must be at least 0, and 0 with a pipeline, got {self.swap_space_bytes} with "
+                f"pipeline {self.pipeline}"
+            )
         if self.num_blocks < 2:
             raise ConfigError(
                 f"weights of {self.roofline.weight_bytes / GIB:.1f} GiB a device leave no room for a KV cache in "
@@ -86,6 +93,19 @@ class Deployment:
         room = self.memory_share * self.device.memory_bytes - self.roofline.weight_bytes
         return int(room // (self.roofline.kv_bytes_per_token * self.block_size))
 
+    @property
+    def swapped_block_seconds(self) -> float:
+        """A block's way to the swap space and back: every device has its share of it, and a link of its own."""
+        return 2 * self.device.pcie.send_seconds(self.roofline.kv_bytes_per_token * self.block_size)
+
+    def _with_swap_space(self, limits: Limits) -> Limits:
+        step_seconds = self.cost.stage_seconds([Tokens(0, self.token_budget, False)])[0]
+        return limits.with_swap_space(
+            self.swap_space_bytes // (self.roofline.kv_bytes_per_token * self.block_size * self.tensor),
+            copied_seconds=self.swapped_block_seconds,
+            computed_seconds=step_seconds / self.token_budget * self.block_size,
+        )
+
     def simulate(self, workload: Sequence[WorkloadRequest]) -> SimulatedRun:
         limits = Limits(
             token_budget=self.token_budget,
@@ -96,6 +116,15 @@ class Deployment:
             window=self.model.window,
             pace=self.pace,
             # Where there is nothing to share, as the paper's engines: they had no cache.
-            enable_prefix_caching=any(request.num_shared_tokens for request in workload),
+            enable_prefix_caching=bool(self.swap_space_bytes) or any(request.num_shared_tokens for request in workload),
         )
-        return Simulator(POLICIES[self.scheduler], limits, self.cost, lock_step=self.lock_step).run(workload)
+        if self.swap_space_bytes:
+            limits = self._with_swap_space(limits)
+        simulator = Simulator(
+            POLICIES[self.scheduler],
+            limits,
+            self.cost,
+            lock_step=self.lock_step,
+            copy_seconds=self.swapped_block_seconds / 2,
+        )
+        return simulator.run(workload)

@@ -51,10 +51,20 @@ class Simulator:
     flight, so the micro-batches' decodes are disjoint; consecutive chunks of a prompt may follow one another, since
     stages work in order. The clock moves from one event to the next: it costs nothing to wait.
 
-    Stages in ``lock_step`` are those of our engine, others take a micro-batch whenever it is ready.
+    Stages in ``lock_step`` are those of our engine, others take a micro-batch whenever it is ready. ``copy_seconds``:
+    what a block's way back from the swap space takes, which the micro-batch waits for.
     """
 
-    def __init__(self, policy: type[Scheduler], limits: Limits, cost: CostModel, *, lock_step: bool = False) -> None:
+    def __init__(
+        self,
+        policy: type[Scheduler],
+        limits: Limits,
+        cost: CostModel,
+        *,
+        lock_step: bool = False,
+        copy_seconds: float = 0.0,
+    ) -> None:
+        self._copy_seconds = copy_seconds
         self.scheduler = policy(replace(limits, pipeline_depth=cost.num_stages))
         self.pipeline: Pipeline[Chunk] = (
             TickPipeline(cost, token_buckets(limits.token_budget)) if lock_step else AsynchronousPipeline(cost)
@@ -116,7 +126,9 @@ class Simulator:
         new = [chunk.request.metrics for chunk in chunks if chunk.request.metrics.first_scheduled_seconds is None]
         for metrics in new:
             metrics.first_scheduled_seconds = now
-        self.pipeline.enter(now, chunks)
+        # Copies out run beside the next steps.
+        copied_seconds = self._copy_seconds * sum(not copy.is_out for copy in self.scheduler.blocks.take_copies())
+        self.pipeline.enter(now + copied_seconds, chunks)
         self._num_batches += bool(chunks)
         if new:
             self._loaded_bubble_share = self.pipeline.bubble_share

@@ -1,4 +1,5 @@
-"""Outputs with the prefix cache are those without: alone, in a pipeline and in windows, whatever is preempted."""
+"""Outputs with the prefix cache are those without: alone, in a pipeline, in windows and with a swap space, whatever is
+preempted."""
 
 from __future__ import annotations
 
@@ -6,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.profiling import Profiler
 from jaxserve.errors import ConfigError
 from jaxserve.request import RequestMetrics
 from jaxserve.sampling_params import SamplingParams
@@ -27,17 +30,31 @@ def tokens(num_tokens: int) -> list[int]:
     return np.random.default_rng(next(numbers)).integers(3, 96, num_tokens).tolist()
 
 
-@pytest.fixture(
-    scope="module", params=[("yi_gqa", 1), ("yi_gqa", 2), ("mistral_window", 1)], ids="{0[0]}-{0[1]}".format
-)
-def engine(request: pytest.FixtureRequest, tiny_tokenizer: Path) -> Iterator[Engine]:
-    """Idle before and after every test; its memory holds little more than two of the longest sequences."""
-    name, stages = request.param
+SETTINGS: dict[str, tuple[str, dict[str, int]]] = {
+    "alone": ("yi_gqa", {}),
+    "pipeline": ("yi_gqa", {"pipeline_parallel": 2}),
+    "window": ("mistral_window", {}),
+    "swap": ("yi_gqa", {"swap_space_bytes": 2**20}),
+    "swap-tensor": ("yi_gqa", {"swap_space_bytes": 2**20, "tensor_parallel": 2}),
+}
+
+
+def start(tiny_tokenizer: Path, name: str, **settings: int) -> Engine:
+    """Its memory holds little more than two of the longest sequences."""
     config = EngineConfig(
-        model=str(Golden(name).checkpoint), tokenizer=str(tiny_tokenizer), pipeline_parallel=stages, token_budget=16,
-        max_num_seqs=4, max_model_len=MAX_LEN, block_size=BLOCK_SIZE, num_blocks=1 + 30,
+        model=str(Golden(name).checkpoint), tokenizer=str(tiny_tokenizer), token_budget=16, max_num_seqs=4,
+        max_model_len=MAX_LEN, block_size=BLOCK_SIZE, num_blocks=1 + 30, **settings,  # type: ignore[arg-type]
     )  # fmt: skip
-    engine = Engine(config, show_progress=False)
+    return Engine(config, show_progress=False)
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def engine(request: pytest.FixtureRequest, tiny_tokenizer: Path) -> Iterator[Engine]:
+    """Idle before and after every test."""
+    name, settings = SETTINGS[request.param]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Profiler, "seconds_per_swapped_block", lambda self: 1e-9)  # whatever this machine is busy with
+        engine = start(tiny_tokenizer, name, **settings)
     yield engine
     engine.close()
 
@@ -110,6 +127,26 @@ def test_the_second_time_only_the_last_block_is_computed(engine: Engine) -> None
     assert [value(name) - was for name, was in zip(names, before, strict=True)] == [BLOCK_SIZE, 96, 88, 96]
 
 
+def test_what_has_left_the_cache(engine: Engine) -> None:
+    """Where there is a swap space, it comes back from there instead of being computed again."""
+    swaps = engine.scheduler.blocks.swap_space is not None
+    prompts = [tokens(90) for _ in range(5)]
+    want = [uncached(engine, prompt) for prompt in prompts]
+    for prompt, output in zip(prompts, want, strict=True):
+        ((again, _),) = serve(engine, [prompt], GREEDY)
+        assert again == output
+    if engine.scheduler.limits.window is None:
+        hits = []
+        for prompt, output in zip(prompts, want, strict=True):
+            ((again, metrics),) = serve(engine, [prompt], GREEDY)
+            assert again == output
+            hits.append(metrics.num_cached_tokens)
+        assert hits == [88 if swaps else 0] * 5
+    names = "swapped_out_blocks", "swapped_in_blocks"
+    copied = [engine.metrics.registry.get_sample_value(f"jaxserve_{name}_total") for name in names]
+    assert all(copied) == any(copied) == swaps
+
+
 def test_logprobs_of_a_prompt_that_others_have_left(engine: Engine) -> None:
     """They need every row of it, whatever the cache has."""
     prompt = tokens(50)
@@ -120,6 +157,37 @@ def test_logprobs_of_a_prompt_that_others_have_left(engine: Engine) -> None:
         deltas += engine.step()
     assert [len(d.prompt_logprobs) for d in deltas if d.prompt_logprobs] == [50]
     assert deltas[-1].metrics.num_cached_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"swap_space_bytes": -1}, "swap_space_bytes must be an integer of at least 0, got -1"),
+        ({"swap_space_bytes": 0.5}, "swap_space_bytes must be an integer of at least 0, got 0.5"),
+        (
+            {"swap_space_bytes": 9, "enable_prefix_caching": False},
+            "swap_space_bytes must be 0 without a prefix cache, got 9",
+        ),
+        (
+            {"swap_space_bytes": 9, "pipeline_parallel": 2},
+            "swap_space_bytes must be 0 with pipeline_parallel above 1, got 9",
+        ),
+    ],
+)
+def test_settings_of_the_swap_space(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**settings)
+
+
+def test_a_swap_space_is_of_use_or_refused(tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"swap_space_bytes must hold a KV block of \d+ bytes at least, got 9"):
+        start(tiny_tokenizer, "yi_gqa", swap_space_bytes=9)
+    with pytest.raises(ConfigError, match=r"swap_space_bytes must be 0 for a model that looks back \d+ tokens at most"):
+        start(tiny_tokenizer, "mistral_window", swap_space_bytes=2**20)
+    monkeypatch.setattr(Profiler, "seconds_per_swapped_block", lambda self: 1e9)
+    engine = start(tiny_tokenizer, "yi_gqa", swap_space_bytes=2**20)
+    assert engine.scheduler.blocks.swap_space is None
+    engine.close()
 
 
 def test_a_switch_is_a_boolean() -> None:

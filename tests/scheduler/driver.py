@@ -42,15 +42,27 @@ class Driver:
         self.in_flight: Batch | None = None
         self._cache: dict[int, tuple[object, ...]] = {}
         """The key in each place, page * BLOCK_SIZE + offset."""
+        self._swapped: dict[int, list[object]] = {}
+        """The keys in each place of the swap space."""
 
     def step(self) -> Batch:
         computed = [(request, request.num_computed_tokens) for request in self.scheduler.running]
         batch = self.scheduler.schedule()
+        self._copy()
         self._attend(batch, {place for request, stop in computed for place in self._places(request, stop)})
         previous, self.in_flight = self.in_flight, batch
         if previous is not None:
             self.process(previous)
         return batch
+
+    def _copy(self) -> None:
+        for block, place, is_out in self.scheduler.blocks.take_copies():
+            keys = range(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
+            if is_out:
+                assert place < self.scheduler.limits.num_swap_blocks
+                self._swapped[place] = [self._cache[key] for key in keys]
+            else:
+                self._cache.update(zip(keys, self._swapped[place], strict=True))
 
     def _attend(self, batch: Batch, held: set[int]) -> None:
         """As each layer does: write the keys of all rows, then read what each row sees. ``held``: the places of what

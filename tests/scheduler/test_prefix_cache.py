@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from jaxserve.request import FinishReason, Request
 from jaxserve.scheduler import POLICIES, Limits, Scheduler
+from jaxserve.scheduler.swap_space import SwapSpace
 from tests.scheduler.driver import (
     BLOCK_SIZE,
     MAX_LEN,
@@ -55,9 +56,9 @@ def serve(driver: Driver, prompt: list[int], index: int, output: int = 1, **para
 
 
 @st.composite
-def alike(draw: st.DrawFn) -> Workload:
+def alike(draw: st.DrawFn, windows: st.SearchStrategy[int | None] = WINDOWS) -> Workload:
     """Requests of a few kinds, those of a kind with the same beginning, or with the same prompt at all."""
-    workload = draw(workloads())
+    workload = draw(workloads(windows=windows))
     beginnings = [[kind] * draw(st.integers(0, 60)) for kind in range(draw(st.integers(1, 3)))]
     requests = []
     for request in workload.requests:
@@ -81,6 +82,20 @@ def test_everybody_reads_keys_of_its_own_tokens(workload: Workload) -> None:
             assert start % BLOCK_SIZE == 0
             assert start < request.num_tokens
             assert start == 0 or request.params.prompt_logprobs is None
+    assert all(request.metrics.num_stalls == 0 for request in workload.requests)
+
+
+@settings(max_examples=300, deadline=None)
+@given(alike(st.none()), st.integers(1, 30), st.integers(1, 8))
+def test_everybody_reads_keys_of_its_own_tokens_also_from_the_swap_space(
+    workload: Workload, num_places: int, at_once: int
+) -> None:
+    limits = replace(workload.limits, num_swap_blocks=num_places, swap_blocks_at_once=at_once)
+    scheduler = replace(workload, limits=limits).scheduler("sarathi")
+    for _ in run(scheduler, workload):
+        pass
+    assert scheduler.blocks.swap_space is not None
+    assert len(scheduler.blocks.swap_space) <= num_places
     assert all(request.metrics.num_stalls == 0 for request in workload.requests)
 
 
@@ -267,3 +282,49 @@ def test_a_wrong_count_is_noticed() -> None:
     blocks.tables[driver.scheduler.running[1].slot, 0] = 0
     with pytest.raises(RuntimeError, match="do not balance: 36 free \\+ 4 used of 40"):
         blocks.check()
+
+
+def test_what_has_left_the_cache_comes_back_from_the_swap_space() -> None:
+    """Both prompts fill the cache; the first one's blocks make room for the second's, and come back."""
+    one, other = [1] * 64, [2] * 64
+    driver = Driver(make(num_blocks=1 + 12, num_swap_blocks=12, swap_blocks_at_once=5))
+    space = driver.scheduler.blocks.swap_space
+    assert space is not None
+    assert [serve(driver, prompt, i).metrics.num_cached_tokens for i, prompt in enumerate((one, other))] == [0, 0]
+    assert len(space) == 4
+    # Of its seven full blocks before the last token, three are in the cache and four in the swap space.
+    assert serve(driver, one, 2).metrics.num_cached_tokens == 56
+    # Its first three blocks have left the cache with all others but one, and five come back at once.
+    assert serve(driver, other, 3).metrics.num_cached_tokens >= 40
+
+
+def test_a_preempted_request_gets_its_own_back() -> None:
+    driver = Driver(make(num_blocks=1 + 12, num_swap_blocks=30, swap_blocks_at_once=30, max_num_seqs=2))
+    requests = [make_request(index, [index + 1] * 24, 60) for index in range(2)]
+    for request in requests:
+        driver.scheduler.add(request)
+    computed = drain(driver)
+    assert requests[1].metrics.num_preemptions
+    # Without it everything of the preempted is computed again.
+    again = Driver(make(num_blocks=1 + 12, max_num_seqs=2))
+    for index in range(2):
+        again.scheduler.add(make_request(index, [index + 1] * 24, 60))
+    assert computed < drain(again)
+
+
+def test_the_place_of_what_comes_back_is_not_given_away() -> None:
+    """One place: what makes room for what comes back finds none."""
+    space = SwapSpace(1, 1)
+    space.put(b"a", 5)
+    place = space.claim(b"a")
+    space.put(b"b", 6)
+    assert b"b" not in space
+    space.copy_back(place, 7)
+    space.put(b"c", 8)
+    assert space.take_copies() == [(5, 0, True), (7, 0, False), (8, 0, True)]
+    assert space.take_copies() == []
+    space.put(b"c", 9)
+    assert space.take_copies() == []
+    space.put(b"d", 9)
+    assert b"c" not in space
+    assert b"d" in space

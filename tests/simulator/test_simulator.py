@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from jaxserve.scheduler import POLICIES, Batch, Pace, Scheduler
 from jaxserve.scheduler.step_time import StepTimeModel
 from jaxserve.simulator.cost import FittedCost
 from jaxserve.simulator.deployment import Deployment
-from jaxserve.simulator.devices import A40_48G, A100_80G, find_device
+from jaxserve.simulator.devices import A40_48G, A100_80G, Link, find_device
 from jaxserve.simulator.simulator import SimulatedRun
 from tests.simulator.models import LLAMA2_70B, MISTRAL_7B
 from tests.simulator.token_cost import TokenCost, poisson, simulator_for
@@ -133,9 +134,27 @@ def test_adaptive_budgets_meet_the_objective_with_measured_steps() -> None:
     assert longest["adaptive"] <= 0.05 < longest["sarathi"]
 
 
+def test_a_swap_space_spares_what_the_cache_has_no_room_for() -> None:
+    """Of 30 groups, whose beginnings are three times what the memory holds."""
+    workload = [replace(asked, num_shared_tokens=4000, group=i % 30) for i, asked in enumerate(
+        poisson(90, 1.0, prompt=4200, output=20)
+    )]  # fmt: skip
+    small = Deployment(model=MISTRAL_7B, device=A100_80G, memory_share=0.24)
+    without, with_it = small.simulate(workload), replace(small, swap_space_bytes=2**36).simulate(workload)
+    assert without.cached_share < 0.2 < 0.6 < with_it.cached_share
+    assert np.median(with_it.ttft_seconds) < 0.5 * np.median(without.ttft_seconds)
+    slow = replace(small, device=replace(A100_80G, pcie=Link(1e9, 1e-5)), swap_space_bytes=2**36)
+    assert slow.simulate(workload).cached_share == without.cached_share, "it would take longer than to compute"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"swap_space_bytes": -1}, "swap_space_bytes must be at least 0, .* got -1 with pipeline 1"),
+        (
+            {"swap_space_bytes": 1, "pipeline": 2},
+            "swap_space_bytes must be .* 0 with a pipeline, got 1 with pipeline 2",
+        ),
         ({"tensor": 0}, "tensor must be at least 1, got 0"),
         ({"tensor": 3}, "tensor must divide the model's 32 heads, got 3"),
         ({"pipeline": 33}, "pipeline must not exceed the model's 32 layers, got 33"),
