@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from jaxserve.request import Request
 from jaxserve.scheduler import POLICIES, Limits, Scheduler
+from jaxserve.scheduler.chunked import fair_shares
 from jaxserve.scheduler.queue import AGEING_SECONDS, WaitingQueue
 from tests.scheduler.driver import BLOCK_SIZE, MAX_LEN, Driver, Workload, make_request, run
 from tests.scheduler.test_prefix_cache import alike
@@ -124,6 +125,28 @@ def test_clients_take_turns() -> None:
     assert order(make(), *flood, ask(4), ask(5)) == ["0", "4", "5", "1", "2", "3"], "as does who has no name"
     nameless = [ask(i, prompt=40) for i in range(4)]
     assert order(make(), *nameless, ask(4, client="b")) == ["0", "1", "2", "3", "4"], "the nameless are one crowd"
+
+
+def test_a_short_prompt_does_not_wait_for_another_clients_long_one() -> None:
+    """The budget of 32 is shared as soon as it comes, and goes to the long one alone where nobody else wants it."""
+    driver = Driver(make(max_num_seqs=4))
+    driver.scheduler.add(ask(0, prompt=90, client="a"))
+    assert {name: c.num_tokens for name, c in driver.step().chunks.items()} == {"0": 32}
+    driver.scheduler.add(ask(1, prompt=30, client="a"))
+    driver.scheduler.add(ask(2, prompt=10, client="b"))
+    assert {name: c.num_tokens for name, c in driver.step().chunks.items()} == {"0": 22, "2": 10}
+    driver.scheduler.add(ask(3, prompt=40, client="c"))
+    # A decode of b's first; then halves for a, which has the rest of the long prompt, and c.
+    assert {name: c.num_tokens for name, c in driver.step().chunks.items()} == {"0": 16, "2": 1, "3": 15}
+
+
+@given(st.integers(0, 50), st.dictionaries(st.text(max_size=2), st.integers(1, 40), min_size=1, max_size=6))
+def test_shares_are_as_even_as_claims_allow(budget: int, claims: dict[str, int]) -> None:
+    shares = fair_shares(budget, claims)
+    assert sum(shares.values()) == min(budget, sum(claims.values()))
+    assert all(shares[client] <= claim for client, claim in claims.items())
+    unmet = [shares[client] for client, claim in claims.items() if shares[client] < claim]
+    assert not unmet or max(shares.values()) - min(unmet) <= 1
 
 
 def test_nobody_waits_for_turns_that_never_end() -> None:

@@ -141,8 +141,8 @@ def test_a_swap_space_spares_what_the_cache_has_no_room_for() -> None:
     )]  # fmt: skip
     small = Deployment(model=MISTRAL_7B, device=A100_80G, memory_share=0.24)
     without, with_it = small.simulate(workload), replace(small, swap_space_bytes=2**36).simulate(workload)
-    assert without.cached_share < 0.2 < 0.6 < with_it.cached_share
-    assert np.median(with_it.ttft_seconds) < 0.5 * np.median(without.ttft_seconds)
+    assert without.cached_share < 0.2 < 0.5 < with_it.cached_share
+    assert np.median(with_it.ttft_seconds) < 0.6 * np.median(without.ttft_seconds)
     slow = replace(small, device=replace(A100_80G, pcie=Link(1e9, 1e-5)), swap_space_bytes=2**36)
     assert slow.simulate(workload).cached_share == without.cached_share, "it would take longer than to compute"
 
