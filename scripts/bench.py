@@ -9,6 +9,7 @@ bench.py kernels      attention kernels alone on a GPU: errors, times, shares of
 bench.py step         whole steps of the engine beside their roofline, and what the device waits for between them
 bench.py host         what the host does in a step with 1,000 running requests and up to 100,000 waiting, by part
 bench.py soak         hundreds of streams that leave, are aborted and dawdle, and a few that do not: what is left behind
+bench.py sharing      what requests do to one another: grammars, prefixes, fairness, or the floor of a running stream
 bench.py front-end    CPU time of a server's threads per output token, and tokens per second, through gRPC and HTTP
 
 bench.py serve --help, say, lists the flags of one.
@@ -35,7 +36,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.memory import claim_gpu_memory
 from jaxserve.errors import ConfigError, ModelError
-from jaxserve.evaluation import host_bench, kernel_bench, step_bench
+from jaxserve.evaluation import host_bench, kernel_bench, sharing_report, step_bench
 from jaxserve.evaluation.capacity import SearchConfig, Trial
 from jaxserve.evaluation.device_bench import QUICK, THOROUGH, measure_ceilings
 from jaxserve.evaluation.front_end import FrontEndConfig, measure_front_end
@@ -291,6 +292,13 @@ def front_end(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     print(text_table(front_end_rows(rounds)))
 
 
+def sharing(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    parser.add_argument("part", choices=sharing_report.PARTS)
+    config, asked, args = parse_config(parser, argv, EngineConfig, sharing_report.SharingConfig)
+    rows = sharing_report.PARTS[args.part](config, asked)
+    print(f"{args.part}: medians of {asked.rounds} rounds", text_table(rows), sep="\n")
+
+
 def server_of(config: EngineConfig) -> AbstractContextManager[ServerProcess]:
     """scripts/serve.py with both doors open."""
     command = [sys.executable, str(SERVER), "--port", "0", "--http-port", "0", *as_flags(config)]
@@ -325,6 +333,7 @@ COMMANDS = {
     "host": host,
     "soak": soak,
     "front-end": front_end,
+    "sharing": sharing,
 }
 
 

@@ -65,13 +65,18 @@ def edited(logits: jax.Array, edits: LogitEdits[jax.Array], history: jax.Array, 
     bits = edits.allowed[:, :, None] >> jnp.arange(BITS, dtype=jnp.int32)
     is_allowed = (bits & 1).reshape(num_draws, -1)[:, :vocab_size] > 0
     logits = jnp.where(is_allowed, logits, -jnp.inf)
-    rows = jnp.arange(num_draws)[:, None]
-    bias_ids = jnp.where(edits.bias_ids < 0, vocab_size, edits.bias_ids)
-    logits = logits.at[rows, bias_ids].add(edits.bias, mode="drop")
+    # Scattering goes one by one on CPUs: not where nobody asks for it.
+    logits = jax.lax.cond(jnp.any(edits.bias_ids >= 0), lambda: _biased(logits, edits), lambda: logits)
     neutral = jnp.array([0.0, 0.0, 1.0])
     # Counting goes through the whole history: not where nobody asks for it.
     wanted = jnp.any(edits.penalties != neutral)
     return jax.lax.cond(wanted, lambda: _penalised(logits, edits, history, positions), lambda: logits)
+
+
+def _biased(logits: jax.Array, edits: LogitEdits[jax.Array]) -> jax.Array:
+    rows = jnp.arange(logits.shape[0])[:, None]
+    bias_ids = jnp.where(edits.bias_ids < 0, logits.shape[1], edits.bias_ids)
+    return logits.at[rows, bias_ids].add(edits.bias, mode="drop")
 
 
 def _penalised(logits: jax.Array, edits: LogitEdits[jax.Array], history: jax.Array, positions: jax.Array) -> jax.Array:
