@@ -26,6 +26,8 @@ class WorkloadRequest:
     num_shared_tokens: int = 0
     """The prompt begins with as many that all requests of its ``group`` begin with."""
     group: int = 0
+    client: str = ""
+    """Whose it is: see Request."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,6 +116,7 @@ class Simulator:
             params=SamplingParams(max_tokens=asked.num_output_tokens, ignore_eos=True),
             max_tokens=asked.num_output_tokens,
             metrics=RequestMetrics(asked.arrival_seconds),
+            client=asked.client,
         )
 
     def _launch(self, now: float) -> None:

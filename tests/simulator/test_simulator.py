@@ -147,6 +147,25 @@ def test_a_swap_space_spares_what_the_cache_has_no_room_for() -> None:
     assert slow.simulate(workload).cached_share == without.cached_share, "it would take longer than to compute"
 
 
+def test_a_flood_of_long_prompts_at_most_doubles_another_clients_ttft() -> None:
+    """With the default budget; behind the same flood under no names the others would wait for all of it."""
+    after = np.random.default_rng(0).exponential(0.25, 60).cumsum()
+    short = [WorkloadRequest(float(seconds), 100, 16, client="short") for seconds in after]
+    flood = [WorkloadRequest(0.001 * index, 4096, 1, client="long") for index in range(150)]
+    deployment = Deployment(model=MISTRAL_7B, device=find_device("h100"), token_budget=256)
+
+    def p99_ttft_seconds(*workload: WorkloadRequest) -> float:
+        asked = sorted(workload, key=lambda request: request.arrival_seconds)
+        served = zip(asked, deployment.simulate(asked).requests, strict=True)
+        return float(
+            np.percentile([metrics.ttft_seconds for one, metrics in served if one.num_prompt_tokens == 100], 99)
+        )
+
+    alone, beside = p99_ttft_seconds(*short), p99_ttft_seconds(*short, *flood)
+    assert beside <= 2 * alone
+    assert p99_ttft_seconds(*(replace(one, client="") for one in (*short, *flood))) > 100 * alone
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
