@@ -6,6 +6,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from functools import cached_property
 from typing import Any
 
@@ -41,22 +42,27 @@ class Grammars:
         self._eos_token_ids = [token_id for token_id in eos_token_ids if token_id < vocab_size]
         self._compile_seconds = compile_seconds
         self._lock, self._building = threading.Lock(), threading.Lock()
-        self._known: OrderedDict[StructuredOutputsParams, Grammar] = OrderedDict()
+        self._known: OrderedDict[StructuredOutputsParams, Future[Grammar]] = OrderedDict()
+        """Also those that are being compiled: who wants one of them waits, as the choices of one request do."""
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
         """Takes milliseconds to seconds, without Python's lock, and nothing for one that is known; the first of all,
         a second more. Raises RequestError: what is wrong, or that it takes more time or memory than it may.
         """
         with self._lock:
-            if params in self._known:
-                self._known.move_to_end(params)
-                return self._known[params]
-        grammar = self._compile(params)
-        with self._lock:
-            self._known[params] = grammar
+            known = self._known.get(params)
+            grammar = self._known[params] = known or Future[Grammar]()
+            self._known.move_to_end(params)
             while len(self._known) > MAX_GRAMMARS:
                 self._known.popitem(last=False)
-        return grammar
+        if known is None:
+            try:
+                grammar.set_result(self._compile(params))
+            except BaseException as error:
+                with self._lock:
+                    self._known.pop(params, None)
+                grammar.set_exception(error)
+        return grammar.result()
 
     def _compile(self, params: StructuredOutputsParams) -> Grammar:
         name = params.name

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import ClassVar
 
-from tqdm import tqdm
+with warnings.catch_warnings():
+    # In a notebook without ipywidgets tqdm draws its bar as text, and a warning would stand above every one of them.
+    warnings.simplefilter("ignore")
+    from tqdm.auto import tqdm
 
 
 class _Bar(tqdm):

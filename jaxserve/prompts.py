@@ -38,6 +38,8 @@ class ParsedPrompt(NamedTuple):
     """A chat's, unchecked: the tokenizer does that."""
     template_options: Mapping[str, Any] = MappingProxyType({})
     """What else the chat template is rendered with: see Tokenizer.apply_chat_template."""
+    add_special_tokens: bool = True
+    """Whether the tokenizer puts the model's own around the text; a chat's template has written them itself."""
 
 
 def parse_prompts(prompts: Prompt | Iterable[Prompt]) -> list[ParsedPrompt]:

@@ -8,6 +8,7 @@ from enum import StrEnum
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+from jaxserve.html_view import table_of
 from jaxserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -236,6 +237,9 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
 
+    def _repr_html_(self) -> str:
+        return table_of([self])
+
 
 class Completion:
     """The output of one request, collected from its deltas. ``prompt`` is what is shown for the prompt, if anything.
@@ -261,7 +265,7 @@ class Completion:
         self.prompt_logprobs: list[Mapping[int, Logprob] | None] | None = None
         self.finish_reason: FinishReason | None = None
         self._texts: list[str] = []
-        self._last: RequestDelta
+        self._last: RequestDelta | None = None
 
     @classmethod
     def choices(
@@ -295,23 +299,29 @@ class Completion:
     @property
     def metrics(self) -> RequestMetrics:
         """Once a delta has been added."""
+        assert self._last is not None
         return self._last.metrics
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a delta has been added."""
+        return self._last is not None
 
     @property
     def error(self) -> str | None:
         """Why the request could not go on, once it has ended."""
-        return self._last.error
+        return None if self._last is None else self._last.error
 
     def output(self, index: int) -> CompletionOutput:
-        """Once the last delta has been added. ``index``: among those of the prompt."""
+        """As far as deltas have been added. ``index``: among those of the prompt."""
         return CompletionOutput(
             index=index,
             text=self.text,
-            token_ids=self.token_ids,
+            token_ids=[*self.token_ids],
             cumulative_logprob=self.cumulative_logprob,
             logprobs=self.logprobs,
             finish_reason=None if self.finish_reason is None else self.finish_reason.value,
-            stop_reason=self._last.error or self._last.stop_reason,
+            stop_reason=None if self._last is None else self._last.error or self._last.stop_reason,
         )
 
 
@@ -328,15 +338,17 @@ def best_of(completions: Sequence[Completion], n: int) -> list[Completion]:
     return sorted(completions, key=mean_logprob, reverse=True)[:n]
 
 
-def request_output(request_id: str, completions: Sequence[Completion], n: int) -> RequestOutput:
-    """Of a prompt's completions that have all ended, the ``n`` best."""
-    first = completions[0]
+def request_output(
+    request_id: str, completions: Sequence[Completion], n: int, *, finished: bool = True
+) -> RequestOutput:
+    """Of a prompt's completions, which have all ended where more were made than are kept, the ``n`` best."""
+    first = next(completion for completion in completions if completion.has_begun)
     return RequestOutput(
         request_id=request_id,
         prompt=first.prompt,
         prompt_token_ids=first.prompt_token_ids,
         prompt_logprobs=first.prompt_logprobs,
         outputs=[completion.output(index) for index, completion in enumerate(best_of(completions, n))],
-        finished=True,
+        finished=finished,
         metrics=first.metrics,
     )

@@ -94,13 +94,30 @@ class ServedModel:
         encode = self.tokenizer.encode
         if limit is not None:
             encode = partial(encode, max_tokens=limit.num_tokens, limit_name=limit.name)
-        if prompt.text is not None:
-            return encode(prompt.text)
-        if limit is not None and isinstance(prompt.messages, list) and len(prompt.messages) > limit.num_tokens:
-            raise RequestError(f"messages of {len(prompt.messages)} items exceeds {limit.name} {limit.num_tokens}")
-        # The template writes the special tokens itself.
-        text = self.tokenizer.apply_chat_template(prompt.messages, **prompt.template_options)
-        return encode(text, add_special_tokens=False)
+            if isinstance(prompt.messages, list) and len(prompt.messages) > limit.num_tokens:
+                raise RequestError(f"messages of {len(prompt.messages)} items exceeds {limit.name} {limit.num_tokens}")
+        prompt = self.rendered(prompt)
+        assert prompt.text is not None
+        return encode(prompt.text, prompt.add_special_tokens)
+
+    def rendered(self, prompt: ParsedPrompt) -> ParsedPrompt:
+        """The prompt as token ids or a text that the tokenizer takes. Raises RequestError."""
+        if prompt.token_ids is None and prompt.text is None:
+            text = self.tokenizer.apply_chat_template(prompt.messages, **prompt.template_options)
+            prompt = ParsedPrompt(text, add_special_tokens=False)
+        if prompt.token_ids is None and prompt.text is not None:
+            self.tokenizer.check(prompt.text)
+        return prompt
+
+    def tokenized(self, rendered: Sequence[ParsedPrompt]) -> list[ParsedPrompt]:
+        """These prompts with token ids, many at once, which takes all cores; each has been ``rendered``."""
+        prompts = list(rendered)
+        for special in (True, False):
+            which = [i for i, one in enumerate(prompts) if one.token_ids is None and one.add_special_tokens is special]
+            texts = [prompts[i].text or "" for i in which]
+            for i, token_ids in zip(which, self.tokenizer.encode_all(texts, special), strict=True):
+                prompts[i] = prompts[i]._replace(token_ids=token_ids)
+        return prompts
 
     def text(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids. Raises RequestError."""

@@ -105,14 +105,25 @@ class Tokenizer:
             raise RequestError(
                 f"prompt of {len(text)} characters, at least {least} tokens, exceeds {limit_name} {max_tokens}"
             )
+        (ids,) = self.encode_all([text], add_special_tokens)
+        if max_tokens is not None and len(ids) > max_tokens:
+            raise RequestError(f"prompt of {len(ids)} tokens exceeds {limit_name} {max_tokens}")
+        return ids
+
+    def encode_all(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """As ``encode``, but together, which takes all cores. Raises RequestError for one that ``check`` refuses."""
+        for text in texts:
+            self.check(text)
+        # The package's encode holds Python's lock all along; its encode_batch gives it back.
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
+    def check(self, text: str) -> None:
+        """Raise RequestError for what is not a text of valid Unicode, which may hold half of a surrogate pair."""
         try:
-            # The package's encode holds Python's lock all along; its encode_batch gives it back.
-            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        except TypeError as error:  # the package's word for lone surrogates
+            text.encode()
+        except (UnicodeEncodeError, AttributeError) as error:
             raise RequestError(f"text must be a string of valid Unicode, got {text!r:.80}") from error
-        if max_tokens is not None and len(encoding) > max_tokens:
-            raise RequestError(f"prompt of {len(encoding)} tokens exceeds {limit_name} {max_tokens}")
-        return encoding.ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; ids outside of the vocabulary have none, bytes that are no character become U+FFFD."""

@@ -28,6 +28,9 @@ class ChatTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [ord(c) for c in ("^" if add_special_tokens else "") + text]
 
+    def check(self, text: str) -> None:
+        """Takes all."""
+
     def apply_chat_template(self, messages: Any, **options: Any) -> str:
         return "".join(message["content"] for message in messages)
 

@@ -60,10 +60,7 @@ def take_tools(given: dict[str, Any], tokenizer: Tokenizer) -> Tools | None:
     """Take tools and what belongs to them out of a body. Raises RequestError."""
     schemas, choice = given.pop("tools", []), given.pop("tool_choice", "auto")
     parallel = take_switch(given, "parallel_tool_calls", True)
-    if not isinstance(schemas, list) or len(schemas) > MAX_TOOLS:
-        raise RequestError(f"tools must be a list of at most {MAX_TOOLS} tools, got {schemas!r:.80}")
-    for index, schema in enumerate(schemas):
-        _check_tool(f"tools[{index}]", schema)
+    schemas = check_tools(schemas)
     only = _name_of_choice(choice, [schema["function"]["name"] for schema in schemas])
     if not schemas or choice == "none":
         return None
@@ -73,6 +70,15 @@ def take_tools(given: dict[str, Any], tokenizer: Tokenizer) -> Tools | None:
         known = ", ".join(entry.name for entry in FORMATS)
         raise RequestError(f"tools cannot be served: the model's chat template has calls in no known format: {known}")
     return Tools(schemas, found, parallel, required=only is not None or choice == "required", only=only)
+
+
+def check_tools(schemas: Any) -> list[Mapping[str, Any]]:
+    """What a chat gives as tools. Raises RequestError."""
+    if not isinstance(schemas, list) or len(schemas) > MAX_TOOLS:
+        raise RequestError(f"tools must be a list of at most {MAX_TOOLS} tools, got {schemas!r:.80}")
+    for index, schema in enumerate(schemas):
+        _check_tool(f"tools[{index}]", schema)
+    return schemas
 
 
 def _name_of_choice(choice: object, names: Sequence[str]) -> str | None:

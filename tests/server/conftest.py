@@ -47,6 +47,9 @@ class FakeTokenizer:
             raise RequestError(f"prompt of {len(text)} tokens exceeds {limit_name} {max_tokens}")
         return [ord(c) for c in text]
 
+    def check(self, text: str) -> None:
+        """Takes all."""
+
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return "".join(chr(i) for i in ids if i < self.vocab_size and (i or not skip_special_tokens))
 
