@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import io
 import json
 import signal
 import threading
@@ -20,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve import LLM, RequestError, RequestOutput, SamplingParams, TextPrompt, TokensPrompt
-from jaxserve.batch_file import BatchRun
 from jaxserve.prompts import parse_conversations, parse_prompts
-from jaxserve.result_file import ResultFile
 from jaxserve.sampling_params import SoftLimit
+from tests.batch.echo import run as run_batch
+from tests.batch.echo import write
 from tests.models.golden import Golden
 
 GOLDEN = Golden("llama_gqa_tied")
@@ -183,18 +182,14 @@ def test_an_interrupted_batch_goes_on_where_it_was(tiny: LLM, tmp_path: Path) ->
         {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": {"prompt": PROMPT[i % 3 :], **body}}
         for i in range(24)
     ]
-    source = "\n".join(json.dumps(entry) for entry in entries).encode()
+    source = write(tmp_path / "in", *entries)
     wanted = tiny.generate([PROMPT[i % 3 :] for i in range(24)], GREEDY, use_tqdm=False)
     texts = [output.outputs[0].text for output in wanted]
     num_runs, stopped = 0, True
     while stopped:
 
         def run() -> None:
-            results = ResultFile(tmp_path / "out")
-            try:
-                BatchRun(tiny.engine, io.BytesIO(source), results, show_progress=False).run()
-            finally:
-                results.close()
+            run_batch(tiny.engine, source, tmp_path / "out")
 
         num_runs, stopped = num_runs + 1, interrupted(run, 0.05 + 0.1 * num_runs)
         assert_usable(tiny)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 from pathlib import Path
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 
 from jaxserve import LLM, SamplingParams
-from jaxserve.batch_file import BatchRun, ResultFile
 from jaxserve.errors import ModelError
 from jaxserve.models.config import ModelConfig, Rope
 from jaxserve.models.decoder import Decoder
@@ -21,6 +19,7 @@ from jaxserve.models.loading import orbax
 from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import abstract_model, abstract_parameters
+from tests.batch.echo import run, write
 
 PROMPT = "The capital of France is"
 CHAT = [{"role": "user", "content": "hi"}]
@@ -86,9 +85,7 @@ def test_requests_that_say_nothing_get_the_models_own(
         assert len(given.outputs[0].token_ids) == 16, "the caller's are taken as they are"
 
         entry = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": PROMPT}}
-        results = ResultFile(tmp_path / "out")
-        BatchRun(llm.engine, io.BytesIO(json.dumps(entry).encode()), results, show_progress=False).run()
-        results.close()
+        run(llm.engine, write(tmp_path / "in", entry), tmp_path / "out")
         body = json.loads((tmp_path / "out").read_text())["response"]["body"]
         assert body["choices"][0]["text"] == output.outputs[0].text
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from pathlib import Path
@@ -13,9 +12,9 @@ import numpy as np
 import pytest
 
 from jaxserve import LLM, RequestError, SamplingParams, StructuredOutputsParams
-from jaxserve.batch_file import BatchRun, ResultFile
 from jaxserve.grammars import Matcher
 from jaxserve.request import FinishReason
+from tests.batch.echo import run, write
 from tests.schemas import SCHEMAS
 
 PROMPT = "Write about a person:"
@@ -112,9 +111,7 @@ def test_a_grammar_that_takes_too_much_work_ends_its_request_alone(
     calls.clear()
     body = {"prompt": PROMPT, "max_tokens": 50, "structured_outputs": {"json": PERSON}}
     line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
-    results = ResultFile(tmp_path / "out")
-    summary = BatchRun(llm.engine, io.BytesIO(json.dumps(line).encode()), results, show_progress=False).run()
-    results.close()
+    summary = run(llm.engine, write(tmp_path / "in", line), tmp_path / "out")
     assert summary.num_errors == 1
     assert "too much" in json.loads((tmp_path / "out").read_text())["error"]["message"]
 

@@ -7,12 +7,14 @@ import fcntl
 import json
 import logging
 import os
+import re
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 logger = logging.getLogger(__name__)
 
 _RESULT_START = b'{"id": "batch_req_'
+_LINE_NUMBER = re.compile(re.escape(_RESULT_START) + rb'(\d+)"')
 
 
 class BatchFileError(ValueError):
@@ -39,6 +41,13 @@ class ResultFile:
             _lock(self._file, path)
             self.done = _recover(self._file, path)
             stack.pop_all()
+        self._path = path
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def append(self, results: list[dict[str, Any]]) -> None:
         """Write results; they are on the disk when this returns."""
@@ -46,8 +55,38 @@ class ResultFile:
         self._file.flush()
         os.fsync(self._file.fileno())
 
+    def sort(self) -> None:
+        """Put the results in the order of their lines. Whatever ends this, the file is whole, in either order."""
+        self._file.seek(0)
+        starts, numbers = [0], list[int]()
+        for raw in self._file:
+            starts.append(starts[-1] + len(raw))
+            numbers.append(_line_number(raw))
+        order = sorted(range(len(numbers)), key=numbers.__getitem__)
+        if order == list(range(len(numbers))):
+            return
+        path = self._path.with_name(self._path.name + ".sorted")
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(path.open("w+b"))
+            for index in order:
+                self._file.seek(starts[index])
+                file.write(self._file.read(starts[index + 1] - starts[index]))
+            file.flush()
+            os.fsync(file.fileno())
+            _lock(file, path)
+            path.replace(self._path)
+            stack.pop_all()
+        self._file.close()
+        self._file = file
+
     def close(self) -> None:
         self._file.close()
+
+
+def _line_number(raw: bytes) -> int:
+    """Of the line that this is the result of; results that others have written come first."""
+    match = _LINE_NUMBER.match(raw)
+    return int(match[1]) if match else 0
 
 
 def _lock(file: IO[bytes], path: Path) -> None:

@@ -1,0 +1,100 @@
+"""kill -9 of scripts/batch.py at random moments, whole and in shards: ``python -m tests.batch.kill_report --kills 20``.
+
+A batch of 200 lines of all kinds on a tiny model is run once to its end, then again and again, each time killed; after
+``--kills`` of these a last run goes to the end. Each custom_id must have one result, equal to the first run's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from tests.batch.echo import answers, line, read, write
+from tests.models.golden import Golden
+
+NUM_LINES = 200
+SCRIPT = Path(__file__).parents[2] / "scripts" / "batch.py"
+
+
+def lines(rng: random.Random) -> list[dict[str, Any] | str]:
+    made: list[dict[str, Any] | str] = []
+    for number in range(NUM_LINES):
+        prompt = [rng.randrange(5, 90) for _ in range(rng.randrange(1, 20))]
+        body: dict[str, Any] = {
+            "prompt": prompt,
+            "max_tokens": rng.randrange(1, 40),
+            "ignore_eos": True,
+            "seed": number,
+        }
+        kinds = [
+            {"temperature": 0},
+            {"n": 3},
+            {"logprobs": 2},
+            {"echo": True, "max_tokens": 0, "logprobs": 1},
+            {"n": -1},
+        ]
+        made.append(line(str(number), **body | kinds[number % 5 if number % 40 else 4]))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--shards", type=int, nargs="+", default=[1, 2])
+    args = parser.parse_args()
+    rng = random.Random(0)
+    with tempfile.TemporaryDirectory() as name:
+        folder, model = Path(name), Golden("llama_gqa_tied")
+        words = {f"<{i}>": i for i in range(96)}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<0>"))
+        tokenizer.save(str(folder / "tokenizer.json"))
+        source = write(folder / "in", *lines(rng))
+        flags = f"--model {model.checkpoint} --tokenizer {folder} --max-model-len {model.length} --token-budget 16 "
+        flags += "--max-num-seqs 4 --num-blocks 40 --block-size 8"
+
+        def start(out: Path, shard: str) -> subprocess.Popen[bytes]:
+            command = [sys.executable, str(SCRIPT), str(source), str(out), "--shard", shard, *flags.split()]
+            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        started_seconds = time.monotonic()
+        assert start(folder / "whole", "0/1").wait() == 0
+        first_seconds = time.monotonic() - started_seconds
+        print(f"{NUM_LINES} lines, uninterrupted: {first_seconds:.1f} s")
+        for count in args.shards:
+            found, kept = list[str](), []
+            for index in range(count):
+                out, shard = folder / f"out-{index}-{count}", f"{index}/{count}"
+                for number in range(args.kills // count):
+                    child = start(out, shard)
+                    # Mostly while it serves: from when the file is there, for a small share of what is left.
+                    while not out.exists() or (number == 0 and out.stat().st_size == 0):
+                        time.sleep(0.01)
+                    time.sleep(rng.random() * first_seconds)
+                    child.kill()
+                    child.wait()
+                    kept.append(out.read_bytes().count(b"\n"))
+                assert start(out, shard).wait() == 0
+                found += answers(out)
+            ids = Counter(json.loads(one)["custom_id"] for one in found)
+            assert sorted(found) == answers(folder / "whole"), "other results than those of the first run"
+            assert len(ids) == NUM_LINES
+            assert set(ids.values()) == {1}
+            print(
+                f"{count} shard(s), {len(kept)} kills, with {kept} results by then: each once, equal to the first run's"
+            )
+        num_errors = sum(result["error"] is not None for result in read(folder / "whole"))
+        print(f"of the results {num_errors} are errors")
+
+
+if __name__ == "__main__":
+    main()
