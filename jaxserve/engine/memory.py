@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxserve.config import ResolvedConfig
+from jaxserve.engine.gpus import check_gpu_is_free
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
 
@@ -45,8 +46,12 @@ def return_freed_memory() -> None:
 
 
 def claim_gpu_memory(gpu_memory_utilization: float) -> None:
-    """Let jax take as much of the GPUs as engines use. The user's own choice stays, and jax's where it has taken it."""
+    """Let jax take as much of the GPUs as engines use. The user's own choice stays, and jax's where it has taken it.
+
+    Raises ConfigError for a GPU that others have taken.
+    """
     if not xla_bridge.backends_are_initialized() and not any(map(os.environ.get, FRACTION_VARIABLES)):
+        check_gpu_is_free(gpu_memory_utilization)
         os.environ[FRACTION_VARIABLES[0]] = str(max(ENGINE_FRACTION, gpu_memory_utilization))
 
 
@@ -91,15 +96,14 @@ def choose_num_blocks(
     gpu_memory_bytes: that each GPU of the mesh has for the engine; found out from its first one by default.
     """
     blocks_per_seq = config.blocks_per_seq
-    device = mesh.local_devices[0]
+    device, in_use_bytes = mesh.local_devices[0], 0
     if device.platform == "cpu":
         memory_bytes = max(CPU_KV_CACHE_BYTES, (1 + blocks_per_seq) * block_bytes)
     else:
         if gpu_memory_bytes is None:
             stats = device.memory_stats()
-            gpu_memory_bytes = usable_gpu_bytes(
-                stats["bytes_limit"], stats["bytes_in_use"], config.gpu_memory_utilization
-            )
+            in_use_bytes = stats["bytes_in_use"]
+            gpu_memory_bytes = usable_gpu_bytes(stats["bytes_limit"], in_use_bytes, config.gpu_memory_utilization)
         weight_bytes = sum(math.prod(p.sharding.shard_shape(p.shape)) * p.dtype.itemsize for p in parameters)
         cache_bytes = gpu_memory_bytes - weight_bytes - working_bytes(config, model)
         memory_bytes = max(0, cache_bytes // KV_CACHE_STEP_BYTES * KV_CACHE_STEP_BYTES) * mesh.size
@@ -110,5 +114,10 @@ def choose_num_blocks(
         raise ConfigError(
             f"max_model_len {config.max_model_len} needs {(1 + blocks_per_seq) * block_bytes} bytes of KV cache, "
             f"the device has {memory_bytes} left"
+            + (
+                f"; this process has {in_use_bytes / GIB:.1f} GiB of it: is there another LLM to close?"
+                if in_use_bytes > GIB
+                else ""
+            )
         )
     return num_blocks

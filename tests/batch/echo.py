@@ -150,9 +150,10 @@ LINES: list[dict[str, Any] | str] = [
 
 
 def answers(path: Path) -> list[str]:
-    """All results in order of their ids, without the time of day."""
+    """All results in order of their ids, without the time of day and what was cached by then."""
     results = read(path)
     for result in results:
         if result["error"] is None:
-            del result["response"]["body"]["created"]
+            body = result["response"]["body"]
+            del body["created"], body["usage"]["prompt_tokens_details"]
     return sorted(json.dumps(result) for result in results)
