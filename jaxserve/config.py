@@ -81,7 +81,9 @@ class EngineConfig:
     )
     seed: int = option(0, "seed of the sampled requests that bring none")
     token_budget: int | Literal["auto"] = option(
-        256, "most tokens in one step, decodes and prefill chunks together; auto: the most that meets slo_tbt_seconds"
+        256,
+        "most tokens in one step, decodes and prefill chunks together; auto: the most that meets slo_tbt_seconds, or, "
+        "without that, that the memory takes",
     )
     max_num_seqs: int = option(16, "most sequences that run at once")
     scheduler: str = option("sarathi", "batching policy", tuple(POLICIES))
@@ -188,14 +190,14 @@ class EngineConfig:
 
     @property
     def needs_step_times(self) -> bool:
-        return self.token_budget == "auto" or self.policy.needs_step_times
+        return (self.token_budget == "auto" and self.slo_tbt_seconds is not None) or self.policy.needs_step_times
 
     def _check_objective(self) -> None:
         if self.slo_tbt_seconds is not None and not 0 < self.slo_tbt_seconds < math.inf:
             raise ConfigError(f"slo_tbt_seconds must be positive and finite, got {self.slo_tbt_seconds}")
+        if self.policy.needs_step_times and self.slo_tbt_seconds is None:
+            raise ConfigError(f"slo_tbt_seconds must be given for scheduler {self.scheduler}, got none")
         user = "token_budget auto" if self.token_budget == "auto" else f"scheduler {self.scheduler}"
-        if self.needs_step_times and self.slo_tbt_seconds is None:
-            raise ConfigError(f"slo_tbt_seconds must be given for {user}, got none")
         if self.needs_step_times and self.pipeline_parallel > 1:
             raise ConfigError(
                 f"pipeline_parallel must be 1 for {user}, whose step times are of one batch at a time, "
@@ -210,7 +212,7 @@ class EngineConfig:
         for name in ("warmup", "enable_prefix_caching"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        if not self.warmup and self.token_budget == "auto":
+        if not self.warmup and self.token_budget == "auto" and self.needs_step_times:
             raise ConfigError("warmup must be true for token_budget auto, which times every program, got false")
 
     def _check_swap_space(self) -> None:

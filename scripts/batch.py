@@ -21,6 +21,7 @@ from jaxserve.batch import (
     BatchSummary,
     EndpointServer,
     EngineServer,
+    OfflineConfig,
     ResultFile,
     Shard,
 )
@@ -106,8 +107,8 @@ def _shard(text: str) -> Shard:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser()
-    config, args = parse_config(arguments, argv, EngineConfig)
-    of_engine = [f.name for f in dataclasses.fields(EngineConfig) if f.name in args]
+    config, args = parse_config(arguments, argv, OfflineConfig)
+    of_engine = [f.name for f in dataclasses.fields(OfflineConfig) if f.name in args]
     if args.endpoint is not None and of_engine:
         arguments.error(f"--{of_engine[0].replace('_', '-')} is an engine's, and --endpoint sends to a server's")
     try:

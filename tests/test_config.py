@@ -54,7 +54,10 @@ def test_counts(name: str, value: Any) -> None:
         ({"slo_tbt_seconds": 0.0}, "slo_tbt_seconds must be positive and finite, got 0.0"),
         ({"slo_tbt_seconds": float("nan")}, "slo_tbt_seconds must be positive and finite, got nan"),
         ({"slo_tbt_seconds": float("inf")}, "slo_tbt_seconds must be positive and finite, got inf"),
-        ({"token_budget": "auto"}, "slo_tbt_seconds must be given for token_budget auto, got none"),
+        (
+            {"scheduler": "adaptive", "token_budget": "auto"},
+            "slo_tbt_seconds must be given for scheduler adaptive, got none",
+        ),
         ({"scheduler": "adaptive"}, "slo_tbt_seconds must be given for scheduler adaptive, got none"),
         (
             {"token_budget": "auto", "slo_tbt_seconds": 0.1, "scheduler": "orca"},
@@ -169,9 +172,13 @@ def test_resolve_accepts_the_least() -> None:
         EngineConfig(scheduler=name, token_budget=16).resolve(model_max_len=2048, on_gpu=False)
 
 
+@pytest.mark.parametrize("slo_tbt_seconds", [0.1, None])
 @pytest.mark.parametrize(("max_model_len", "token_budget"), [(8, 16), (512, 512), (4096, 2048)])
-def test_an_automatic_budget_becomes_the_largest_to_try(max_model_len: int, token_budget: int) -> None:
-    config = EngineConfig(token_budget="auto", slo_tbt_seconds=0.1, max_model_len=max_model_len)
+def test_an_automatic_budget_becomes_the_largest_to_try(
+    max_model_len: int, token_budget: int, slo_tbt_seconds: float | None
+) -> None:
+    config = EngineConfig(token_budget="auto", slo_tbt_seconds=slo_tbt_seconds, max_model_len=max_model_len)
+    assert config.needs_step_times == (slo_tbt_seconds is not None)
     assert config.resolve(model_max_len=8192, on_gpu=False).token_budget == token_budget
 
 

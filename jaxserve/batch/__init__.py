@@ -5,6 +5,7 @@ In: ``{"custom_id", "method": "POST", "url", "body"}``. Out, in the order in whi
 result with an error and hurts no other line. To run such lines again, delete their results from the output.
 """
 
+from jaxserve.batch.config import OfflineConfig
 from jaxserve.batch.endpoint import EndpointServer
 from jaxserve.batch.engine import FIRST, EngineServer
 from jaxserve.batch.lines import BatchInput, Shard
@@ -19,6 +20,7 @@ __all__ = [
     "BatchSummary",
     "EndpointServer",
     "EngineServer",
+    "OfflineConfig",
     "ResultFile",
     "Shard",
 ]

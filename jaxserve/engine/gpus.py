@@ -34,8 +34,8 @@ def check_gpu_is_free(gpu_memory_utilization: float) -> None:
     shown = "; ".join(_shown(user) for user in users) or "processes that nvidia-smi does not show here"
     raise ConfigError(
         f"gpu_memory_utilization {gpu_memory_utilization:g} needs {wanted:.1f} GiB of GPU {gpu}, which has {free:.1f} "
-        f"of {total:.1f} GiB free. The rest is taken by {shown}. End them, as by shutting down another notebook's kernel, "
-        f"or lower gpu_memory_utilization"
+        f"of {total:.1f} GiB free. The rest is taken by {shown}. End them, as by shutting down another notebook's "
+        f"kernel, or lower gpu_memory_utilization"
     )
 
 

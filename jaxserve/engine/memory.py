@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,8 @@ ENGINE_FRACTION = 0.92
 """Beside it CUDA has its context, graphs, kernels and what collectives take."""
 STEP_BYTES = 2**28
 """What steps need besides logits and activations: inputs and outputs of those in flight, partial results."""
+STEP_SHARE = 0.1
+"""Of the memory, for what is not weights or KV cache, where the token budget is ours to choose."""
 KV_CACHE_STEP_BYTES = 2**28
 """The cache's size is a multiple, so that a few bytes more in use do not make other programs, not compiled yet."""
 GIB = 2**30
@@ -80,6 +83,24 @@ def working_bytes(config: ResolvedConfig, model: ModelConfig) -> int:
     logits = max(5 * config.max_num_seqs, 3 * rows) * model.vocab_size // share * 4
     history = 4 * config.max_num_seqs * config.max_model_len
     return activations + logits + history + STEP_BYTES
+
+
+def budget_in_memory(config: ResolvedConfig, model: ModelConfig, memory_bytes: int) -> int:
+    """The largest of the budget and its halves whose steps need no more than ``STEP_SHARE`` of a device's memory."""
+    budget = config.token_budget
+    while budget // 2 >= config.max_num_seqs:
+        if working_bytes(replace(config, token_budget=budget), model) <= STEP_SHARE * memory_bytes:
+            break
+        budget //= 2
+    return budget
+
+
+def device_bytes() -> int:
+    """Memory of the first device, or what jax may take of it; of the machine where that is a CPU."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(device.memory_stats()["bytes_limit"])
 
 
 def choose_num_blocks(

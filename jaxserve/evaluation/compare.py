@@ -40,8 +40,11 @@ class CompareConfig:
     num_requests: int = option(16, "offline: requests, all at once")
     num_prompt_tokens: int = option(151, "offline: tokens of each prompt")
     num_output_tokens: int = option(64, "offline: forced output tokens of each")
+    shortest: float = option(
+        1.0, "offline: share of these lengths that the shortest prompt and output have, the others uniform in between"
+    )
     rate: float = option(1.0, "online: Poisson arrivals per second; their lengths are uniform")
-    num_online_requests: int = option(8, "online: requests of a round")
+    num_online_requests: int = option(8, "online: requests of a round; 0: offline alone")
     max_total_tokens: int = option(384, "online: most tokens of prompt and output together, a quarter of them output")
     token_budget: int = option(256, "most tokens in one step of a contestant")
     max_num_seqs: int = option(16, "most sequences that run at once")
@@ -49,32 +52,45 @@ class CompareConfig:
     timeout_seconds: float = option(600.0, "how long a contestant may take to load, or for one workload")
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "num_requests", "num_prompt_tokens", "num_output_tokens", "num_online_requests"):
+        for name in ("rounds", "num_requests", "num_prompt_tokens", "num_output_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_online_requests < 0:
+            raise ConfigError(f"num_online_requests must not be negative, got {self.num_online_requests}")
+        if not 0 < self.shortest <= 1:
+            raise ConfigError(f"shortest must be in (0, 1], got {self.shortest:g}")
         if not self.timeout_seconds > 0:
             raise ConfigError(f"timeout_seconds must be above 0, got {self.timeout_seconds:g}")
         longest = max(self.num_prompt_tokens + self.num_output_tokens, self.max_total_tokens)
         if longest > self.max_model_len:
             raise ConfigError(f"max_model_len must hold the longest request of {longest}, got {self.max_model_len}")
-        self.online(0)  # checks the rate and the lengths
+        self.workload(0, max(1, self.num_online_requests))  # checks the rate and the lengths
 
     def offline(self) -> list[WorkloadRequest]:
-        return [WorkloadRequest(0.0, self.num_prompt_tokens, self.num_output_tokens)] * self.num_requests
+        """The same for all contestants and rounds."""
+        prompts, outputs = (
+            np.random.default_rng(seed).integers(math.ceil(self.shortest * most), most + 1, self.num_requests).tolist()
+            for seed, most in enumerate((self.num_prompt_tokens, self.num_output_tokens))
+        )
+        return [WorkloadRequest(0.0, *lengths) for lengths in zip(prompts, outputs, strict=True)]
 
     def warm_up(self) -> list[WorkloadRequest]:
         """Offline, but outputs are no longer than it takes to have all requests decode at once."""
-        return [replace(r, num_output_tokens=min(r.num_output_tokens, 16)) for r in self.offline()]
+        most = self.offline()[: 2 * self.max_num_seqs]
+        return [replace(r, num_output_tokens=min(r.num_output_tokens, 16)) for r in most]
 
     def online(self, seed: int) -> list[WorkloadRequest]:
         """Arrivals and lengths that differ from round to round, and are the same for all contestants."""
+        return self.workload(seed, self.num_online_requests)
+
+    def workload(self, seed: int, num_requests: int) -> list[WorkloadRequest]:
         return make_workload(
             WorkloadConfig(
                 lengths="uniform",
                 max_total_tokens=self.max_total_tokens,
                 prompt_output_ratio=3,
                 rate=self.rate,
-                num_requests=self.num_online_requests,
+                num_requests=num_requests,
                 workload_seed=seed,
             )
         )
@@ -114,7 +130,7 @@ class Outcome:
     def agreement(self, other: Outcome) -> float:
         """Share of the tokens offline that are the other's too; after a first difference few are."""
         pairs = zip(self.offline, other.offline, strict=False)
-        same = [np.equal(mine.token_ids, theirs.token_ids) for mine, theirs in pairs]
+        same = [np.equal(*map(np.concatenate, (mine.token_ids, theirs.token_ids))) for mine, theirs in pairs]
         return float(np.mean(same)) if same else math.nan
 
 
@@ -153,7 +169,7 @@ class Comparison:
                 self.outcomes[contestant].offline.append(offline)
                 self._say(f"round {number + 1}  {contestant}: {offline.output_tokens_per_second:.1f} tokens/s offline")
         for contestant in self._in_turns(number):
-            if PROGRAMS[contestant.program].takes_arrivals:
+            if PROGRAMS[contestant.program].takes_arrivals and self._config.num_online_requests:
                 with self._failing(contestant, f"round {number + 1}, online"):
                     online = self._run(contestant, self._config.online(number), number)
                     self.outcomes[contestant].online.append(online)

@@ -40,13 +40,16 @@ class Program:
     takes_arrivals: bool = True
     """Requests may come while others run."""
     reads_gguf_only: bool = False
+    is_peer: bool = True
+    """Whether it has an environment of its own."""
 
 
 PROGRAMS = {
-    "jaxserve": Program(("float32", "bfloat16")),
+    "jaxserve": Program(("float32", "bfloat16"), is_peer=False),
     "vllm": Program(("float32", "bfloat16")),
     "openvino": Program(("file",), reads_gguf_only=True),
     "transformers": Program(("float32",), takes_arrivals=False),
+    "one_by_one": Program(("float32",), takes_arrivals=False, is_peer=False),
 }
 """dtype ``file``: the file's own quantised weights, in whatever type the program multiplies them."""
 
@@ -75,7 +78,7 @@ class Contestant:
     def command(self, scripts: Path, environments: Path) -> list[str] | None:
         """What runs it, short of its settings; None where `make peers` did not finish its environment."""
         python, environment = sys.executable, environments / self.program
-        if self.program != "jaxserve":
+        if PROGRAMS[self.program].is_peer:
             if not (environment / ".installed").exists():
                 return None
             python = str(environment / "bin" / "python")

@@ -1,8 +1,9 @@
-"""transformers' generate: one batch of all requests, which must come at once and be of one length."""
+"""transformers' generate: static batches, whose shorter prompts are padded and which end with their longest outputs."""
 
 from __future__ import annotations
 
 import time
+from itertools import batched
 from typing import Any
 
 import contestant
@@ -25,20 +26,28 @@ def start(settings: dict[str, Any]) -> contestant.Round:
     model = AutoModelForCausalLM.from_pretrained(settings["model_folder"], dtype=getattr(torch, settings["dtype"]))
     model.generation_config.eos_token_id = None  # lengths are forced
 
-    def run(requests: list[contestant.Request]) -> None:
-        prompts = torch.tensor([request.prompt_token_ids for request in requests])
-        clock, length = Clock(), requests[0].num_output_tokens
+    def run_batch(requests: tuple[contestant.Request, ...]) -> None:
+        longest = max(len(request.prompt_token_ids) for request in requests)
+        pads = [longest - len(request.prompt_token_ids) for request in requests]
+        prompts = [[0] * pad + request.prompt_token_ids for pad, request in zip(pads, requests, strict=True)]
+        masks = [[0] * pad + [1] * (longest - pad) for pad in pads]
+        clock = Clock()
         with torch.inference_mode():
             tokens = model.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
+                torch.tensor(prompts),
+                attention_mask=torch.tensor(masks),
                 do_sample=False,
-                max_new_tokens=length,
+                max_new_tokens=max(request.num_output_tokens for request in requests),
                 pad_token_id=0,
                 stopping_criteria=[clock],
             )
         for request, row in zip(requests, tokens.tolist(), strict=True):
-            request.token_ids, request.token_seconds = row[-length:], clock.token_seconds
+            request.token_ids = row[longest : longest + request.num_output_tokens]
+            request.token_seconds = clock.token_seconds[: request.num_output_tokens]
+
+    def run(requests: list[contestant.Request]) -> None:
+        for batch in batched(requests, settings["max_num_seqs"]):
+            run_batch(batch)
 
     return run
 

@@ -49,6 +49,9 @@ def test_automatic_budget(tiny: dict[str, Any]) -> None:
     engine = make(tiny, token_budget="auto", slo_tbt_seconds=1000.0)
     assert engine.config.token_budget == engine.scheduler.limits.token_budget == tiny["max_model_len"]
     engine.close()
+    engine = make(tiny, token_budget="auto", warmup=False)
+    assert engine.config.token_budget == tiny["max_model_len"], "the longest prompt, which fits the memory"
+    engine.close()
     with pytest.raises(ConfigError, match=r"slo_tbt_seconds must be at least .*, got 1e-09"):
         make(tiny, token_budget="auto", slo_tbt_seconds=1e-9)
 

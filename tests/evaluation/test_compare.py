@@ -146,7 +146,7 @@ def test_peers_get_the_weights_of_the_gguf_file_as_a_folder(cache, name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("llama.cpp", "contestants must be of jaxserve, vllm, openvino, transformers, got 'llama.cpp'"),
+        ("llama.cpp", "contestants must be of jaxserve, vllm, openvino, transformers, one_by_one, got 'llama.cpp'"),
         ("vllm:int8", "dtype of vllm must be one of float32, bfloat16, got 'int8'"),
         ("openvino:float32", "dtype of openvino must be one of file, got 'float32'"),
     ],
@@ -156,10 +156,23 @@ def test_unknown_contestants_and_dtypes(text, message):
         Contestant.parse(text)
 
 
+def test_offline_alone_with_outputs_of_many_lengths():
+    config = small(shortest=0.25, num_requests=40, num_online_requests=0, num_prompt_tokens=8)
+    asked = config.offline()
+    assert {request.num_prompt_tokens for request in asked} == set(range(2, 9))
+    assert {request.num_output_tokens for request in asked} == set(range(2, 7))
+    one, other = compare({JAXSERVE: fake(), TRANSFORMERS: fake()}, config, lambda line: None)
+    assert [len(tokens) for tokens in one.offline[0].token_ids] == [request.num_output_tokens for request in asked]
+    assert (len(one.offline), len(one.online), other.failure) == (2, 0, None)
+    assert one.agreement(other) == 1.0
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
+        ({"num_online_requests": -1}, "num_online_requests must not be negative, got -1"),
+        ({"shortest": 0.0}, r"shortest must be in \(0, 1\], got 0"),
         ({"rate": -1.0}, "rate must be above 0, got -1"),
         ({"timeout_seconds": 0.0}, "timeout_seconds must be above 0, got 0"),
         ({"max_model_len": 40}, "max_model_len must hold the longest request of 70, got 40"),
