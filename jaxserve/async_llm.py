@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import math
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -94,7 +94,7 @@ class AsyncLLM:
     ) -> AsyncGenerator[RequestOutput, None]:
         replicas = self._running()
         # Off the loop: a long prompt takes a while.
-        token_ids, text = await asyncio.to_thread(self._token_ids, prompt)
+        token_ids, text = await asyncio.to_thread(self._token_ids, prompt, {} if params is None else vars(params))
         if params is None:
             params = self._model.sampling_params({}, len(token_ids))
         request_id = f"async-llm-{next(self._ids)}" if request_id is None else request_id
@@ -109,9 +109,9 @@ class AsyncLLM:
                 if not (num_unfinished and params.ranks_choices):
                     yield request_output(request_id, completions, params.n, finished=not num_unfinished)
 
-    def _token_ids(self, prompt: ParsedPrompt) -> tuple[list[int], str | None]:
+    def _token_ids(self, prompt: ParsedPrompt, sampling: Mapping[str, Any]) -> tuple[list[int], str | None]:
         rendered = self._model.rendered(prompt)
-        return self._model.token_ids(rendered), rendered.text
+        return self._model.token_ids(rendered, sampling=sampling), rendered.text
 
     def _running(self) -> Replicas:
         """The engine in its thread, from the first use on. Raises RuntimeError in another event loop."""
