@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.errors import RequestError
+from jaxserve.grammar_trial import try_out
 from jaxserve.grammars import Grammars
 from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.structured_outputs import StructuredOutputsParams
@@ -166,6 +167,29 @@ def test_a_grammar_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first = GRAMMARS.compile(StructuredOutputsParams(json={"type": "integer"}))
     monkeypatch.setattr("jaxserve.grammars.try_out", None)
     assert GRAMMARS.compile(StructuredOutputsParams(json='{"type":   "integer"}')) is first
+
+
+def test_who_wants_a_grammar_that_is_being_compiled_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the choices of one request do; what cannot be compiled is tried again by the next who asks."""
+    tried: list[str] = []
+
+    def slow(format: str, text: str, *_: Any) -> str:
+        tried.append(text)
+        time.sleep(0.2)
+        if len(tried) == 1:
+            raise ValueError("not now")
+        return try_out(format, text, *_)
+
+    monkeypatch.setattr("jaxserve.grammars.try_out", slow)
+    params = StructuredOutputsParams(regex="a+b")
+    with ThreadPoolExecutor(4) as pool:
+        failing = [pool.submit(GRAMMARS.compile, params) for _ in range(4)]
+        assert [str(one.exception()) for one in failing] == [
+            "structured_outputs.regex cannot be compiled, got 'a+b': not now"
+        ] * 4
+        made = {pool.submit(GRAMMARS.compile, params) for _ in range(4)}
+        assert len({id(one.result()) for one in made}) == 1
+    assert len(tried) == 2
 
 
 def chain(length: int) -> dict[str, Any]:

@@ -10,21 +10,16 @@ import argparse
 import json
 import math
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from tests.batch.echo import answers, line, read, write
-from tests.models.golden import Golden
+from tests.batch.tiny_batch import TinyBatch, num_results
 
 NUM_LINES = 200
-SCRIPT = Path(__file__).parents[2] / "scripts" / "batch.py"
 
 
 def lines(rng: random.Random) -> list[dict[str, Any] | str]:
@@ -48,10 +43,6 @@ def lines(rng: random.Random) -> list[dict[str, Any] | str]:
     return made
 
 
-def num_results(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
 def same(mine: Any, wanted: Any) -> bool:
     """Equal, but that sums of floats, of log-probabilities, may have been made in another order."""
     if isinstance(wanted, dict):
@@ -69,20 +60,11 @@ def main() -> None:
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
-        folder, model = Path(name), Golden("llama_gqa_tied")
-        words = {f"<{i}>": i for i in range(96)}
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<0>"))
-        tokenizer.save(str(folder / "tokenizer.json"))
-        source = write(folder / "in", *lines(rng))
-        flags = f"--model {model.checkpoint} --tokenizer {folder} --max-model-len {model.length} --token-budget 16 "
-        flags += "--max-num-seqs 4 --num-blocks 40 --block-size 8"
-
-        def start(out: Path, shard: str) -> subprocess.Popen[bytes]:
-            command = [sys.executable, str(SCRIPT), str(source), str(out), "--shard", shard, *flags.split()]
-            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
+        folder = Path(name)
+        sizes = ("--token-budget", "16", "--max-num-seqs", "4", "--num-blocks", "40")
+        batch = TinyBatch(folder, write(folder / "in", *lines(rng)), *sizes)
         started_seconds = time.monotonic()
-        assert start(folder / "whole", "0/1").wait() == 0
+        assert batch.start(folder / "whole").wait() == 0
         first_seconds = time.monotonic() - started_seconds
         print(f"{NUM_LINES} lines, uninterrupted: {first_seconds:.1f} s")
         for count in args.shards:
@@ -90,7 +72,7 @@ def main() -> None:
             for index in range(count):
                 out, shard = folder / f"out-{index}-{count}", f"{index}/{count}"
                 for number in range(args.kills // count):
-                    child = start(out, shard)
+                    child = batch.start(out, "--shard", shard)
                     # While it serves, mostly: one in five dies as it starts.
                     if number % 5 == 4:
                         time.sleep(rng.random() * first_seconds)
@@ -100,7 +82,7 @@ def main() -> None:
                     child.kill()
                     child.wait()
                     kept.append(num_results(out))
-                assert start(out, shard).wait() == 0
+                assert batch.start(out, "--shard", shard).wait() == 0
                 found += answers(out)
             ids = Counter(json.loads(one)["custom_id"] for one in found)
             for mine, wanted in zip(sorted(found), answers(folder / "whole"), strict=True):

@@ -190,10 +190,11 @@ def test_real_engine(llm: LLM, tmp_path: Path) -> None:
         *(line(q, CHAT, messages=m, temperature=0, max_tokens=12) for q, m in zip(questions, chats, strict=True)),
         *(line(p, prompt=p, temperature=0, max_tokens=12, logprobs=2) for p in prompts),
     ]
+    scored = line("scored", prompt=prompts[1], echo=True, max_tokens=0, logprobs=0)
     bad = [line("long", prompt="word " * 3000), line("vocabulary", prompt=[10**6]), line("empty", prompt="")]
-    source, out = write(tmp_path / "in", *good[:2], *bad, "oops", *good[2:]), tmp_path / "out"
+    source, out = write(tmp_path / "in", *good[:2], *bad, "oops", *good[2:], scored), tmp_path / "out"
     summary = run(llm.engine, source, out)
-    assert (summary.num_succeeded, summary.num_errors) == (6, 4)
+    assert (summary.num_succeeded, summary.num_errors) == (7, 4)
     assert not llm.engine.has_unfinished()
 
     results = {result["custom_id"]: result for result in read(out)}
@@ -211,3 +212,7 @@ def test_real_engine(llm: LLM, tmp_path: Path) -> None:
         logprobs = choices[prompt]["logprobs"]
         assert "".join(logprobs["tokens"]) == output.outputs[0].text
         assert [max(top.values()) for top in logprobs["top_logprobs"]] == logprobs["token_logprobs"], "greedy"
+    positions = llm.score([prompts[1]])[0]
+    scores = [None if position is None else next(iter(position.values())).logprob for position in positions]
+    assert choices["scored"]["logprobs"]["token_logprobs"] == pytest.approx(scores, abs=1e-5)
+    assert choices["scored"]["text"] == prompts[1]
