@@ -238,6 +238,8 @@ def test_closing(tiny_tokenizer: Path) -> None:
         assert_usable(llm)
         running = threading.Thread(target=llm.generate, args=([PROMPT] * 20, GREEDY), kwargs={"use_tqdm": False})
         running.start()
+        while not llm.engine._streams:
+            time.sleep(0.001)
         llm.close()
         running.join()
         llm.close()

@@ -47,7 +47,6 @@ class _Asked:
 
 FIRST: Mapping[str, Callable[[_Asked], Any] | None] = {
     "input": None,
-    "longest": lambda asked: -len(asked.completions[0].prompt_token_ids),
     "prefix": lambda asked: asked.completions[0].prompt_token_ids,
 }
 """Which of the lines that are prepared together go first."""

@@ -111,7 +111,7 @@ def test_script_with_shards_and_order(tmp_path: Path, script: ModuleType, monkey
     monkeypatch.setattr(script, "Engine", EchoEngine)
     first, second = write(tmp_path / "first", *LINES[:20]), write(tmp_path / "second", *LINES[20:])
     for index in range(2):
-        flags = ["--shard", f"{index}/2", "--order", "input", "--first", "longest"]
+        flags = ["--shard", f"{index}/2", "--order", "input", "--first", "prefix"]
         assert script.main([str(first), str(second), str(tmp_path / f"out-{index}"), *flags]) == 0
         numbers = [int(result["id"].removeprefix("batch_req_")) for result in read(tmp_path / f"out-{index}")]
         assert numbers == list(range(1 + index, len(LINES) + 1, 2))
