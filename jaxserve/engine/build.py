@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig, ResolvedConfig
-from jaxserve.engine.memory import budget_in_memory, device_bytes
+from jaxserve.engine.memory import budget_on_device
 from jaxserve.engine.profiling import Profiler, largest_budget, read_profile
 from jaxserve.engine.runner import ModelRunner, prepare
 from jaxserve.engine.startup import StartupTimes, timed
@@ -62,9 +62,8 @@ def build(
     checkpoint, resolved = prepare(config)
     stored = read_profile(config.profile, resolved) if config.profile is not None else None
     if config.token_budget == "auto" and not config.needs_step_times:
-        budget = budget_in_memory(resolved, checkpoint.config, device_bytes())
-        resolved = dataclasses.replace(resolved, token_budget=budget)
-        logger.info("token budget %d", budget)
+        resolved = dataclasses.replace(resolved, token_budget=budget_on_device(resolved, checkpoint.config))
+        logger.info("token budget %d", resolved.token_budget)
     tokenizer = hf_tokenizer.load(resolve(config.tokenizer)) if config.tokenizer else checkpoint.tokenizer()
     if config.chat_template is not None:
         tokenizer.set_chat_template(read_text(Path(config.chat_template)))

@@ -16,7 +16,7 @@ from jax._src import xla_bridge  # nothing public tells whether jax has taken it
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxserve.config import ResolvedConfig
+from jaxserve.config import AUTO_TOKEN_BUDGET, ResolvedConfig
 from jaxserve.engine.gpus import check_gpu_is_free
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
@@ -33,6 +33,8 @@ ENGINE_FRACTION = 0.92
 """Beside it CUDA has its context, graphs, kernels and what collectives take."""
 STEP_BYTES = 2**28
 """What steps need besides logits and activations: inputs and outputs of those in flight, partial results."""
+CPU_TOKEN_BUDGET = 512
+"""Rows of larger steps cost a CPU as much (docs/results/capacity.md), and would be more programs to compile."""
 STEP_SHARE = 0.1
 """Of the memory, for what is not weights or KV cache, where the token budget is ours to choose."""
 KV_CACHE_STEP_BYTES = 2**28
@@ -85,9 +87,12 @@ def working_bytes(config: ResolvedConfig, model: ModelConfig) -> int:
     return activations + logits + history + STEP_BYTES
 
 
-def budget_in_memory(config: ResolvedConfig, model: ModelConfig, memory_bytes: int) -> int:
-    """The largest of the budget and its halves whose steps need no more than ``STEP_SHARE`` of a device's memory."""
-    budget = config.token_budget
+def budget_in_memory(
+    config: ResolvedConfig, model: ModelConfig, memory_bytes: int, most: int = AUTO_TOKEN_BUDGET
+) -> int:
+    """The largest of the budget, at ``most`` so much, and its halves whose steps need at most ``STEP_SHARE`` of a device's
+    memory; all decodes fit in it."""
+    budget = min(config.token_budget, max(most, config.max_num_seqs))
     while budget // 2 >= config.max_num_seqs:
         if working_bytes(replace(config, token_budget=budget), model) <= STEP_SHARE * memory_bytes:
             break
@@ -95,12 +100,13 @@ def budget_in_memory(config: ResolvedConfig, model: ModelConfig, memory_bytes: i
     return budget
 
 
-def device_bytes() -> int:
-    """Memory of the first device, or what jax may take of it; of the machine where that is a CPU."""
+def budget_on_device(config: ResolvedConfig, model: ModelConfig) -> int:
+    """As ``budget_in_memory``, of the first device's memory as far as jax may take it, or of the machine's."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(device.memory_stats()["bytes_limit"])
+        machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return budget_in_memory(config, model, machine_bytes, CPU_TOKEN_BUDGET)
+    return budget_in_memory(config, model, int(device.memory_stats()["bytes_limit"]))
 
 
 def choose_num_blocks(

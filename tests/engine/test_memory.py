@@ -118,10 +118,12 @@ def test_every_door_claims_before_jax_takes_anything(monkeypatch: pytest.MonkeyP
     assert claimed == [0.8] * 3
 
 
-@pytest.mark.parametrize(("gib", "budget"), [(80, 2048), (16, 2048), (6, 1024), (1, 128)])
+@pytest.mark.parametrize(("gib", "budget"), [(80, 2048), (16, 2048), (8, 1024), (6, 512), (1, 128)])
 def test_the_largest_budget_that_the_memory_takes(gib: int, budget: int) -> None:
     """A tenth of the memory, but no less than the decodes."""
     config = EngineConfig(model="mistral-7b", token_budget="auto", max_num_seqs=128)
     resolved = config.resolve(model_max_len=32768, on_gpu=True)
     model = open_checkpoint("mistral-7b", "dummy").config
     assert budget_in_memory(resolved, model, gib * 2**30) == budget
+    assert budget_in_memory(resolved, model, gib * 2**30, most=512) == min(512, budget)
+    assert budget_in_memory(resolved, model, gib * 2**30, most=16) == 128, "every decode is in every step"
