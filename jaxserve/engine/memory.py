@@ -90,8 +90,8 @@ def working_bytes(config: ResolvedConfig, model: ModelConfig) -> int:
 def budget_in_memory(
     config: ResolvedConfig, model: ModelConfig, memory_bytes: int, most: int = AUTO_TOKEN_BUDGET
 ) -> int:
-    """The largest of the budget, at ``most`` so much, and its halves whose steps need at most ``STEP_SHARE`` of a device's
-    memory; all decodes fit in it."""
+    """The largest of the budget and its halves, at ``most`` so much, whose steps need at most ``STEP_SHARE`` of a
+    device's memory; all decodes fit in it."""
     budget = min(config.token_budget, max(most, config.max_num_seqs))
     while budget // 2 >= config.max_num_seqs:
         if working_bytes(replace(config, token_budget=budget), model) <= STEP_SHARE * memory_bytes:
