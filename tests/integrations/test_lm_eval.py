@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
 from scipy.special import log_softmax
 
 from jaxserve import ConfigError, RequestError
@@ -60,16 +59,6 @@ def module() -> Iterator[ModuleType]:
         patch.delitem(sys.modules, MODULE, raising=False)
         yield importlib.import_module(MODULE)
     sys.modules.pop(MODULE, None)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A token for each word, so that texts can hold any tokens."""
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"<{i}>": i for i in range(96)}, unk_token="<0>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    folder = tmp_path_factory.mktemp("tokenizer")
-    backend.save(str(folder / "tokenizer.json"))
-    return folder
 
 
 @pytest.fixture(scope="module")
