@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             harness(argv)
     except ModuleNotFoundError as error:
-        if error.name != "lm_eval":
+        if error.name is None or error.name.partition(".")[0] != "lm_eval":
             raise
         print("eval.py: error: lm-evaluation-harness is not installed: pip install 'jaxserve[eval]'", file=sys.stderr)
         return 2
