@@ -36,8 +36,8 @@ serve: .venv/.installed
 test: .venv/.tested
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# Real clients against the real server, in environments of their own in .clients: 1.8 GB. ARGS="-k smg" and the like.
-CLIENTS ?= openai triton load
+# Real clients against the real server, in environments of their own in .clients: 3.5 GB. ARGS="-k smg" and the like.
+CLIENTS ?= openai triton load extras
 test-clients: .venv/.tested $(CLIENTS:%=.clients/%/.installed)
 	$(BIN)/python -m pytest tests/clients/driver.py -v --durations 0 --durations-min 0.1 $(ARGS)
 

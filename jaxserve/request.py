@@ -162,6 +162,18 @@ class Request:
         """Tokens whose KV is not in the cache yet: 1 while decoding, more during prefill or after a preemption."""
         return self.num_tokens - self.num_computed_tokens
 
+    @property
+    def first_scored(self) -> int | None:
+        """The prompt token from which on log-probabilities are wanted, None where they are not; the first has none."""
+        return None if self.params.prompt_logprobs is None else max(1, self.params.logprob_start_len)
+
+    @property
+    def num_cacheable_tokens(self) -> int:
+        """As many tokens may be left out because the KV cache has them: not the last, which tells what is sampled after
+        it, and none that tells a log-probability."""
+        last = self.num_tokens - 1
+        return last if self.first_scored is None else min(last, self.first_scored - 1)
+
     def known_token_ids(self, start: int, stop: int) -> list[int]:
         """Tokens ``[start, stop)`` as far as the host knows them: a pending one is missing at the end."""
         prompt = self.num_prompt_tokens

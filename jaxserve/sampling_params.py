@@ -128,6 +128,8 @@ class SamplingParams:
     logprobs, prompt_logprobs: that many alternatives per position besides the chosen token, up to the engine's
     max_logprobs; -1: the vocabulary. A prompt as long as max_model_len has prompt_logprobs and no output, unless
     max_tokens is set.
+    logprob_start_len: the first so many prompt tokens have no prompt_logprobs (SGLang's name), so that they may come
+    from the prefix cache: for the choices that continue one context.
     truncate_prompt_tokens: only so many of the prompt's last tokens are taken; -1: those that max_model_len leaves
     before max_tokens.
     spaces_between_special_tokens: whether the text may have what the tokenizer puts between special tokens.
@@ -159,6 +161,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logprob_start_len: int = 0
     truncate_prompt_tokens: int | None = None
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -180,6 +183,7 @@ class SamplingParams:
             "repetition_penalty": _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True),
             "logit_bias": _bias(self.logit_bias),
             "min_tokens": checked_integer("min_tokens", self.min_tokens, 0, MAX_INT32),
+            "logprob_start_len": checked_integer("logprob_start_len", self.logprob_start_len, 0, MAX_INT32),
             "bad_words": _bad_words(self.bad_words),
         }
         if self.best_of is not None:
@@ -190,6 +194,8 @@ class SamplingParams:
                 checked[name] = checked_integer(name, value, low, high)
         if self.truncate_prompt_tokens == 0:
             raise RequestError("truncate_prompt_tokens must be -1 or at least 1, got 0")
+        if checked["logprob_start_len"] and self.prompt_logprobs is None:
+            raise RequestError(f"logprob_start_len must be 0 without prompt_logprobs, got {self.logprob_start_len!r}")
         if self.max_tokens is not None:
             least = 1 if self.prompt_logprobs is None else 0
             checked["max_tokens"] = checked_integer("max_tokens", self.max_tokens, least, MAX_INT32)

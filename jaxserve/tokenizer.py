@@ -49,7 +49,8 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(index for index, token in added.items() if token.special)
         self.vocab_size: int = backend.get_vocab_size()
-        eos_token = special_tokens.get("eos_token")
+        bos_token, eos_token = special_tokens.get("bos_token"), special_tokens.get("eos_token")
+        self.bos_token_id: int | None = None if bos_token is None else backend.token_to_id(bos_token)
         self.eos_token_id: int | None = None if eos_token is None else backend.token_to_id(eos_token)
         self.eos_tokens = tuple(dict.fromkeys(eos_tokens if eos_token is None else (eos_token, *eos_tokens)))
 

@@ -130,6 +130,23 @@ def test_the_slurm_script_does_not_repeat_what_cannot_work(tmp_path: Path) -> No
     assert done.returncode == 2
 
 
+def test_every_task_of_the_slurm_array_has_a_share_of_the_lines_and_results_of_its_own(tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    fake(tmp_path, "srun", f'echo "$*" >> {calls}')
+    command = ["bash", str(DEPLOY / "slurm_array.sh"), "requests.jsonl", str(tmp_path / "results"), "--seed", "7"]
+    array = {"SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "3"}
+    for task in ("4", "5", "6"):
+        environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": task} | array
+        subprocess.run(command, env=environment, check=True, timeout=20)
+    folder = tmp_path / "results"
+    assert folder.is_dir()
+    for shard, call in enumerate(calls.read_text().splitlines()):
+        python, script, *arguments = call.split()
+        assert (python, (ROOT / script).exists()) == (".venv/bin/python", True)
+        assert arguments[:2] == ["requests.jsonl", str(folder / f"{shard}.jsonl")]
+        assert arguments[2:] == ["--shard", f"{shard}/3", "--seed", "7"]
+
+
 # ---- one host
 
 

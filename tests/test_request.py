@@ -59,14 +59,20 @@ def test_numbers(name: str, values: list[float], limits: str) -> None:
         ("logprobs", [-2, INT_LIMIT + 1], f"[-1, {INT_LIMIT}]"),
         ("prompt_logprobs", [-2, INT_LIMIT + 1], f"[-1, {INT_LIMIT}]"),
         ("min_tokens", [-1, INT_LIMIT + 1], f"[0, {INT_LIMIT}]"),
+        ("logprob_start_len", [-1, INT_LIMIT + 1], f"[0, {INT_LIMIT}]"),
         ("n", [0, 129], "[1, 128]"),
         ("best_of", [0, 129], "[1, 128]"),
     ],
 )
 def test_integers(name: str, values: list[int], limits: str) -> None:
-    optional = name not in ("top_k", "min_tokens", "n")
+    optional = name not in ("top_k", "min_tokens", "logprob_start_len", "n")
     for value in [*values, 1.0, np.float64(1), *(value for value in NOT_NUMBERS if value is not None or not optional)]:
         assert error(**{name: value}) == f"{name} must be an integer in {limits}, got {value!r}"
+
+
+def test_where_prompt_logprobs_start() -> None:
+    assert error(logprob_start_len=3) == "logprob_start_len must be 0 without prompt_logprobs, got 3"
+    assert SamplingParams(prompt_logprobs=0, logprob_start_len=3).logprob_start_len == 3
 
 
 @pytest.mark.parametrize("stop", ["", ("a", ""), [1], [None], ["a"] * (MAX_STOP_STRINGS + 1)])

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxserve.engine.sampler import TokenLogprobs
-from jaxserve.engine.step import Step
+from jaxserve.engine.step import Step, scored_tokens
 from jaxserve.request import FinishReason, Logprob, PositionLogprobs, Request, RequestDelta, RequestStatus
 from jaxserve.text import overlap
 from jaxserve.tokenizer import Tokenizer
@@ -148,11 +148,10 @@ def collect_prompt_logprobs(step: Step, streams: Mapping[str, OutputStream]) -> 
         return
     logprobs, row = host_logprobs(step.prompt_logprobs), 0
     for chunk in step.chunks:
-        request = chunk.request
-        num_top = request.params.prompt_logprobs
+        request, num_top = chunk.request, chunk.request.params.prompt_logprobs
         if num_top is not None and request.status is not RequestStatus.FINISHED:
             stream = streams[request.request_id]
-            for i in range(min(chunk.num_tokens, request.num_prompt_tokens - 1 - chunk.start)):
-                token_id = request.prompt_token_ids[chunk.start + i + 1]
-                stream.prompt_logprobs[chunk.start + i + 1] = logprob_entry(logprobs, row + i, token_id, num_top)
+            for position in scored_tokens(chunk):
+                entry_row, token_id = row + position - 1 - chunk.start, request.prompt_token_ids[position]
+                stream.prompt_logprobs[position] = logprob_entry(logprobs, entry_row, token_id, num_top)
         row += chunk.num_tokens

@@ -290,8 +290,16 @@ def prefills_of(chunks: Iterable[Chunk]) -> list[Chunk]:
 
 def wants_prompt_logprobs(chunk: Chunk) -> bool:
     """True when rows of the chunk predict prompt tokens whose logprobs were asked for."""
-    request = chunk.request
-    return request.params.prompt_logprobs is not None and chunk.start < request.num_prompt_tokens - 1
+    return bool(scored_tokens(chunk))
+
+
+def scored_tokens(chunk: Chunk) -> range:
+    """Positions of the prompt tokens that rows of the chunk predict and whose logprobs were asked for."""
+    request, first = chunk.request, chunk.request.first_scored
+    if first is None:
+        return range(0)
+    stop = min(chunk.start + chunk.num_tokens + 1, request.num_prompt_tokens)
+    return range(max(chunk.start + 1, first), stop)
 
 
 def prompt_targets(num_rows: int, chunks: Iterable[Chunk]) -> np.ndarray:

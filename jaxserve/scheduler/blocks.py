@@ -89,8 +89,8 @@ class BlockManager:
         return self.held_tokens[slot] + self.num_free * self.block_size
 
     def find(self, request: Request) -> Hit:
-        """What the cache has of a request that waits. Who wants logprobs of its prompt has to compute all of it."""
-        if not self._prefix_caching or request.params.prompt_logprobs is not None:
+        """What the cache has of a request that waits."""
+        if not self._prefix_caching:
             return Hit(0, [])
         hit = self._cache.find(request)
         return hit if self.swap_space is None else self._with_swapped(request, hit, self.swap_space)
@@ -189,7 +189,7 @@ class BlockManager:
 
     def _with_swapped(self, request: Request, hit: Hit, swap_space: SwapSpace) -> Hit:
         """And what comes after it in the swap space, as far as there are blocks to copy it to."""
-        first, most = hit.num_tokens // self.block_size, (request.num_tokens - 1) // self.block_size
+        first, most = hit.num_tokens // self.block_size, request.num_cacheable_tokens // self.block_size
         room = self.num_free - (len(hit.blocks) - self.num_in_use(hit))
         last = min(most, first + min(room, swap_space.max_blocks_at_once))
         found = list[bytes]()

@@ -15,7 +15,7 @@ class Hit(NamedTuple):
     """What a request finds of its tokens in the cache."""
 
     num_tokens: int
-    """They need not be computed: whole blocks of them, and at least one token less than the request has."""
+    """They need not be computed: whole blocks of them, at most the request's ``num_cacheable_tokens``."""
     blocks: list[int]
     """Of these tokens, those that are in the cache. What comes before, if anything, has left the window."""
     swapped: Sequence[bytes] = ()
@@ -58,12 +58,9 @@ class PrefixCache:
         return len(self._idle)
 
     def find(self, request: Request) -> Hit:
-        """The most of the request's tokens whose blocks are there, as far as the window of the next one sees them.
-
-        The last token is never among them: it must be computed for what follows it to be sampled.
-        """
+        """The most of the request's tokens whose blocks are there, as far as the window of the next one sees them."""
         found, num_in_row, num_hit = list[int](), 0, 0
-        for index in range((request.num_tokens - 1) // self._block_size):
+        for index in range(request.num_cacheable_tokens // self._block_size):
             block = self._blocks.get(block_digests(request, index + 1, self._block_size)[index], 0)
             if not block and self._window is None:
                 break

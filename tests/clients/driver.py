@@ -25,7 +25,7 @@ from tests.server.test_serve_process import Server
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-OPENAI, TRITON, LOAD = (ROOT / ".clients" / name / "bin" for name in ("openai", "triton", "load"))
+OPENAI, TRITON, LOAD, EXTRAS = (ROOT / ".clients" / name / "bin" for name in ("openai", "triton", "load", "extras"))
 TIMEOUT_SECONDS = 240
 FLAGS = [
     "--chat-template",
@@ -39,6 +39,7 @@ FLAGS = [
     "--max-num-seqs",
     "8",
 ]
+SMALL = {"token_budget": 64, "max_num_seqs": 8, "max_model_len": 1024}
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "smollm2_greedy.json").read_text())
 CHOICES = [
     {"context": "The capital of France is", "choices": [" Paris", " London", " a banana"], "answer": 0},
@@ -113,13 +114,43 @@ def tokenizer(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_lm_eval(server: Server, settings: dict[str, Any], tokenizer: Path) -> None:
-    """Its log-likelihoods are those that gRPC gives for the same texts."""
+@pytest.fixture(scope="session")
+def evaluation(server: Server, settings: dict[str, Any]) -> dict[str, Any]:
+    """What lm-eval has to find: the log-likelihoods that gRPC gives for the same texts."""
     with Client(server.target) as client:
         choices = [c | {"logprobs": [log_likelihood(client, c["context"], e) for e in c["choices"]]} for c in CHOICES]
     hits = [max(range(len(c["logprobs"])), key=c["logprobs"].__getitem__) == c["answer"] for c in choices]
-    told = {"tokenizer": str(tokenizer), "choices": choices, "accuracy": sum(hits) / len(hits)}
-    run_script(LOAD, "lm_eval_client.py", settings | told)
+    return settings | {"choices": choices, "accuracy": sum(hits) / len(hits)}
+
+
+def test_lm_eval(evaluation: dict[str, Any], tokenizer: Path) -> None:
+    model_args = {
+        "model": evaluation["model"], "base_url": f"{evaluation['base_url']}/completions", "num_concurrent": 4,
+        "tokenizer": str(tokenizer), "max_retries": 1, "max_length": 512,
+    }  # fmt: skip
+    run_script(LOAD, "lm_eval_client.py", evaluation | {"harness_model": "local-completions", "model_args": model_args})
+
+
+def test_lm_eval_on_an_engine(evaluation: dict[str, Any]) -> None:
+    model_args = {"pretrained": evaluation["model"], **SMALL}
+    run_script(EXTRAS, "lm_eval_client.py", evaluation | {"harness_model": "jaxserve", "model_args": model_args})
+
+
+def test_eval_writes_completions_of_humaneval_and_goes_on(tmp_path: Path) -> None:
+    samples, cache = tmp_path / "samples.jsonl", tmp_path / "answers"
+    model_args = ",".join(f"{name}={value}" for name, value in {"max_gen_toks": 8, **SMALL}.items())
+    command = [EXTRAS / "python", ROOT / "scripts" / "eval.py", "humaneval", samples, "--use_cache", cache]
+    told = [*command, "--model_args", model_args, "--gen_kwargs", "max_gen_toks=8"]
+    run(*told, "--limit", "2", cwd=tmp_path)
+    first = samples.read_text()
+    assert [json.loads(line)["task_id"] for line in first.splitlines()] == ["HumanEval/0", "HumanEval/1"]
+    run(*told, "--limit", "3", cwd=tmp_path)
+    assert samples.read_text().startswith(first)
+    assert len(samples.read_text().splitlines()) == 3
+
+
+def test_ray(settings: dict[str, Any], tmp_path: Path) -> None:
+    run_script(EXTRAS, "ray_client.py", settings | {"folder": str(tmp_path), "engine": SMALL})
 
 
 def log_likelihood(client: Client, context: str, continuation: str) -> float:

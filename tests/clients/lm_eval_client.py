@@ -1,4 +1,7 @@
-"""lm-eval's local-completions: log-likelihoods of a multiple choice, and a generation, from local files alone."""
+"""lm-eval with a model of ours: log-likelihoods of a multiple choice, and a generation, from local files alone.
+
+The model is lm-eval's local-completions, which asks a server, or where that is installed jaxserve's own.
+"""
 
 from __future__ import annotations
 
@@ -50,12 +53,11 @@ def write_task(name: str, text: str, documents: list[dict[str, Any]]) -> None:
 write_task("choice", CHOICE, settings["choices"])
 generation = {"context": settings["prompt"], "expected": settings["expected"]}
 write_task("generation", GENERATION.replace("MAX_TOKENS", str(settings["max_tokens"])), [generation])
+if settings["harness_model"] == "jaxserve":
+    import jaxserve.integrations.lm_eval  # noqa: F401, it registers the model
 results = lm_eval.simple_evaluate(
-    model="local-completions",
-    model_args={
-        "model": settings["model"], "base_url": f"{settings['base_url']}/completions", "num_concurrent": 4,
-        "tokenizer": settings["tokenizer"], "max_retries": 1, "max_length": 512,
-    },
+    model=settings["harness_model"],
+    model_args=settings["model_args"],
     tasks=["choice", "generation"],
     task_manager=TaskManager(include_path=folder.name, include_defaults=False),
     bootstrap_iters=0,

@@ -190,6 +190,30 @@ def test_a_swap_space_is_of_use_or_refused(tiny_tokenizer: Path, monkeypatch: py
     engine.close()
 
 
+def test_logprobs_of_choices_are_those_of_whole_prompts(engine: Engine) -> None:
+    """They share the context's blocks, and what is computed of each begins with the row before it."""
+    context, choices = tokens(45), [tokens(n) for n in (1, 5, 9, 30)]
+
+    def score(first: int) -> list[Any]:
+        for choice in choices:
+            params = SamplingParams(max_tokens=0, prompt_logprobs=2, logprob_start_len=first, cache_salt=str(first))
+            engine.add_request(f"{first}-{len(choice)}", context + choice, params)
+        deltas = []
+        while engine.has_unfinished():
+            deltas += engine.step()
+        return sorted((delta for delta in deltas if delta.finish_reason), key=lambda delta: delta.num_prompt_tokens)
+
+    for whole, part in zip(score(0), score(len(context)), strict=True):
+        assert part.prompt_logprobs[: len(context)] == [None] * len(context)
+        for entry, expected in zip(
+            part.prompt_logprobs[len(context) :], whole.prompt_logprobs[len(context) :], strict=True
+        ):
+            # Rows of other buckets are rounded differently.
+            assert next(iter(entry.items())) == (next(iter(expected)), pytest.approx(next(iter(expected.values()))))
+        assert (whole.metrics.num_cached_tokens, part.metrics.num_cached_tokens) in [(0, 0), (0, 40)]
+    assert part.metrics.num_cached_tokens == 40
+
+
 def test_a_switch_is_a_boolean() -> None:
     with pytest.raises(ConfigError, match="enable_prefix_caching must be true or false, got 'no'"):
         EngineConfig(enable_prefix_caching="no")  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.engine.forward import SequenceState, rows_of
-from jaxserve.engine.step import FIELDS, Packer, Step, StepLayout, prompt_targets, wants_prompt_logprobs
+from jaxserve.engine.step import FIELDS, Packer, Step, StepLayout, prompt_targets, scored_tokens, wants_prompt_logprobs
 from jaxserve.kernels.backend import CPU_TILING
 from jaxserve.kernels.plan import PlanLimits
 from jaxserve.request import Request, RequestMetrics
@@ -30,7 +30,8 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
         min_p=draw(st.floats(0, 1, width=32)),
         top_k=draw(st.integers(-1, 50)),
         logprobs=draw(st.sampled_from([None, 0, 5])),
-        prompt_logprobs=draw(st.sampled_from([None, None, 3])),
+        prompt_logprobs=(scored := draw(st.sampled_from([None, None, 3]))),
+        logprob_start_len=0 if scored is None else draw(st.sampled_from([0, 1, 9, 70])),
         max_tokens=MAX_MODEL_LEN,
     )
 
@@ -198,13 +199,15 @@ def test_prompt_targets(batch: list[Chunk], padding: int) -> None:
     """The token that follows each row, as far as it belongs to the prompt."""
     layout, expected = layout_for(batch, padding), []
     for chunk in batch:
-        prompt, num_predicting = chunk.request.prompt_token_ids, 0
+        prompt, scored = chunk.request.prompt_token_ids, list[int]()
         for position in range(chunk.start, chunk.start + chunk.num_tokens):
             predicts = position + 1 < len(prompt)
             expected.append(prompt[position + 1] if predicts else 0)
-            num_predicting += predicts
-        wants = chunk.request.params.prompt_logprobs is not None and num_predicting > 0
-        assert wants_prompt_logprobs(chunk) == wants
+            wanted = chunk.request.params.prompt_logprobs is not None
+            if wanted and predicts and position + 1 >= chunk.request.params.logprob_start_len:
+                scored.append(position + 1)
+        assert list(scored_tokens(chunk)) == scored
+        assert wants_prompt_logprobs(chunk) == bool(scored)
     expected += [0] * (layout.limits.num_rows - len(expected))
     np.testing.assert_array_equal(prompt_targets(layout.limits.num_rows, batch), expected)
 

@@ -66,7 +66,8 @@ def alike(draw: st.DrawFn, windows: st.SearchStrategy[int | None] = WINDOWS) -> 
         own = draw(st.lists(st.integers(0, 1), max_size=64 - len(beginning)))
         made = make_request(index, beginning + own or [0], request.max_tokens)
         salt, logprobs = draw(st.sampled_from([None, None, None, "salt"])), draw(st.sampled_from([None] * 5 + [1]))
-        made.params = replace(made.params, cache_salt=salt, prompt_logprobs=logprobs)
+        scored_from = 0 if logprobs is None else draw(st.integers(0, 70))
+        made.params = replace(made.params, cache_salt=salt, prompt_logprobs=logprobs, logprob_start_len=scored_from)
         requests.append(made)
     return replace(workload, limits=replace(workload.limits, enable_prefix_caching=True), requests=requests)
 
@@ -81,7 +82,8 @@ def test_everybody_reads_keys_of_its_own_tokens(workload: Workload) -> None:
             start = step.batch.chunks[request.request_id].start
             assert start % BLOCK_SIZE == 0
             assert start < request.num_tokens
-            assert start == 0 or request.params.prompt_logprobs is None
+            scored = request.params.prompt_logprobs is not None
+            assert start == 0 or not scored or start < request.params.logprob_start_len
     assert all(request.metrics.num_stalls == 0 for request in workload.requests)
 
 
@@ -206,6 +208,16 @@ def test_who_scores_its_prompt_computes_all_of_it_for_others() -> None:
     assert serve(driver, prompt, 0, prompt_logprobs=1).metrics.num_cached_tokens == 0
     assert serve(driver, prompt, 1, prompt_logprobs=1).metrics.num_cached_tokens == 0
     assert serve(driver, prompt, 2).metrics.num_cached_tokens == 32
+
+
+@pytest.mark.parametrize(("scored_from", "num_cached"), [(1, 0), (8, 0), (9, 8), (24, 16), (25, 24), (99, 32)])
+def test_who_scores_a_part_of_its_prompt_computes_that_part(scored_from: int, num_cached: int) -> None:
+    """And the row before it, which predicts its first token."""
+    driver = Driver(make())
+    prompt = list(range(40))
+    serve(driver, prompt, 0)
+    scored = serve(driver, prompt, 1, prompt_logprobs=0, logprob_start_len=scored_from)
+    assert scored.metrics.num_cached_tokens == num_cached
 
 
 def test_a_preempted_request_finds_its_tokens_again() -> None:

@@ -1,0 +1,1 @@
+"""Other projects' tools on jaxserve's engine; each needs the extra of its name."""
