@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import nbformat
 import pytest
@@ -10,13 +12,22 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 CELL_TIMEOUT_SECONDS = 300
+SHORT_PROMPTS = {
+    "= 500, (24, 40)": "= 100, (24, 40)",
+    "MAX_MODEL_LEN = 528": "MAX_MODEL_LEN = 128",
+    '"prefill_first": 536, "orca": 536, "sarathi": 64': '"prefill_first": 136, "orca": 136, "sarathi": 16',
+}
+SMALL_MODEL = {'"hidden_size": 512, "intermediate_size": 1408': '"hidden_size": 64, "intermediate_size": 64'}
 
 
 class Run:
-    """A notebook that has run."""
+    """A notebook that has run. ``smaller``: what is written in it, and what takes less time."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, smaller: Mapping[str, str] = MappingProxyType({})) -> None:
         notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+        for text, less in smaller.items():
+            (cell,) = (cell for cell in notebook.cells if cell.cell_type == "code" and text in cell.source)
+            cell.source = cell.source.replace(text, less)
         resources = {"metadata": {"path": str(folder)}}
         NotebookClient(notebook, timeout=CELL_TIMEOUT_SECONDS, kernel_name="python3", resources=resources).execute()
         self._cells = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
@@ -52,7 +63,7 @@ def test_quickstart(tmp_path: Path) -> None:
 
 
 def test_stall_free(tmp_path: Path) -> None:
-    run = Run("stall-free", tmp_path)
+    run = Run("stall-free", tmp_path, SMALL_MODEL | SHORT_PROMPTS)
     stalls = {row.split()[0]: int(row.split()[2]) for row in run.printed("numbers").splitlines()[1:4]}
     assert stalls.pop("prefill_first") > 0
     assert stalls == {"orca": 0, "sarathi": 0}
@@ -60,7 +71,7 @@ def test_stall_free(tmp_path: Path) -> None:
 
 
 def test_capacity(tmp_path: Path) -> None:
-    run = Run("capacity", tmp_path)
+    run = Run("capacity", tmp_path, SMALL_MODEL | {"528, 8, 640": "528, 8, 128", "num_requests=48": "num_requests=16"})
     *_, budget = run.printed("budget").split()
     rates = {row[:24].strip(): float(row[24:].split()[0]) for row in run.printed("curves").splitlines()}
     assert rates[f"sarathi, budget {budget}"] > 0
@@ -69,8 +80,8 @@ def test_capacity(tmp_path: Path) -> None:
 
 
 def test_evaluation(tmp_path: Path) -> None:
-    run = Run("evaluation", tmp_path)
-    assert run.printed("score").startswith("480 choices of ")
+    run = Run("evaluation", tmp_path, {"NUM_CHOICES, NUM_SHOTS = 4, 3": "NUM_CHOICES, NUM_SHOTS = 2, 3"})
+    assert run.printed("score").startswith("240 choices of ")
     assert "spared 0%" not in run.printed("score")
     assert "95 % interval [" in run.printed("paired")
     for row in run.printed("results").splitlines()[2:]:
@@ -80,6 +91,6 @@ def test_evaluation(tmp_path: Path) -> None:
 
 
 def test_simulate(tmp_path: Path) -> None:
-    run = Run("simulate", tmp_path)
+    run = Run("simulate", tmp_path, {"duration_seconds=12": "duration_seconds=3", "tolerance=0.3": "tolerance=1.0"})
     assert "for 5 requests/s: " in run.printed("table")
     assert run.figures == {"figure"}
