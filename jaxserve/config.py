@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Literal
 
 from jaxserve.errors import ConfigError
 from jaxserve.sampling_params import MAX_LOGPROBS
-from jaxserve.scheduler import POLICIES, Limits, Pace, Scheduler
+from jaxserve.scheduler import POLICIES, Limits, Pace, Scheduler, Speculation
+from jaxserve.scheduler.speculation import most_step_drafts
 
 ATTENTION_BACKENDS = ("auto", "xla", "native", "triton", "pod", "mosaic")
 KV_CACHE_DTYPES = ("auto", "fp8_e4m3")
@@ -24,6 +25,7 @@ GEMM_BACKENDS = ("auto", "no_split_k", "cublaslt")
 GENERATION_CONFIGS = ("auto", "none")
 LOAD_FORMATS = ("auto", "dummy")
 LOG_FORMATS = ("text", "json")
+SPECULATIVE = ("off", "ngram", "draft")
 AUTO_TOKEN_BUDGET = 2048
 """The largest that token_budget auto tries: the paper's budget under relaxed objectives."""
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s*]+")
@@ -60,7 +62,8 @@ class EngineConfig:
 
     HEADINGS: ClassVar[Headings] = {
         "model": "model", "token_budget": "batching", "attention_backend": "memory and kernels",
-        "tensor_parallel": "parallelism", "compilation_cache": "operations", "trace": "observability",
+        "speculative": "speculation", "tensor_parallel": "parallelism", "compilation_cache": "operations",
+        "trace": "observability",
     }  # fmt: skip
 
     model: str = option("smollm2-135m", "smollm2-135m, a local folder or .gguf file, or a Hugging Face hub id")
@@ -127,6 +130,14 @@ class EngineConfig:
         "computed; a CPU's is better used for more num_blocks",
     )
     gpu_memory_utilization: float = option(0.92, "share of the GPU's memory for weights, KV cache and steps")
+    speculative: str = option(
+        "off",
+        "guess the next tokens and verify them in rows that a step has free, which changes no output; ngram: what "
+        "followed the last tokens before; draft: what draft_model draws",
+        SPECULATIVE,
+    )
+    num_speculative_tokens: int = option(7, "most guesses of one sequence in a step")
+    draft_model: str | None = option(None, "as model, a smaller one with its vocabulary, which speculative draft needs")
     tensor_parallel: int = option(1, "devices that share every layer: heads, MLPs and the vocabulary are divided")
     pipeline_parallel: int = option(
         1, "stages, on tensor_parallel devices each, that the layers are divided into; each works on a batch of its own"
@@ -143,7 +154,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in (
             "max_model_len", "token_budget", "max_num_seqs", "tensor_parallel", "pipeline_parallel", "block_size",
-            "num_blocks",
+            "num_blocks", "num_speculative_tokens",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is None or (name == "token_budget" and value == "auto"):
@@ -168,6 +179,7 @@ class EngineConfig:
             ("gemm_backend", GEMM_BACKENDS),
             ("kv_cache_dtype", KV_CACHE_DTYPES),
             ("generation_config", GENERATION_CONFIGS),
+            ("speculative", SPECULATIVE),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -176,6 +188,16 @@ class EngineConfig:
         self._check_objective()
         self._check_switches()
         self._check_swap_space()
+        if (self.speculative == "draft") != (self.draft_model is not None):
+            raise ConfigError(
+                f"draft_model must be given with speculative draft and with no other, got {self.draft_model!r} with "
+                f"{self.speculative}"
+            )
+        if self.speculative != "off" and self.pipeline_parallel > 1:
+            raise ConfigError(
+                f"pipeline_parallel must be 1 with speculative {self.speculative}: only a pipeline's last stage knows "
+                f"how far a request has come, got {self.pipeline_parallel}"
+            )
         for policy in POLICIES.values():
             policy.check_options(self)
         if not 0.1 <= self.gpu_memory_utilization <= 1.0:
@@ -293,8 +315,33 @@ class ResolvedConfig(EngineConfig):
         """What max_logprobs is for a vocabulary."""
         return vocab_size if self.max_logprobs == -1 else min(self.max_logprobs, vocab_size)
 
-    def limits(self, num_blocks: int, *, window: int | None = None, pace: Pace | None = None) -> Limits:
+    @property
+    def max_seq_drafts(self) -> int:
+        """Drafts of one sequence in a step, at most."""
+        return 0 if self.speculative == "off" else self.num_speculative_tokens
+
+    @property
+    def max_drafts(self) -> int:
+        """Drafts in a step, at most."""
+        return most_step_drafts(self.max_seq_drafts, self.max_num_seqs) if self.max_seq_drafts else 0
+
+    def limits(
+        self,
+        num_blocks: int,
+        *,
+        window: int | None = None,
+        pace: Pace | None = None,
+        draft_pace: Pace | None = None,
+    ) -> Limits:
         """What the scheduler is made with: these settings, and what only the model and the device tell."""
+        speculation = None
+        if self.speculative != "off":
+            speculation = Speculation(
+                num_speculative_tokens=self.max_seq_drafts,
+                max_drafts=self.max_drafts,
+                num_ahead=self.max_seq_drafts if self.speculative == "draft" else 0,
+                pace=draft_pace,
+            )
         return Limits(
             token_budget=self.token_budget,
             max_num_seqs=self.max_num_seqs,
@@ -306,6 +353,7 @@ class ResolvedConfig(EngineConfig):
             chunk_budgets=self.chunk_budgets,
             pace=pace,
             enable_prefix_caching=self.enable_prefix_caching,
+            speculation=speculation,
         )
 
 

@@ -95,8 +95,8 @@ class RequestMetrics:
 
     @property
     def tbt_seconds(self) -> list[float]:
-        """Times between consecutive output tokens."""
-        return [b - a for a, b in pairwise(self.token_seconds)]
+        """Times between consecutive output tokens; those that came in one step, drafts that held, count as one."""
+        return [b - a for a, b in pairwise(dict.fromkeys(self.token_seconds))]
 
     @property
     def scheduling_delay_seconds(self) -> float | None:
@@ -104,6 +104,32 @@ class RequestMetrics:
         if self.first_scheduled_seconds is None:
             return None
         return self.first_scheduled_seconds - self.arrival_seconds
+
+
+@dataclass(slots=True)
+class Acceptance:
+    """How likely a request's next draft is to hold, by the latest of them."""
+
+    num_held: float = 0.0
+    num_tried: float = 0.0
+    """Drafts that held, and these with those that were the first not to: each step's count less than the next one's."""
+
+    @property
+    def rate(self) -> float:
+        """Half, while nothing is known."""
+        return (self.num_held + 0.5) / (self.num_tried + 1.0)
+
+    def note(self, num_drafts: int, num_held: int) -> None:
+        """What became of a step's drafts; none tell nothing."""
+        if num_drafts:
+            self.fade(0.8)
+            self.num_held += num_held
+            self.num_tried += num_held + (num_held < num_drafts)
+
+    def fade(self, factor: float = 0.9) -> None:
+        """Know less: a text changes, so who gets no drafts is tried again some time."""
+        self.num_held *= factor
+        self.num_tried *= factor
 
 
 @dataclass(eq=False, slots=True)
@@ -130,6 +156,9 @@ class Request:
     num_prompt_tokens: int = field(init=False)
     num_tokens: int = field(init=False)
     """Prompt and output tokens, those still pending on the device included."""
+    num_unverified_tokens: int = 0
+    """Drafts in steps that the host has not read: so many tokens more there may be, with their keys and values."""
+    acceptance: Acceptance = field(default_factory=Acceptance)
     num_unsampled_tokens: int = 0
     """Of a pipeline: the pending ones whose step has not left the last stage, so that not even the device has them."""
     num_computed_tokens: int = 0
@@ -173,6 +202,17 @@ class Request:
         it, and none that tells a log-probability."""
         last = self.num_tokens - 1
         return last if self.first_scored is None else min(last, self.first_scored - 1)
+
+    @property
+    def furthest_start(self) -> int:
+        """Of a decode, the position of its last token if all drafts hold; who goes on behind max_tokens, is cut."""
+        return min(self.num_computed_tokens + self.num_unverified_tokens, self.num_prompt_tokens + self.max_tokens - 1)
+
+    @property
+    def may_draft(self) -> bool:
+        """Whether its tokens may be guessed: not while what is allowed depends on tokens that the host has to read."""
+        params = self.params
+        return not params.masks_by_tokens and self.num_tokens - self.num_prompt_tokens >= params.min_tokens
 
     def known_token_ids(self, start: int, stop: int) -> list[int]:
         """Tokens ``[start, stop)`` as far as the host knows them: a pending one is missing at the end."""

@@ -104,6 +104,7 @@ _OPTIONAL_INTEGERS = (
     ("logprobs", -1, MAX_INT32),
     ("prompt_logprobs", -1, MAX_INT32),
     ("truncate_prompt_tokens", -1, MAX_INT32),
+    ("num_speculative_tokens", 0, MAX_INT32),
 )
 _SWITCHES = ("ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output")
 
@@ -136,6 +137,8 @@ class SamplingParams:
     cache_salt: the request finds in the prefix cache only what others with the same salt have left there, so that no
     stranger can tell from the time to a first token what others have asked.
     priority: lower goes first, until others have waited for ten seconds a level longer.
+    num_speculative_tokens: most drafts of a step where the engine makes any, 0 for none; they change no token, only how
+    soon it comes.
     structured_outputs: what the output must be, also as a dict; it ends where it is whole, so not with ignore_eos.
     Numbers may be numpy's or jax's, lists any iterable; they become Python's own and tuples.
     Raises RequestError, naming the field and the limit.
@@ -168,6 +171,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     cache_salt: str | None = None
     priority: int = 0
+    num_speculative_tokens: int | None = None
     structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -233,6 +237,11 @@ class SamplingParams:
             self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1 or self.logit_bias
             or self.allowed_token_ids or self.bad_words or self.min_tokens or self.structured_outputs is not None
         )  # fmt: skip
+
+    @property
+    def masks_by_tokens(self) -> bool:
+        """Whether a token may be allowed or not by those right before it."""
+        return bool(self.bad_words or self.structured_outputs is not None)
 
     @classmethod
     def with_defaults(cls, given: Mapping[str, Any], defaults: Mapping[str, Any], num_room_tokens: int) -> Self:

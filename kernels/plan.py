@@ -63,7 +63,8 @@ class BusyPrograms(NamedTuple):
 class Tiling:
     """How a backend wants a batch cut.
 
-    Every decode item has a partial result. Without ``busy`` it is a part of at most ``decode_tokens`` tokens; prefill
+    Every decode item has a partial result. Without ``busy`` it is a part of at most ``decode_tokens`` tokens, cut where
+    their positions are multiples of that, so that a row's sums do not depend on how far the plan lets it see; prefill
     items see all their pages, and rows of no sequence are in none. With it, tiles are cut into parts of equal length,
     none shorter than ``decode_tokens``, so that ``busy`` many programs are done as early as possible; a prefill tile in
     one part writes its output itself; the longest items come first; and rows of no sequence are in prefill items that
@@ -106,6 +107,13 @@ class PlanLimits:
     tiling: Tiling
     window: int | None = None
     """The widest attention window, in tokens, when every layer has one, else None."""
+    max_drafts: int = 0
+    """Single rows beside one for each sequence: drafts of its next tokens, all at work at once."""
+
+    @property
+    def max_decodes(self) -> int:
+        """Single rows that are in decode items."""
+        return self.max_num_seqs + self.max_drafts
 
     @property
     def tile_rows(self) -> int:
@@ -114,15 +122,18 @@ class PlanLimits:
     @property
     def max_decode_items(self) -> int:
         if self.tiling.busy is not None:
-            return self.max_num_seqs + self.tiling.most_decode_parts
+            return self.max_decodes + self.tiling.most_decode_parts
         # Each running sequence ends in a partly filled part; all others are full. Where sequences share so many pages
         # that this is too few, make_plan makes prefill items of what is left.
         part_pages = self.tiling.decode_pages(self.page_size)
-        pages_per_seq = -(-self.max_model_len // self.page_size)
+        parts_per_row = -(-self.max_model_len // (self.page_size * part_pages))
         if self.window is not None:
-            # A window touches most pages when it begins with the last token of one.
-            pages_per_seq = min(pages_per_seq, 1 + -(-(self.window - 1) // self.page_size))
-        by_length = self.max_num_seqs * -(-pages_per_seq // part_pages)
+            # A window touches most parts when it begins with the last token of one.
+            window_pages = -(-(self.window - 1) // self.page_size)
+            parts_per_row = min(parts_per_row, 1 + -(-window_pages // part_pages))
+        by_length = self.max_decodes * parts_per_row
+        if self.max_drafts:  # a sequence's rows all see its pages, and the device moves decode items only
+            return by_length
         by_memory = self.num_pages // part_pages + self.max_num_seqs
         return min(by_length, by_memory)
 
@@ -143,7 +154,7 @@ class PlanLimits:
 
     @property
     def max_combines(self) -> int:
-        return self.max_num_seqs + (0 if self.tiling.busy is None else self.tiling.most_prefill_parts // 2)
+        return self.max_decodes + (0 if self.tiling.busy is None else self.tiling.most_prefill_parts // 2)
 
 
 class AttentionPlan[Array](NamedTuple):
@@ -193,12 +204,13 @@ def make_plan(
     fused = tiling.fused is not None and decoding.any() and not decoding.all()
     busy = tiling.fused if fused else tiling.busy
     if busy is None:
-        num_parts = -(-_pages(decodes) // tiling.decode_pages(limits.page_size))
+        part_pages = tiling.decode_pages(limits.page_size)
+        num_parts = -(-decodes[:, 5] // part_pages) - decodes[:, 4] // part_pages
         if num_parts.sum() > limits.max_decode_items:  # only where sequences share pages
             fitting = np.cumsum(num_parts) <= limits.max_decode_items
             decodes, num_parts = decodes[fitting], num_parts[fitting]
             decoding[np.flatnonzero(decoding)[~fitting]] = False
-        decode, combine = _cut(decodes, num_parts, keep_whole=False)
+        decode, combine = _cut(decodes, num_parts, part_pages, keep_whole=False)
         prefill, _ = _cut(_tiles(limits, batch[:, ~decoding]), None)
     else:
         used = int(query_lens.sum())
@@ -231,7 +243,7 @@ def empty_plan(limits: PlanLimits, out: AttentionPlan[np.ndarray]) -> None:
     out.combine[:, 0] = limits.num_rows
 
 
-def _expand(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def expand(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For counts [2, 1, 3]: owners [0, 0, 1, 2, 2, 2] and ordinals [0, 1, 0, 0, 1, 2]."""
     owners = np.repeat(np.arange(len(counts)), counts)
     return owners, np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -240,7 +252,7 @@ def _expand(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _tiles(limits: PlanLimits, chunks: np.ndarray) -> np.ndarray:
     """Chunks ``[4, n]``, of sequence, first row, number of rows, KV length -> tiles of their rows."""
     tile_rows = limits.tile_rows
-    owner, tile = _expand(-(-chunks[2] // tile_rows))
+    owner, tile = expand(-(-chunks[2] // tile_rows))
     sequence, row, num_rows, kv_len = chunks[:, owner]
     offset = tile * tile_rows
     position = np.maximum(kv_len - num_rows, 0) + offset
@@ -317,10 +329,12 @@ def _num_parts(
     return found
 
 
-def _cut(tiles: np.ndarray, num_parts: np.ndarray | None, *, keep_whole: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def _cut(
+    tiles: np.ndarray, num_parts: np.ndarray | None, part_pages: int | None = None, *, keep_whole: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """Work items, and what to combine; without ``num_parts`` all tiles are whole.
 
-    ``keep_whole``: a tile in one part has no partial result.
+    Parts are equal, or end at multiples of ``part_pages``. ``keep_whole``: a tile in one part has no partial result.
     """
     if num_parts is None:
         if keep_whole:
@@ -331,11 +345,16 @@ def _cut(tiles: np.ndarray, num_parts: np.ndarray | None, *, keep_whole: bool = 
     num_rows, split = tiles[:, 2], (num_parts > 1) | (not keep_whole)
     partial_rows = num_rows * num_parts * split
     partial = np.cumsum(partial_rows) - partial_rows
-    owner, part = _expand(num_parts)
+    owner, part = expand(num_parts)
     items, pages, parts = tiles[owner], _pages(tiles)[owner], num_parts[owner]
     begin = items[:, 4].copy()
-    items[:, 4] = begin + pages * part // parts
-    items[:, 5] = begin + pages * (part + 1) // parts
+    if part_pages is None:
+        items[:, 4] = begin + pages * part // parts
+        items[:, 5] = begin + pages * (part + 1) // parts
+    else:
+        start = (begin // part_pages + part) * part_pages
+        items[:, 4] = np.maximum(begin, start)
+        items[:, 5] = np.minimum(items[:, 5], start + part_pages)
     items[:, 7] = np.where(split[owner], partial[owner] + part * num_rows[owner], -1)
     return items, np.array((tiles[split, 1], num_rows[split], partial[split], num_parts[split])).T
 

@@ -10,6 +10,7 @@ bench.py step         whole steps of the engine beside their roofline, and what 
 bench.py host         what the host does in a step with 1,000 running requests and up to 100,000 waiting, by part
 bench.py soak         hundreds of streams that leave, are aborted and dawdle, and a few that do not: what is left behind
 bench.py sharing      what requests do to one another: grammars, prefixes, fairness, or the floor of a running stream
+bench.py speculation  tokens per second with drafts and without, of texts that repeat what was there more or less
 bench.py front-end    CPU time of a server's threads per output token, and tokens per second, through gRPC and HTTP
 
 bench.py serve --help, say, lists the flags of one.
@@ -36,7 +37,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.memory import claim_gpu_memory
 from jaxserve.errors import ConfigError, ModelError
-from jaxserve.evaluation import host_bench, kernel_bench, sharing_report, step_bench
+from jaxserve.evaluation import host_bench, kernel_bench, sharing_report, speculation_bench, step_bench
 from jaxserve.evaluation.capacity import SearchConfig, Trial
 from jaxserve.evaluation.device_bench import QUICK, THOROUGH, measure_ceilings
 from jaxserve.evaluation.front_end import FrontEndConfig, measure_front_end
@@ -275,6 +276,26 @@ def soak(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     return int(any(row["met"] == "NO" for row in rows))
 
 
+def speculation(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output-tokens", type=int, default=96, help="forced output tokens of each request")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16], help="requests at once")
+    parser.add_argument("--texts", nargs="+", choices=speculation_bench.KINDS, default=list(speculation_bench.KINDS))
+    parser.set_defaults(speculative="ngram", max_model_len=1024)
+    config, args = parse_config(parser, argv, EngineConfig)
+    bench = speculation_bench.SpeculationBench(config, rounds=args.rounds, output_tokens=args.output_tokens)
+    speeds = []
+    for speed in bench.speeds(args.texts, args.batches):
+        speeds.append(speed)
+        print(text_table([speed.row()]).splitlines()[-1], flush=True)
+    bench.close()
+    print(f"\n{config.speculative}, {config.num_speculative_tokens} drafts at most, budget {config.token_budget}; "
+          f"{args.output_tokens} tokens of each request, medians of {args.rounds} alternating rounds")  # fmt: skip
+    print(text_table([speed.row() for speed in speeds]))
+    for batch, gain in speculation_bench.mean_gains(speeds).items():
+        print(f"batch {batch}: geometric mean of {', '.join(speculation_bench.GAINING)} {gain:.2f}x")
+
+
 def front_end(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--tiny", action="store_true", help="a model that costs next to nothing, instead of --model")
     parser.set_defaults(max_num_seqs=64, token_budget=128, max_model_len=1024)
@@ -332,6 +353,7 @@ COMMANDS = {
     "step": step,
     "host": host,
     "soak": soak,
+    "speculation": speculation,
     "front-end": front_end,
     "sharing": sharing,
 }

@@ -5,6 +5,7 @@ simulate.py --model yi-34b --tp 2 --p99-tbt 0.2                       its capaci
 simulate.py --model yi-34b --tp 2 --p99-tbt 0.2 --sweep budgets       which token budget; also: policies, shapes
 simulate.py ... --sweep shapes --serve 20 --plot shapes.png           TP or PP; replicas for 20 requests/s; a picture
 simulate.py --model yi-34b --pp 4 --rate 1 --bubbles                  what policies leave idle of a pipeline's stages
+simulate.py --device h100 --rate 4 --speculative-acceptance 0.7    what drafts would gain
 simulate.py --profile steps.json --against capacity.json              how far the simulator is from what was measured
 """
 
@@ -103,6 +104,9 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=128)
     parser.add_argument("--max-model-len", type=int, default=16384)
     parser.add_argument("--swap-space-bytes", type=int, default=0, help="host memory behind the prefix cache")
+    parser.add_argument("--speculative-acceptance", type=float, metavar="SHARE",
+                        help="speculative decoding: how likely a draft is to hold if those before it do")  # fmt: skip
+    parser.add_argument("--num-speculative-tokens", type=int, default=7, help="most drafts of a sequence in a step")
     parser.add_argument("--authors-host", action="store_true", help="the paper's engine, whose host delays each step")
     parser.add_argument("--profile", help="step times measured by profile_steps.py instead of the roofline's")
     parser.add_argument("--against", metavar="REPORT.json", help="of bench.py capacity: predict it from the profile")
@@ -136,6 +140,8 @@ def main() -> None:
             max_model_len=args.max_model_len,
             swap_space_bytes=args.swap_space_bytes,
             host=authors_host_time(args.tp) if args.authors_host else OVERLAPPED,
+            num_speculative_tokens=args.num_speculative_tokens,
+            speculative_acceptance=args.speculative_acceptance,
             measured=FittedCost(profile.step_time, model.window) if profile else None,
         )
         if args.p99_tbt is not None:

@@ -164,6 +164,12 @@ def test_priorities_are_few(priority: Any) -> None:
     assert error(priority=priority) == f"priority must be an integer in [-100, 100], got {priority!r}"
 
 
+@pytest.mark.parametrize("number", [-1, 0.5, "few", True])
+def test_drafts_are_a_number(number: Any) -> None:
+    message = f"num_speculative_tokens must be an integer in [0, {INT_LIMIT}], got {number!r}"
+    assert error(num_speculative_tokens=number) == message
+
+
 @pytest.mark.parametrize("salt", ["", "x" * 129, 5, b"a"])
 def test_salts_are_short_strings(salt: Any) -> None:
     assert error(cache_salt=salt) == f"cache_salt must be a string of 1 to 128 characters, got {salt!r}"
@@ -190,7 +196,7 @@ def test_limits_are_within_reach() -> None:
     SamplingParams(
         temperature=100, top_p=1e-9, min_p=1.0, top_k=INT_LIMIT, seed=MAX_SEED, max_tokens=None, logprobs=20,
         prompt_logprobs=20, stop=["a"] * MAX_STOP_STRINGS, stop_token_ids=[0, INT_LIMIT], cache_salt="x" * 128,
-        priority=-100,
+        priority=-100, num_speculative_tokens=0,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -76,7 +77,10 @@ def build(
     pace = None
     if config.needs_step_times:
         pace, resolved = _settle_pace(runner, resolved, stored, auto=config.token_budget == "auto")
-    limits = resolved.limits(runner.num_blocks, window=checkpoint.config.window, pace=pace)
+    draft_pace = None
+    if resolved.max_drafts and config.warmup:
+        draft_pace = Pace(config.slo_tbt_seconds or math.inf, Profiler(runner).draft_times())
+    limits = resolved.limits(runner.num_blocks, window=checkpoint.config.window, pace=pace, draft_pace=draft_pace)
     if config.swap_space_bytes:
         limits = _with_swap_space(limits, runner)
     scheduler = config.policy(limits)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -58,10 +58,11 @@ class RequestEdits:
             # What the output must be goes before what else is asked for, where not both can be had.
             allowed[:] = both if (both := allowed & mask).any() else mask
 
-    def accept(self, token_id: int) -> None:
+    def accept(self, token_ids: Sequence[int]) -> None:
         """The output has gone on. Raises RequestError where a grammar takes more work than it may."""
         if self._matcher is not None:
-            self._matcher.accept(token_id)
+            for token_id in token_ids:
+                self._matcher.accept(token_id)
 
     def _ends_with(self, token_ids: tuple[int, ...]) -> bool:
         return not token_ids or tuple(self._request.output_token_ids[-len(token_ids) :]) == token_ids
@@ -106,10 +107,10 @@ class EditedRequests:
         """Whether sampling the step must wait until the host has the tokens of the one before."""
         return any(edits.needs_tokens for _, _, edits in self._of(step))
 
-    def accept(self, request: Request, token_id: int) -> None:
+    def accept(self, request: Request, token_ids: Sequence[int]) -> None:
         """A request's output has gone on. Raises RequestError where it cannot go on any further."""
         if (edits := self._edits.get(request.request_id)) is not None:
-            edits.accept(token_id)
+            edits.accept(token_ids)
 
     def pack(self, step: Step, num_draws: int) -> tuple[np.ndarray | None, list[tuple[Request, RequestError]]]:
         """``int32[num_draws, layout.width]`` of a step's draws, None where no request among them has any; and the
@@ -121,6 +122,8 @@ class EditedRequests:
             num_outputs = chunk.start + chunk.num_tokens - chunk.request.num_prompt_tokens
             try:
                 edits.write(packed[draw : draw + 1], self._layout, num_outputs)
+                # Where drafts may be, what is allowed does not depend on the tokens before.
+                packed[draw + 1 : draw + chunk.num_draws] = packed[draw]
             except RequestError as error:
                 failed.append((chunk.request, error))
         return packed, failed
@@ -129,7 +132,7 @@ class EditedRequests:
         """The draws that have edits, by number."""
         if not self._edits:
             return
-        for draw, chunk in enumerate(chunk for chunk in step.chunks if chunk.samples):
+        for draw, chunk in step.draws():
             edits = self._edits.get(chunk.request.request_id)
             if edits is not None and chunk.request.status is not RequestStatus.FINISHED:
                 yield draw, chunk, edits

@@ -253,12 +253,14 @@ class Engine:
     def _pack(self, batch: Batch, start: float, scheduled: float) -> Step:
         chunks = list(batch.chunks.values())
         step = self._packer.pack(self.runner.layout(batch.num_tokens), chunks)
+        if (draft := self.runner.draft) is not None and (last_tokens := draft.following(chunks)):
+            step.last_tokens = self._packer.pack(draft.layout, last_tokens).ints
         prefills = prefills_of(chunks)
         for chunk in prefills:
             if chunk.request.metrics.first_scheduled_seconds is None:
                 chunk.request.metrics.first_scheduled_seconds = scheduled
                 self.metrics.observe_begin(chunk.request)
-        num_decodes = len(chunks) - len(prefills)
+        num_decodes = len(chunks) - len(prefills) + sum(chunk.num_drafts for chunk in chunks)
         step.record = StepRecord(start, scheduled, num_tokens=batch.num_tokens, num_decode_tokens=num_decodes)
         return step
 
@@ -272,15 +274,20 @@ class Engine:
         self._device_free_seconds = record.ready_seconds
         collect_prompt_logprobs(step, self._streams)
         deltas = []
-        for request, token_id, logprobs in drawn_tokens(step, token_ids):
+        for drawn in drawn_tokens(step, token_ids):
+            request = drawn.chunk.request
             stream = self._streams[request.request_id]
-            delta = stream.append(token_id, logprobs, record.ready_seconds)
+            if drawn.chunk.num_drafts:
+                num_held = len(drawn.token_ids) - 1
+                self.scheduler.verified(drawn.chunk, drawn.num_verified, num_held)
+                record.drafts.add(drawn.chunk.num_drafts, drawn.num_verified, num_held)
+            delta = stream.append(drawn.token_ids, drawn.logprobs, record.ready_seconds)
             deltas.append(delta)
             if delta.finish_reason is not None:
                 self._finish(request, delta.finish_reason)
                 continue
             try:
-                self._edited.accept(request, token_id)
+                self._edited.accept(request, drawn.token_ids)
             except RequestError as error:
                 self._end(stream, str(error))
         record.processed_seconds = self._clock()

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from jaxserve.engine.speculation import SequenceState, moved
 from jaxserve.engine.step import StepLayout, plan_of
 from jaxserve.kernels.backend import Backend
 from jaxserve.kernels.cache import KVCache, cache_specs
@@ -27,15 +28,6 @@ from jaxserve.sharding.rules import abstract_parameters
 
 EVERYWHERE, STAGES = PartitionSpec(), PartitionSpec("pipe")
 """How arrays lie on a mesh: the same on each device, or divided along their first axis among a pipeline's stages."""
-
-
-class SequenceState[Array](NamedTuple):
-    """What the devices know of the sequences, by slot. A new owner begins it and sampling goes on with it."""
-
-    history: Array
-    """``int32[S, max_model_len]``: the tokens, sampled ones included."""
-    lengths: Array
-    """``int32[S]``: how many there are."""
 
 
 class ModelState[Array](NamedTuple):
@@ -65,18 +57,27 @@ class Rows(NamedTuple):
     positions: jax.Array
     kv_slots: jax.Array
     """Where the row's key and value go: page * page size + offset."""
+    is_token: jax.Array
+    """``bool[T]``: not of padding, nor where a sequence has no such draft."""
 
 
 def rows_of(fields: Mapping[str, jax.Array], sequences: SequenceState[jax.Array], page_size: int) -> Rows:
     """A step's rows. The device alone knows what it has just sampled, so their tokens are from its history."""
     seqs, positions = fields["row_seqs"], fields["row_positions"]
     is_token = seqs >= 0
-    positions = jnp.where(positions < 0, sequences.lengths[seqs] + positions, positions)
+    if sequences.num_drafts is None:
+        positions = jnp.where(positions < 0, sequences.lengths[seqs] + positions, positions)
+    else:
+        offsets, num_drafts = -1 - positions, sequences.num_drafts[seqs]
+        is_token &= offsets <= num_drafts
+        last = sequences.lengths[seqs] - 1
+        positions = jnp.where(positions < 0, last + jnp.minimum(offsets, num_drafts), positions)
     page = fields["block_tables"][seqs, positions // page_size]
     return Rows(
         token_ids=jnp.where(is_token, sequences.history[seqs, positions], 0),
         positions=positions,
         kv_slots=jnp.where(is_token, page * page_size + positions % page_size, 0),
+        is_token=is_token,
     )
 
 
@@ -182,17 +183,17 @@ class WholeForward:
         rows = rows_of(fields, sequences, layout.limits.page_size)
         model = nnx.merge(self._graph, jax.tree.unflatten(self._tree, parameters))
         inputs = _attention_inputs(layout, fields, rows, self._backend, self._mesh)
-        hidden, cache = model(rows.token_ids, rows.positions, self._counted(fields["row_seqs"]), state.cache, inputs)
+        hidden, cache = model(rows.token_ids, rows.positions, self._counted(rows.is_token), state.cache, inputs)
         return ModelState(cache, None), Drawn(hidden[fields["draw_rows"]], layout.draws_of(ints[0]), hidden)
 
-    def _counted(self, row_seqs: jax.Array) -> jax.Array | None:
+    def _counted(self, is_token: jax.Array) -> jax.Array | None:
         """The rows of tokens, where all work on padding can be left out: nothing that counts reads those rows.
 
         So shapes are a bucket's, but on CPUs its padding costs nothing, and they need no finer buckets than GPUs.
         """
         if not self._skips_padding:
             return None
-        return jnp.where(row_seqs >= 0, jnp.arange(len(row_seqs), dtype=jnp.int32), -1)
+        return jnp.where(is_token, jnp.arange(len(is_token), dtype=jnp.int32), -1)
 
 
 class StagedForward:
@@ -286,4 +287,9 @@ class StagedForward:
 def _attention_inputs(
     layout: StepLayout, fields: dict[str, jax.Array], rows: Rows, backend: Backend, mesh: Mesh | AbstractMesh
 ) -> AttentionInputs:
-    return AttentionInputs(rows.kv_slots, fields["block_tables"], plan_of(fields), layout.limits, backend, mesh)
+    plan, limits = plan_of(fields), layout.limits
+    if limits.max_drafts:
+        # Where no draft is nothing need be seen; something must be, so in a plan of windows what the last one sees.
+        seen = rows.positions + 1 if limits.window is not None else jnp.where(rows.is_token, rows.positions + 1, 1)
+        plan = moved(plan, seen)
+    return AttentionInputs(rows.kv_slots, fields["block_tables"], plan, limits, backend, mesh)

@@ -82,7 +82,7 @@ def working_bytes(config: ResolvedConfig, model: ModelConfig) -> int:
     width = model.experts.count * model.experts.intermediate_size if model.experts else model.intermediate_size
     activations = rows * (4 * model.hidden_size + 3 * width // share) * itemsize
     # Logits of a step's samples in five forms (see sampler.py), or of all its rows in three where prompts are scored.
-    logits = max(5 * config.max_num_seqs, 3 * rows) * model.vocab_size // share * 4
+    logits = max(5 * (config.max_num_seqs + config.max_drafts), 3 * rows) * model.vocab_size // share * 4
     history = 4 * config.max_num_seqs * config.max_model_len
     return activations + logits + history + STEP_BYTES
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, field
+from itertools import accumulate, zip_longest
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -29,6 +29,39 @@ _LENGTH_BUCKETS = tuple(digit * 10**power for power in range(6) for digit in (1,
 
 
 @dataclass
+class DraftCounts:
+    """What became of a step's drafts."""
+
+    num_sequences: int = 0
+    """That had any."""
+    num_rows: int = 0
+    """For drafts, be they there or not."""
+    num_verified: int = 0
+    num_held: int = 0
+    held: list[int] = field(default_factory=list)
+    """By their place behind a sequence's last token, from 0 on."""
+
+    def add(self, num_rows: int, num_verified: int, num_held: int) -> None:
+        """Those of one sequence."""
+        self.num_sequences += num_verified > 0
+        self.num_rows += num_rows
+        self.num_verified += num_verified
+        self.num_held += num_held
+        self._hold([1] * num_held)
+
+    def merge(self, other: DraftCounts) -> None:
+        """Those of another step as well."""
+        self.num_sequences += other.num_sequences
+        self.num_rows += other.num_rows
+        self.num_verified += other.num_verified
+        self.num_held += other.num_held
+        self._hold(other.held)
+
+    def _hold(self, more: Sequence[int]) -> None:
+        self.held = [old + new for old, new in zip_longest(self.held, more, fillvalue=0)]
+
+
+@dataclass
 class StepRecord:
     """One step on the engine's clock, in seconds, and what it computed."""
 
@@ -40,6 +73,7 @@ class StepRecord:
     """Tokens that follow an output token: decodes, and outputs recomputed after a preemption count as one chunk."""
     num_rows: int = 0
     """Rows of the program that ran: num_tokens and padding. Of a pipeline, when the step left it."""
+    drafts: DraftCounts = field(default_factory=DraftCounts)
     device_start_seconds: float = 0.0
     """When the device could begin: at the launch, or at the end of the step before. Set, as what follows, later."""
     waited_seconds: float = 0.0
@@ -133,6 +167,17 @@ class EngineMetrics:
         self.step_tokens = counter("step_tokens", "Tokens computed by steps")
         self.iteration_tokens = histogram("iteration_tokens_total", "Tokens computed by a step", _ITERATION_BUCKETS)
         self.step_padding = counter("step_padding_tokens", "Padding rows computed by steps")
+        self.draft_sequences = counter("spec_decode_num_drafts", "Times that a sequence had drafts in a step")
+        self.draft_tokens = counter("spec_decode_num_draft_tokens", "Drafts that steps verified")
+        self.accepted_tokens = counter("spec_decode_num_accepted_tokens", "Drafts that were the tokens which came")
+        self.accepted_at = counter(
+            "spec_decode_num_accepted_tokens_per_pos",
+            "The same, by their place behind the last token, from 0 on",
+            "position",
+        )
+        self.wasted_rows = counter(
+            "spec_decode_num_wasted_rows", "Rows for drafts that did not hold, or were not there"
+        )
         self.budget_use = histogram("token_budget_use", "Share of the token budget a step used", _SHARE_BUCKETS)
         self.bubble = histogram(
             "pipeline_bubble_share",
@@ -173,8 +218,18 @@ class EngineMetrics:
         self.iteration_tokens.observe(step.num_tokens)
         self.step_padding.inc(num_padding_tokens)
         self.budget_use.observe(step.num_tokens / self._token_budget)
+        if step.drafts.num_rows:
+            self._observe_drafts(step.drafts)
         if step.bubble_share is not None:
             self.bubble.observe(step.bubble_share)
+
+    def _observe_drafts(self, drafts: DraftCounts) -> None:
+        self.draft_sequences.inc(drafts.num_sequences)
+        self.draft_tokens.inc(drafts.num_verified)
+        self.accepted_tokens.inc(drafts.num_held)
+        for place, number in enumerate(drafts.held):
+            self.accepted_at.labels(str(place)).inc(number)
+        self.wasted_rows.inc(drafts.num_rows - drafts.num_held)
 
     def observe_request(self, request: Request) -> None:
         """Count a request that has just ended."""
@@ -203,6 +258,6 @@ class EngineMetrics:
         self.inference.observe(last_seconds - scheduled_seconds)
         if len(times.token_seconds) > 1:
             self.mean_tbt.observe(decode_seconds / (len(times.token_seconds) - 1))
-        tbt_seconds = np.diff(times.token_seconds)
+        tbt_seconds = np.array(times.tbt_seconds)
         self.tbt.observe_all(tbt_seconds)
         self.recent.add_request(ttft_seconds, tbt_seconds.tolist())

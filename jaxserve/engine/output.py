@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from jaxserve.engine.sampler import TokenLogprobs
+from jaxserve.engine.speculation import ABSENT
 from jaxserve.engine.step import Step, scored_tokens
 from jaxserve.request import FinishReason, Logprob, PositionLogprobs, Request, RequestDelta, RequestStatus
+from jaxserve.scheduler import Chunk
 from jaxserve.text import overlap
 from jaxserve.tokenizer import Tokenizer
 
@@ -50,10 +53,13 @@ class OutputStream:
             return (self._held, FinishReason.LENGTH) if stopped is None else (stopped, FinishReason.STOP)
         return self._release(), None
 
-    def append(self, token_id: int, logprobs: Mapping[int, Logprob] | None, now_seconds: float) -> RequestDelta:
-        """Add a sampled token, with its log-probabilities where they are asked for: what that adds to the output.
+    def append(
+        self, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob]] | None, now_seconds: float
+    ) -> RequestDelta:
+        """Add the tokens that a step has sampled, with their log-probabilities where those are asked for: what that
+        adds to the output. Those behind its end are dropped.
 
-        The delta's finish_reason says whether the request ends with it; nothing else has ended it by then.
+        The delta's finish_reason says whether the request ends with them; nothing else has ended it by then.
         """
         request = self.request
         prompt_logprobs = None
@@ -61,9 +67,13 @@ class OutputStream:
             prompt_logprobs = self.prompt_logprobs
         if request.max_tokens == 0:  # nothing but those was asked for
             return self._delta((), "", None, prompt_logprobs, FinishReason.LENGTH)
-        request.metrics.token_seconds.append(now_seconds)
-        text, reason = self.push(token_id)
-        return self._delta((token_id,), text, None if logprobs is None else [logprobs], prompt_logprobs, reason)
+        text, reason, number = "", None, 0
+        while reason is None and number < len(token_ids):
+            more, reason = self.push(token_ids[number])
+            text, number = text + more, number + 1
+            request.metrics.token_seconds.append(now_seconds)
+        kept = None if logprobs is None else list(logprobs[:number])
+        return self._delta(token_ids[:number], text, kept, prompt_logprobs, reason)
 
     def end(self, error: str | None = None) -> RequestDelta:
         """The rest of the text when the request ends from outside, or cannot go on: then ``error`` says why."""
@@ -125,21 +135,31 @@ def logprob_entry(logprobs: TokenLogprobs[np.ndarray], row: int, token_id: int, 
     return PositionLogprobs(token_id, chosen, logprobs.top_ids[row, top].copy(), logprobs.top[row, top].copy())
 
 
-def drawn_tokens(step: Step, token_ids: Sequence[int]) -> Iterator[tuple[Request, int, Mapping[int, Logprob] | None]]:
-    """Of each request of the step that is still there and draws: its token of ``token_ids`` ``[R]``, and the token's
-    log-probabilities where it asked for them."""
-    draws = [
-        (draw, chunk.request)
-        for draw, chunk in enumerate(chunk for chunk in step.chunks if chunk.samples)
-        if chunk.request.status is not RequestStatus.FINISHED
-    ]
-    wanted = any(request.params.logprobs is not None for _, request in draws)
+class DrawnTokens(NamedTuple):
+    """What a step has drawn of one request."""
+
+    chunk: Chunk
+    token_ids: list[int]
+    """The drafts that hold, and the token behind them."""
+    logprobs: list[Mapping[int, Logprob]] | None
+    """Of these, where the request asked for them."""
+    num_verified: int
+    """Drafts that there were, of those that it was granted."""
+
+
+def drawn_tokens(step: Step, token_ids: Sequence[int]) -> Iterator[DrawnTokens]:
+    """Of each request of the step that is still there and draws, from ``token_ids`` ``[R]``."""
+    draws = [(draw, chunk) for draw, chunk in step.draws() if chunk.request.status is not RequestStatus.FINISHED]
+    wanted = any(chunk.request.params.logprobs is not None for _, chunk in draws)
     logprobs = host_logprobs(step.outputs.logprobs) if wanted and step.outputs is not None else None
-    for draw, request in draws:
-        entry, num_top = None, request.params.logprobs
+    for draw, chunk in draws:
+        drawn = token_ids[draw : draw + chunk.num_draws]
+        held = [token_id for token_id in drawn if token_id >= 0]
+        entries: list[Mapping[int, Logprob]] | None = None
+        num_top = chunk.request.params.logprobs
         if logprobs is not None and num_top is not None:
-            entry = logprob_entry(logprobs, draw, token_ids[draw], num_top)
-        yield request, token_ids[draw], entry
+            entries = [logprob_entry(logprobs, draw + i, token_id, num_top) for i, token_id in enumerate(held)]
+        yield DrawnTokens(chunk, held, entries, chunk.num_drafts - drawn.count(ABSENT))
 
 
 def collect_prompt_logprobs(step: Step, streams: Mapping[str, OutputStream]) -> None:

@@ -20,10 +20,12 @@ from jaxserve.request import Request, RequestMetrics
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Chunk
 from jaxserve.scheduler.blocks import BlockManager
+from jaxserve.scheduler.buckets import bucket_of
 from jaxserve.scheduler.step_time import BatchShape, Profile, Sample, StepTimeModel, held_out_error
 from jaxserve.scheduler.swap_space import Copy
 
 NUM_REPEATS = 3
+DRAFT_ROUNDS = 4
 
 
 class Profiler:
@@ -65,6 +67,27 @@ class Profiler:
             self._runner.wait()
             times.append(time.perf_counter() - start)
         return statistics.median(times[1:]) / len(places)
+
+    def draft_times(self) -> StepTimeModel:
+        """Of decodes and drafts alone, by their number, at half of the longest context."""
+        config, limits = self._runner.config, self._runner.layout(1).limits
+        buckets, skips = self._runner.buckets, self._runner.skips_padding
+        sizes = {2**power for power in range(limits.max_decodes.bit_length())} | {limits.max_decodes}
+        if not skips:
+            sizes = {bucket_of(min(rows, buckets[-1]), buckets) for rows in sizes}
+        steps = {rows: self._decodes(rows) for rows in sorted(sizes) if rows <= config.token_budget}
+        # The least of rounds through all sizes: they differ by little, beside what else a machine has to do.
+        rounds = [[self._run_seconds(step) for step in steps.values()] for _ in range(1 + DRAFT_ROUNDS)]
+        least = np.maximum.accumulate(np.min(rounds[1:], axis=0))
+        return StepTimeModel(dict(zip(steps, least.tolist(), strict=True)), 0.0, 0.0, interpolates=skips)
+
+    def _decodes(self, num_rows: int) -> Step:
+        """So many rows, shared by the sequences as decodes and drafts."""
+        num_seqs = min(num_rows, self._runner.config.max_num_seqs)
+        shares = [len(share) for share in np.array_split(np.arange(num_rows), num_seqs)]
+        start = self.context_tokens // 2
+        chunks = [self._chunk(slot, start, share, decodes=True) for slot, share in enumerate(shares)]
+        return pack_alone(self._runner, [chunk._replace(num_drafts=chunk.num_tokens - 1) for chunk in chunks])
 
     def worst_shapes(self) -> dict[int, BatchShape]:
         """For every bucket that could be the budget: all sequences but one decode, and the rest is a prefill chunk,
@@ -120,13 +143,13 @@ class Profiler:
     def _seconds(self, batch: list[Chunk]) -> float:
         """Median time from a launch to its tokens, after a run that is not counted."""
         step = pack_alone(self._runner, batch)
-        times = []
-        for _ in range(1 + NUM_REPEATS):
-            start = time.perf_counter()
-            self._runner.sample(self._runner.launch(step))
-            step.tokens()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times[1:])
+        return statistics.median([self._run_seconds(step) for _ in range(1 + NUM_REPEATS)][1:])
+
+    def _run_seconds(self, step: Step) -> float:
+        start = time.perf_counter()
+        self._runner.sample(self._runner.launch(step))
+        step.tokens()
+        return time.perf_counter() - start
 
 
 def pack_alone(runner: ModelRunner, batch: list[Chunk]) -> Step:

@@ -18,13 +18,13 @@ from jaxserve.engine.forward import (
     Drawn,
     Forward,
     ModelState,
-    SequenceState,
     StagedForward,
     WholeForward,
 )
 from jaxserve.engine.logits import EditLayout, edited
 from jaxserve.engine.memory import choose_num_blocks
 from jaxserve.engine.sampler import SamplingInputs, TokenLogprobs, optional_logprobs, sample, token_logprobs
+from jaxserve.engine.speculation import PROPOSERS, SequenceState, draw_places, verify, with_drafts
 from jaxserve.engine.step import StepLayout, StepOutputs, step_layouts
 from jaxserve.errors import ConfigError
 from jaxserve.kernels import native
@@ -48,6 +48,7 @@ class StepPrograms:
     """The programs of one model on one mesh: a step is a forward pass of its token bucket, then, where the batch draws,
     sampling of as many draws. ``admit`` begins the history of a sequence, ``score`` is for prompt logprobs.
 
+    ``beside``: of another model, which keeps its parameters, and KV in as many blocks, in the same memory.
     ``target`` and ``gpu_memory_bytes`` are of the mesh's kind of device; asked of its first one by default. Raises
     ConfigError and ModelError.
     """
@@ -60,6 +61,7 @@ class StepPrograms:
         *,
         target: Target | None = None,
         gpu_memory_bytes: int | None = None,
+        beside: StepPrograms | None = None,
     ) -> None:
         self.config = config
         self.model_config = model_config = divided(model_config, mesh)
@@ -81,9 +83,10 @@ class StepPrograms:
         graph, state = abstract_model(model_class, model_config, max_len=config.max_model_len, dtype=dtype)
         self._kind: type[Matrix] = PanelMatrix if mesh.size == 1 and native.serves(target, dtype) else DenseMatrix
         self.forward: Forward
+        self.skips_padding = self.num_stages == 1 and self.backend.skips_padding and self._kind.skips_padding
+        """Whether padding costs nothing, so that a step takes what its tokens do."""
         if self.num_stages == 1:
-            skips_padding = self.backend.skips_padding and self._kind.skips_padding
-            self.forward = WholeForward(graph, state, mesh, model_config, self.backend, skips_padding)
+            self.forward = WholeForward(graph, state, mesh, model_config, self.backend, self.skips_padding)
         else:
             self.forward = StagedForward(graph, state, mesh, model_config, self.backend)
         self.abstract_parameters = self.forward.abstract_parameters
@@ -94,10 +97,13 @@ class StepPrograms:
             self.forward.num_cache_layers, model_config.num_held_kv_heads, model_config.head_dim, config.block_size,
             cache_dtype,
         )  # fmt: skip
+        block_bytes, arrays = self.kv_cache.block_bytes, jax.tree.leaves(self._abstract_taken)
+        if beside is not None:
+            block_bytes += beside.kv_cache.block_bytes
+            arrays += jax.tree.leaves(beside._abstract_taken)
         self.num_blocks = config.num_blocks or choose_num_blocks(
-            config, model_config, mesh, self.kv_cache.block_bytes, jax.tree.leaves(self._abstract_taken),
-            gpu_memory_bytes,
-        )  # fmt: skip
+            config, model_config, mesh, block_bytes, arrays, gpu_memory_bytes
+        )
         self._options = gpu_options(config.gemm_backend) if self.uses_graphs else None
         self.layouts = step_layouts(config, self.num_blocks, self.backend.tiling, model_config.window)
         self.buckets = tuple(self.layouts)
@@ -139,7 +145,8 @@ class StepPrograms:
 
     def abstract_sequences(self) -> SequenceState[jax.ShapeDtypeStruct]:
         slots, longest = self.config.max_num_seqs, self.config.max_model_len
-        return SequenceState(self._ints(slots, longest), self._ints(slots))
+        num_drafts = self._ints(slots) if self.config.max_seq_drafts else None
+        return SequenceState(self._ints(slots, longest), self._ints(slots), num_drafts)
 
     def lower_forward(self, rows: int) -> jax.stages.Lowered:
         """Of parameters, the model's state (donated), the sequences' and packed steps, for each stage its own."""
@@ -193,6 +200,15 @@ class StepPrograms:
         """Of the KV cache, by itself."""
         return self.kv_cache.abstract_block(self.mesh)
 
+    def lower_with_parameters(self, function: Callable[..., object], *arguments: object) -> jax.stages.Lowered:
+        """A function of all parameters, the model's state and the sequences' (both donated) and other arguments, which
+        gives both states."""
+        state = self.abstract_state()
+        placed = jax.tree.map(lambda array: array.sharding, state), self.replicated
+        return self._lower(
+            function, self._abstract_taken, state, *arguments, donate_argnums=(1, 2), out_shardings=placed
+        )
+
     def _lower(self, function: Callable[..., object], *arguments: object, **options: Any) -> jax.stages.Lowered:
         jitted = jax.jit(function, compiler_options=self._options, **options)
         lowered = jitted.lower(*arguments)
@@ -215,10 +231,14 @@ class StepPrograms:
         edits: jax.Array | None = None,
     ) -> tuple[SequenceState[jax.Array], StepOutputs]:
         fields = layout.split_draws(draws)
-        is_draw = fields["draw_rows"] >= 0
+        is_draw, positions = fields["draw_rows"] >= 0, fields["draw_positions"]
+        if sequences.num_drafts is not None:
+            seqs = fields["draw_seqs"]
+            offsets, positions = draw_places(positions, sequences.lengths[seqs])
+            is_draw &= offsets <= sequences.num_drafts[seqs]
         drawn = jnp.where(is_draw, jnp.arange(layout.num_draws, dtype=jnp.int32), -1)
         logits = self.forward.head(outside).logits(rows, drawn)
-        positions, wanted = fields["draw_positions"], fields["want_logprobs"][0] > 0
+        wanted = fields["want_logprobs"][0] > 0
 
         def sample_rows(logits: jax.Array, inputs: SamplingInputs, *edits: jax.Array) -> StepOutputs:
             changed = logits
@@ -228,11 +248,17 @@ class StepPrograms:
             tokens = sample(changed, inputs)
             return StepOutputs(tokens, optional_logprobs(wanted, self.num_logprobs, logits, tokens))
 
+        fields["draw_positions"] = positions
         inputs = SamplingInputs(*(fields[name] for name in SamplingInputs._fields))
         # Slots that do not exist are dropped.
         slots = jnp.where(fields["draw_seqs"] >= 0, fields["draw_seqs"], self.config.max_num_seqs)
         changes = () if edits is None else (edits, sequences.history[slots])
         outputs = over_rows(sample_rows, self.mesh, logits, inputs, *changes)
+        if sequences.num_drafts is not None:
+            known, tokens = verify(sequences, slots, offsets, positions, outputs.tokens)
+            if (propose := PROPOSERS.get(self.config.speculative)) is not None:
+                known = with_drafts(known, propose(known, self.config.max_seq_drafts))
+            return known, outputs._replace(tokens=tokens)
         history = sequences.history.at[slots, positions].set(outputs.tokens, mode="drop")
         return SequenceState(history, sequences.lengths.at[slots].set(positions + 1, mode="drop")), outputs
 
@@ -248,4 +274,9 @@ def zeros(abstract: jax.ShapeDtypeStruct) -> jax.Array:
 
 def _admit(sequences: SequenceState[jax.Array], new: jax.Array) -> SequenceState[jax.Array]:
     slot, length = new[0], new[1]
-    return SequenceState(sequences.history.at[slot].set(new[2:]), sequences.lengths.at[slot].set(length))
+    history, lengths, num_drafts = sequences
+    return SequenceState(
+        history.at[slot].set(new[2:]),
+        lengths.at[slot].set(length),
+        None if num_drafts is None else num_drafts.at[slot].set(0),
+    )

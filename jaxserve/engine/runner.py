@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxserve.config import EngineConfig, ResolvedConfig, cache_dir
 from jaxserve.engine.compile import CompiledPrograms, use_persistent_cache
+from jaxserve.engine.draft import DraftModel
 from jaxserve.engine.forward import Drawn
 from jaxserve.engine.memory import claim_gpu_memory
 from jaxserve.engine.programs import SWAP_BLOCKS, StepPrograms
@@ -38,7 +39,7 @@ RUNS_OF_A_GRAPH = 3
 
 
 class Kind(IntEnum):
-    """What a program does; see StepPrograms."""
+    """What a program does; see StepPrograms, and DraftModel."""
 
     FORWARD = 0
     SAMPLE = 1
@@ -47,6 +48,8 @@ class Kind(IntEnum):
     SAMPLE_EDITED = 4
     SWAP_OUT = 5
     SWAP_IN = 6
+    DRAFT_FORWARD = 7
+    PROPOSE = 8
 
 
 def prepare(config: EngineConfig) -> tuple[Checkpoint, ResolvedConfig]:
@@ -72,13 +75,21 @@ class ModelRunner:
                 f"{checkpoint.path}: Orbax checkpoints cannot be divided into the stages of a pipeline; "
                 f"pipeline_parallel must be 1, got {self.num_stages}"
             )
-        self._programs = programs = StepPrograms(config, checkpoint.config, mesh)
+        draft_checkpoint, beside = None, None
+        if config.draft_model is not None:
+            draft_checkpoint = open_checkpoint(config.draft_model, config.load_format)
+            least = dataclasses.replace(config, num_blocks=1 + config.blocks_per_seq)
+            beside = StepPrograms(least, draft_checkpoint.config, mesh)
+        self._programs = programs = StepPrograms(config, checkpoint.config, mesh, beside=beside)
         self.model_config = programs.model_config
         weights = programs.weights()
         checkpoint.check(programs.abstract_parameters, weights)
         self._layouts, self.buckets, self.edits = programs.layouts, list(programs.layouts), programs.edits
-        self.num_blocks = programs.num_blocks
+        self.num_blocks, self.skips_padding = programs.num_blocks, programs.skips_padding
         self.config = dataclasses.replace(config, num_blocks=self.num_blocks)
+        self.draft: DraftModel | None = None
+        if draft_checkpoint is not None:
+            self.draft = DraftModel(self.config, draft_checkpoint, checkpoint.config, mesh)
         rare = {(Kind.SAMPLE_EDITED, n): partial(programs.lower_sample_edited, n) for n in programs.draw_layouts}
         rare |= {(Kind.SCORE, rows): partial(programs.lower_score, rows) for rows in self.buckets}
         common = {(Kind.ADMIT, 0): programs.lower_admit}
@@ -86,10 +97,15 @@ class ModelRunner:
         common |= {(Kind.SAMPLE, draws): partial(programs.lower_sample, draws) for draws in programs.draw_layouts}
         if config.swap_space_bytes:
             common |= {(Kind.SWAP_OUT, 0): programs.lower_swap_out, (Kind.SWAP_IN, 0): programs.lower_swap_in}
+        if self.draft is not None:
+            common |= {(Kind.DRAFT_FORWARD, rows): partial(self.draft.lower_forward, rows) for rows in self.buckets}
+            common[Kind.PROPOSE, 0] = self.draft.lower_propose
         self._rare, self._compiled = rare, CompiledPrograms(common | rare)
         ahead = [*common, *(rare if programs.uses_graphs else ())] if config.warmup else []
 
         def load() -> list[Parameter]:
+            if self.draft is not None:
+                self.draft.load()
             loaded = checkpoint.load(programs.abstract_parameters, weights)
             return jax.block_until_ready(programs.take(loaded))
 
@@ -138,6 +154,8 @@ class ModelRunner:
         ints = np.stack([one.packed_for(layout) for one in self._in_stages])
         last.hidden = self.run(Kind.FORWARD, layout.num_rows, ints)
         last.record.num_rows = layout.num_rows
+        if self.draft is not None:
+            self.run(Kind.DRAFT_FORWARD, layout.num_rows, self.draft.packed(last, layout.num_rows))
         if self.num_stages > 1:
             tokens = [one.record.num_tokens for one in self._in_stages]
             last.record.bubble_share = bubble_share(tokens, layout.num_rows)
@@ -151,6 +169,8 @@ class ModelRunner:
         if any(chunk.samples for chunk in step.chunks):
             kind = Kind.SAMPLE if edits is None else Kind.SAMPLE_EDITED
             step.outputs = self.run(kind, self.num_draws(step), edits)
+            if step.last_tokens is not None:
+                self.run(Kind.PROPOSE, 0, step.last_tokens)
 
     def num_draws(self, step: Step) -> int:
         """R of the program that has run the step's last stage."""
@@ -194,6 +214,8 @@ class ModelRunner:
             Kind.SAMPLE_EDITED: self._sample_edited,
             Kind.SWAP_OUT: self._swap_out,
             Kind.SWAP_IN: self._swap_in,
+            Kind.DRAFT_FORWARD: self._draft_forward,
+            Kind.PROPOSE: self._propose,
         }
         return starts[kind](size, array)
 
@@ -211,6 +233,9 @@ class ModelRunner:
             ints = np.stack([Step.empty(layout).ints] * self.num_stages)
             for _ in range(RUNS_OF_A_GRAPH if graphs else 1):
                 self.run(Kind.FORWARD, rows, ints)
+                if self.draft is not None:
+                    self.run(Kind.DRAFT_FORWARD, rows, self.draft.packed(Step.empty(layout), rows))
+                    self.run(Kind.PROPOSE, 0, self.draft.layout.blank)
                 jax.block_until_ready(self.run(Kind.SAMPLE, layout.num_draws))
                 if graphs:
                     blank = self.edits.blank(layout.num_draws)
@@ -219,7 +244,8 @@ class ModelRunner:
 
     def close(self) -> None:
         """Wait for the devices and give their memory back. A step that failed may have taken the state with it."""
-        for array in jax.tree.leaves((self._parameters, self._state, self._sequences)):
+        drafts = [] if self.draft is None else self.draft.arrays()
+        for array in [*jax.tree.leaves((self._parameters, self._state, self._sequences)), *drafts]:
             if not array.is_deleted():
                 array.block_until_ready().delete()
         self._swapped.clear()
@@ -245,6 +271,16 @@ class ModelRunner:
         self._sequences, outputs = program(self._outside, self._sequences, drawn.rows, drawn.draws, *edits)
         outputs.tokens.copy_to_host_async()
         return outputs
+
+    def _draft_forward(self, rows: int, ints: np.ndarray) -> None:
+        assert self.draft is not None
+        packed = _put(ints.reshape(1, -1), self._programs.staged)
+        self.draft.forward(self._compiled[Kind.DRAFT_FORWARD, rows], self._sequences, packed)
+
+    def _propose(self, size: int, ints: np.ndarray) -> None:
+        assert self.draft is not None
+        packed = _put(ints.reshape(1, -1), self._programs.staged)
+        self._sequences = self.draft.propose(self._compiled[Kind.PROPOSE, size], self._sequences, packed)
 
     def _admit(self, size: int, admission: np.ndarray) -> None:
         self._sequences = self._compiled[Kind.ADMIT, size](self._sequences, self._put(admission))

@@ -7,7 +7,7 @@ programs are keyed by the token bucket alone. ``FIELDS`` says what is in it; not
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -18,7 +18,7 @@ import numpy as np
 from jaxserve.config import ResolvedConfig
 from jaxserve.engine.metrics import StepRecord
 from jaxserve.engine.sampler import TokenLogprobs
-from jaxserve.kernels.plan import AttentionPlan, PlanLimits, Tiling, empty_plan, make_plan, plan_shapes
+from jaxserve.kernels.plan import AttentionPlan, PlanLimits, Tiling, empty_plan, expand, make_plan, plan_shapes
 from jaxserve.request import Request
 from jaxserve.scheduler import Chunk
 from jaxserve.scheduler.blocks import BlockManager
@@ -53,9 +53,10 @@ FIELDS = (
     Field("want_logprobs", "step"),
 )
 """Rows are the flat ragged batch, T of them: each has a sequence and its position there, -1 for that of the sequence's
-last token, wherever that is by then. Sequences are slots, S of them, each with the pages of its tokens. Draws are the
-tokens to sample, R of them: the row that is followed, the sequence that gets the token, the token's position, and the
-request's sampling parameters. ``want_logprobs``: 1 when the log-probabilities of a draw are asked for."""
+last token, wherever that is by then, -2 for that of the first draft behind it, and so on. Sequences are slots, S of
+them, each with the pages of its tokens. Draws are the tokens to sample, R of them: the row that is followed, the
+sequence that gets the token, the token's position (with drafts, behind a row whose position is negative, that same
+number), and the request's sampling parameters. ``want_logprobs``: 1 when log-probabilities of a draw are asked for."""
 SAMPLED_AXES = ("draw", "step")
 """Of the fields that sampling reads. They lie side by side."""
 _DTYPES = {known.name: known.dtype for known in FIELDS}
@@ -89,8 +90,8 @@ class StepLayout:
 
     @property
     def num_draws(self) -> int:
-        """R: every sequence draws once, from a row of its own."""
-        return min(self.limits.num_rows, self.limits.max_num_seqs)
+        """R: every sequence draws once, from a row of its own, and behind every draft."""
+        return min(self.limits.num_rows, self.limits.max_decodes)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -140,7 +141,11 @@ class StepLayout:
 
 def step_layouts(config: ResolvedConfig, num_blocks: int, tiling: Tiling, window: int | None) -> dict[int, StepLayout]:
     """By token bucket. ``window``: the widest of the model's layers, if all have one."""
-    limits = config.max_num_seqs, config.max_model_len, config.block_size, num_blocks, tiling, window
+    if window is not None:  # a plan reaches as far back as it must where no draft holds
+        window += config.max_seq_drafts
+    limits = (
+        config.max_num_seqs, config.max_model_len, config.block_size, num_blocks, tiling, window, config.max_drafts
+    )  # fmt: skip
     return {rows: StepLayout(PlanLimits(rows, *limits)) for rows in token_buckets(config.token_budget)}
 
 
@@ -157,7 +162,7 @@ class StepOutputs(NamedTuple):
     """Results of a step, still on the device."""
 
     tokens: jax.Array
-    """``int32[R]``: the sampled token of each draw."""
+    """``int32[R]``: the sampled token of each draw; see ``verify`` of engine/speculation.py."""
     logprobs: TokenLogprobs[jax.Array]
     """Of the draws, R rows."""
 
@@ -180,10 +185,11 @@ class Step:
     sequences: np.ndarray
     """``int[3, n]``: slot, query length and KV length of each chunk, which the attention plan is made of."""
     admissions: Sequence[Admission] = ()
+    last_tokens: np.ndarray | None = None
+    """For a draft model, packed: of each sequence that draws, the token behind."""
     record: StepRecord = field(default_factory=StepRecord)
     outputs: StepOutputs | None = None
-    """Of the draws, the i-th of which is that of the i-th chunk that samples; None before the launch, and where no
-    chunk samples."""
+    """Of the draws; None before the launch, and where no chunk samples."""
     hidden: jax.Array | None = None
     """Once launched, for ``ModelRunner.score``: the hidden states of the batch's rows."""
     prompt_logprobs: TokenLogprobs[jax.Array] | None = None
@@ -195,6 +201,14 @@ class Step:
         ints, sequences = layout.blank.copy(), np.zeros((3, 0), int)
         _add_plan(layout, layout.split(ints), sequences)
         return cls(layout, ints, [], sequences)
+
+    def draws(self) -> Iterator[tuple[int, Chunk]]:
+        """The chunks that sample, each with the number of its first draw."""
+        draw = 0
+        for chunk in self.chunks:
+            if chunk.samples:
+                yield draw, chunk
+                draw += chunk.num_draws
 
     def tokens(self) -> list[int]:
         """Of the draws, once the device has them; none where no chunk samples, once the step has been computed."""
@@ -244,22 +258,33 @@ class Packer:
     def pack(self, layout: StepLayout, chunks: list[Chunk]) -> Step:
         """Write ``chunks``, one after the other, into a fresh array."""
         requests, *numbers = zip(*chunks, strict=True)
-        starts, num_tokens, slots, samples = (np.array(column) for column in numbers)
+        starts, num_tokens, slots, samples, num_drafts = (np.array(column) for column in numbers)
+        admissions = self._note(requests, slots)
         ints = layout.blank.copy()
         fields = layout.split(ints)
+        fields["block_tables"][slots] = self._blocks.tables[slots]
+        offsets = np.zeros_like(slots)
+        if num_drafts.any():
+            # A decode's row and those of its drafts are packed as decodes of their own: what each sees is to be summed
+            # as if it were alone.
+            owners, offsets = expand(1 + num_drafts)
+            starts, slots, samples = starts[owners] + offsets, slots[owners], samples[owners]
+            num_tokens = np.where(num_drafts > 0, 1, num_tokens)[owners]
         stops, end_rows = starts + num_tokens, np.cumsum(num_tokens)
         rows = np.arange(end_rows[-1])
         fields["row_seqs"][: len(rows)] = np.repeat(slots, num_tokens)
         fields["row_positions"][: len(rows)] = rows + np.repeat(stops - end_rows, num_tokens)
+        draw_positions = stops
         if not self._absolute:
-            fields["row_positions"][end_rows[samples & (num_tokens == 1)] - 1] = -1
-        fields["block_tables"][slots] = self._blocks.tables[slots]
-        admissions = self._note(requests, slots)
+            follows = samples & (num_tokens == 1)
+            fields["row_positions"][end_rows[follows] - 1] = (-1 - offsets)[follows]
+            if layout.limits.max_drafts:
+                draw_positions = np.where(follows, -1 - offsets, stops)
         drawing = slots[samples]
         draws = slice(len(drawing))
         fields["draw_rows"][draws] = end_rows[samples] - 1
         fields["draw_seqs"][draws] = drawing
-        fields["draw_positions"][draws] = stops[samples]
+        fields["draw_positions"][draws] = draw_positions[samples]
         for name, _, values in self._params:
             fields[name][draws] = values[drawing]
         fields["want_logprobs"][0] = self._wants_logprobs[drawing].any()

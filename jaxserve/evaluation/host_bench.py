@@ -39,6 +39,7 @@ class StubRunner:
 
     weights_seconds = compile_seconds = loading_seconds = 0.0
     has_steps = False
+    draft = None
 
     def __init__(self, config: ResolvedConfig, checkpoint: Checkpoint, mesh: Mesh, *, show_progress: bool) -> None:
         self.num_blocks = config.num_blocks or 1 + config.max_num_seqs * config.blocks_per_seq

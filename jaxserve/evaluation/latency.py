@@ -109,6 +109,12 @@ class RunResult:
         """Scheduling delays, one for each request."""
         return np.array([request.scheduling_delay_seconds for request in self.requests], float)
 
+    @cached_property
+    def tpot_seconds(self) -> np.ndarray:
+        """A request's mean time for each output token after the first, of requests that have several."""
+        times = [request.token_seconds for request in self.requests if len(request.token_seconds) > 1]
+        return np.array([(seconds[-1] - seconds[0]) / (len(seconds) - 1) for seconds in times])
+
     @property
     def num_stalls(self) -> int:
         return sum(request.num_stalls for request in self.requests)

@@ -13,6 +13,7 @@ from jaxserve.sampling_params import (
     MAX_BAD_WORDS,
     MAX_CACHE_SALT_CHARACTERS,
     MAX_CHOICES,
+    MAX_INT32,
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
     MAX_PRIORITY,
@@ -84,6 +85,10 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "priority": {
         "type": ["integer", "null"], "minimum": -MAX_PRIORITY, "maximum": MAX_PRIORITY,
         "description": "Lower goes first.",
+    },
+    "num_speculative_tokens": {
+        "type": ["integer", "null"], "minimum": 0, "maximum": MAX_INT32,
+        "description": "Most drafts of a step, where the server makes any; 0: none.",
     },
     "structured_outputs": STRUCTURED_OUTPUTS,
     "user": {"type": ["string", "null"]},

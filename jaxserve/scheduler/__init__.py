@@ -9,9 +9,10 @@ from jaxserve.scheduler.hybrid_only import HybridOnlyScheduler
 from jaxserve.scheduler.orca import OrcaScheduler
 from jaxserve.scheduler.prefill_first import PrefillFirstScheduler
 from jaxserve.scheduler.sarathi import SarathiScheduler
+from jaxserve.scheduler.speculation import Speculation
 from jaxserve.scheduler.step_time import Pace
 
-__all__ = ["POLICIES", "Batch", "Chunk", "Limits", "Pace", "Scheduler"]
+__all__ = ["POLICIES", "Batch", "Chunk", "Limits", "Pace", "Scheduler", "Speculation"]
 
 POLICIES: dict[str, type[Scheduler]] = {
     policy.name: policy

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
+from operator import attrgetter
 from typing import TYPE_CHECKING, ClassVar
 
 from jaxserve.request import FinishReason, Request, RequestStatus
@@ -15,6 +16,7 @@ from jaxserve.scheduler.batch import Batch, Chunk
 from jaxserve.scheduler.blocks import BlockManager
 from jaxserve.scheduler.prefix_cache import Hit
 from jaxserve.scheduler.queue import WaitingQueue, by_rank
+from jaxserve.scheduler.speculation import Speculation
 from jaxserve.scheduler.step_time import Pace
 from jaxserve.scheduler.swap_space import SwapSpace
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 _new_chunk = partial(tuple.__new__, Chunk)
 """Chunk._make without its checks, a third of the time."""
+_computed, _furthest = attrgetter("num_computed_tokens"), attrgetter("furthest_start")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,7 @@ class Limits:
     """The most of them that are copied back before one step."""
     enable_prefix_caching: bool = False
     """Not for those that run whole prompts: they stand for engines that had no such cache."""
+    speculation: Speculation | None = None
 
     def with_swap_space(self, num_blocks: int, *, copied_seconds: float, computed_seconds: float) -> Limits:
         """With a swap space of so many blocks, where a block's way there and back takes less time than computing it.
@@ -131,8 +135,11 @@ class Scheduler(ABC):
         batch = Batch(self.limits.token_budget, *self._ready())
         self._fill(batch)
         chunks = batch.chunks
-        for request, _, num_tokens, _, samples in chunks.values():
-            request.num_computed_tokens += num_tokens
+        if self.limits.speculation is not None:
+            self.limits.speculation.grant(batch, self.blocks, len(self.running))
+        for request, _, num_tokens, _, samples, num_drafts in chunks.values():
+            request.num_computed_tokens += num_tokens - num_drafts
+            request.num_unverified_tokens += num_drafts
             if samples:
                 request.num_tokens += 1
         if self.limits.pipeline_depth > 1:
@@ -148,6 +155,16 @@ class Scheduler(ABC):
         if self.limits.pipeline_depth > 1:
             for chunk in batch:
                 chunk.request.num_unsampled_tokens -= chunk.samples
+
+    def verified(self, chunk: Chunk, num_verified: int, num_held: int) -> None:
+        """Note how many of a chunk's drafts there were, and how many have turned out to be tokens."""
+        request, speculation = chunk.request, self.limits.speculation
+        assert speculation is not None
+        request.num_unverified_tokens -= chunk.num_drafts
+        request.num_tokens += num_held
+        if request.status is RequestStatus.RUNNING:  # not where it was preempted since, and must compute all again
+            request.num_computed_tokens += num_held
+        request.acceptance.note(num_verified if speculation.absent_cost_nothing else chunk.num_drafts, num_held)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request wherever it is; its blocks and slot are free at once.
@@ -178,34 +195,34 @@ class Scheduler(ABC):
     def _grant_decodes(self, batch: Batch) -> None:
         """A token for each, as ``_grant`` would, but all at once: most of a large batch."""
         decodes, held_tokens = batch.decode_candidates[: batch.budget_left], self.blocks.held_tokens
-        for request in [r for r in decodes if r.num_computed_tokens >= held_tokens[r.slot]]:
-            self._make_room(batch, request, 1)
+        start_of = _computed if self.limits.speculation is None else _furthest
+        for request in [r for r in decodes if start_of(r) >= held_tokens[r.slot]]:
+            self._make_room(batch, request, start_of(request), 1)
         if batch.preempted:
             decodes = [r for r in decodes if r.slot >= 0]
-        starts, slots = [r.num_computed_tokens for r in decodes], [r.slot for r in decodes]
-        chunks = map(_new_chunk, zip(decodes, starts, repeat(1), slots, repeat(True)))
+        starts, slots = [start_of(r) for r in decodes], [r.slot for r in decodes]
+        chunks = map(_new_chunk, zip(decodes, starts, repeat(1), slots, repeat(True), repeat(0)))
         batch.chunks.update(zip([r.request_id for r in decodes], chunks, strict=True))
         batch.num_tokens += len(decodes)
 
     def _grant(self, batch: Batch, request: Request, wanted: int) -> None:
         """Schedule up to ``wanted`` tokens of a running request, as far as budget and blocks go."""
-        num_tokens = self._make_room(batch, request, min(wanted, batch.budget_left))
+        start = request.num_computed_tokens
+        num_tokens = self._make_room(batch, request, start, min(wanted, batch.budget_left))
         if num_tokens:
-            start = request.num_computed_tokens
             samples = start + num_tokens == request.num_tokens
             batch.add(Chunk(request, start, num_tokens, request.slot, samples))
             # It will not be preempted before the launch: who is granted blocks after it in this batch is later, or is
             # admitted now and has found a free one.
             self.blocks.show(request.slot, start + num_tokens)
 
-    def _make_room(self, batch: Batch, request: Request, wanted: int) -> int:
-        """Give a running request blocks for up to ``wanted`` more tokens; returns for how many.
+    def _make_room(self, batch: Batch, request: Request, start: int, wanted: int) -> int:
+        """Give a running request blocks for up to ``wanted`` tokens from ``start`` on; returns for how many.
 
         Where not even one token fits, later arrivals are preempted, the request itself last.
         """
         if wanted <= 0 or request.status is not RequestStatus.RUNNING:
             return 0
-        start = request.num_computed_tokens
         while (num_tokens := min(wanted, self.blocks.room(request.slot) - start)) <= 0:
             if self._preempt_latest(batch) is request:
                 return 0

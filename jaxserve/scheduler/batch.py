@@ -13,11 +13,19 @@ class Chunk(NamedTuple):
 
     request: Request
     start: int
+    """Of a decode behind drafts that nobody has verified yet, as far as it may be: all of them may hold."""
     num_tokens: int
     slot: int
     """The request's slot in this step; a preemption may take it away before the step's results are processed."""
     samples: bool
     """True when the chunk reaches the request's last token, so the step samples the next one."""
+    num_drafts: int = 0
+    """Of the tokens, the last ones: guesses, each of which holds if the one before is followed by it."""
+
+    @property
+    def num_draws(self) -> int:
+        """Tokens that it samples, of which those behind a draft that does not hold are nobody's."""
+        return 1 + self.num_drafts if self.samples else 0
 
 
 @dataclass

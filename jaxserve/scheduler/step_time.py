@@ -32,6 +32,7 @@ class BatchShape:
     num_rows: int
     """Of the compiled program: the batch's tokens and padding."""
     num_decodes: int = 0
+    """Their rows, those of drafts included."""
     num_kv_tokens: int = 0
     """Keys that the decodes attend to."""
     num_prefill_tokens: int = 0
@@ -44,8 +45,9 @@ class BatchShape:
         decodes, num_kv_tokens, num_prefill_tokens, num_pairs = 0, 0, 0, 0
         for chunk in chunks:
             keys = num_seen_keys(chunk.start, chunk.num_tokens, window)
-            if chunk.num_tokens == 1 and chunk.samples and chunk.start >= chunk.request.num_prompt_tokens:
-                decodes += 1
+            is_single = chunk.num_tokens - chunk.num_drafts == 1
+            if is_single and chunk.samples and chunk.start >= chunk.request.num_prompt_tokens:
+                decodes += chunk.num_tokens
                 num_kv_tokens += keys
             else:
                 num_prefill_tokens += chunk.num_tokens
@@ -88,6 +90,8 @@ class StepTimeModel:
     """By rows, rising in both."""
     seconds_per_kv_token: float
     seconds_per_pair: float
+    interpolates: bool = False
+    """Whether rows between those that were measured cost what lies between: where padding costs nothing."""
 
     @classmethod
     def fit(cls, samples: Sequence[Sample]) -> Self:
@@ -111,10 +115,13 @@ class StepTimeModel:
         """Seconds. A program that was not measured counts as the next larger one, or in proportion to the largest."""
         rows = list(self.base_seconds)
         at = bisect.bisect_left(rows, shape.num_rows)
-        if at < len(rows):
-            base = self.base_seconds[rows[at]]
-        else:
+        if at == len(rows):
             base = self.base_seconds[rows[-1]] * shape.num_rows / rows[-1]
+        else:
+            base = self.base_seconds[rows[at]]
+            if self.interpolates and at > 0:
+                fewer, less = rows[at - 1], self.base_seconds[rows[at - 1]]
+                base = less + (base - less) * (shape.num_rows - fewer) / (rows[at] - fewer)
         return base + self.seconds_per_kv_token * shape.num_kv_tokens + self.seconds_per_pair * shape.num_pairs
 
 
@@ -179,8 +186,8 @@ class Profile:
             bases = {int(rows): float(seconds) for rows, seconds in step_time["base_seconds"]}
             if not bases or list(bases) != sorted(bases):
                 raise ValueError("base_seconds must be pairs of rising rows and seconds")
-            slopes = {name: float(step_time[name]) for name in ("seconds_per_kv_token", "seconds_per_pair")}
-            model = StepTimeModel(base_seconds=bases, **slopes)
+            per_kv_token, per_pair = (float(step_time[name]) for name in ("seconds_per_kv_token", "seconds_per_pair"))
+            model = StepTimeModel(bases, per_kv_token, per_pair)
             return cls(**fields | {"error": RelativeError(**fields["error"]), "step_time": model})
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a profile of step times: {error!r}") from error

@@ -32,6 +32,8 @@ class Span(Protocol):
     def num_tokens(self) -> int: ...
     @property
     def samples(self) -> bool: ...
+    @property
+    def num_drafts(self) -> int: ...
 
 
 class Tokens(NamedTuple):
@@ -40,6 +42,7 @@ class Tokens(NamedTuple):
     start: int
     num_tokens: int
     samples: bool
+    num_drafts: int = 0
 
 
 def decodes(num_requests: int, context: int) -> list[Tokens]:
@@ -161,7 +164,7 @@ class RooflineCost:
             "host": self.host.batch_seconds + self.host.request_seconds * len(spans),
         }
         if stage == self.num_stages - 1:
-            sampled = sum(span.samples for span in spans)
+            sampled = sum(span.samples * (1 + span.num_drafts) for span in spans)
             seconds["lm_head"] = self._matmul_seconds(sampled, model.hidden_size, model.vocab_size / self.tensor)
         else:
             seconds["send"] = self._handover.send_seconds(hidden_bytes)
@@ -196,7 +199,7 @@ class RooflineCost:
         )
 
     def _prefill_seconds(self, spans: Sequence[Span], window: int | None) -> float:
-        chunks = [span for span in spans if span.num_tokens > 1]
+        chunks = [span for span in spans if span.num_tokens - span.num_drafts > 1]
         if not chunks:
             return 0.0
         pairs = sum(num_seen_keys(span.start, span.num_tokens, window) for span in chunks)
@@ -205,7 +208,8 @@ class RooflineCost:
         return self.device.kernel_seconds + max(flops / self._attention_flops_per_second, self._kv_read_seconds(keys))
 
     def _decode_seconds(self, spans: Sequence[Span], window: int | None) -> float:
-        keys = sum(_keys(span, window) for span in spans if span.num_tokens == 1)
+        # Every draft reads the keys again, as our kernels do.
+        keys = sum(_keys(s, window) * s.num_tokens for s in spans if s.num_tokens - s.num_drafts == 1)
         return self.device.kernel_seconds + self._kv_read_seconds(keys) if keys else 0.0
 
     def _kv_read_seconds(self, keys: int) -> float:
@@ -256,8 +260,8 @@ class FittedCost:
         num_decodes = num_kv_tokens = num_prefill_tokens = num_pairs = 0
         for span in spans:
             keys = num_seen_keys(span.start, span.num_tokens, self.window)
-            if span.num_tokens == 1:
-                num_decodes += 1
+            if span.num_tokens - span.num_drafts == 1:
+                num_decodes += span.num_tokens
                 num_kv_tokens += keys
             else:
                 num_prefill_tokens += span.num_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,8 +10,10 @@ from functools import cached_property
 from jaxserve.errors import ConfigError
 from jaxserve.evaluation.workload import WorkloadRequest
 from jaxserve.models.config import ModelConfig
-from jaxserve.scheduler import POLICIES, Limits, Pace
-from jaxserve.simulator.cost import OVERLAPPED, CostModel, HostTime, RooflineCost, Tokens
+from jaxserve.scheduler import POLICIES, Limits, Pace, Speculation
+from jaxserve.scheduler.speculation import most_step_drafts
+from jaxserve.scheduler.step_time import StepTimeModel
+from jaxserve.simulator.cost import OVERLAPPED, CostModel, HostTime, RooflineCost, Tokens, decodes
 from jaxserve.simulator.devices import GIB, Device
 from jaxserve.simulator.simulator import SimulatedRun, Simulator
 
@@ -38,6 +41,10 @@ class Deployment:
     host: HostTime = OVERLAPPED
     lock_step: bool = False
     """Stages move together, as our engine's do (TickPipeline)."""
+    num_speculative_tokens: int = 7
+    """Most drafts of a sequence in a step, with an acceptance."""
+    speculative_acceptance: float | None = None
+    """How likely a draft is to hold if those before it do; None: there are none. Drafts cost what their rows do."""
     measured: CostModel | None = None
     """Step times in place of the roofline's, which then only says what fits into memory."""
 
@@ -59,6 +66,11 @@ class Deployment:
             raise ConfigError(
                 f"pipeline must not exceed the model's {self.model.num_layers} layers, got {self.pipeline}"
             )
+        if self.speculative_acceptance is not None:
+            if not 0 <= self.speculative_acceptance <= 1:
+                raise ConfigError(f"speculative_acceptance must be in [0, 1], got {self.speculative_acceptance:g}")
+            if self.pipeline > 1:
+                raise ConfigError(f"pipeline must be 1 with a speculative_acceptance, got {self.pipeline}")
         if not 0 < self.memory_share <= 1:
             raise ConfigError(f"memory_share must be in (0, 1], got {self.memory_share:g}")
         if self.measured is not None and self.measured.num_stages != self.pipeline:
@@ -94,6 +106,20 @@ class Deployment:
         return int(room // (self.roofline.kv_bytes_per_token * self.block_size))
 
     @property
+    def speculation(self) -> Speculation | None:
+        """What the scheduler goes by: steps of decodes and drafts alone, at a medium context."""
+        if self.speculative_acceptance is None:
+            return None
+        max_drafts = most_step_drafts(self.num_speculative_tokens, self.max_num_seqs)
+        largest = self.max_num_seqs + max_drafts
+        sizes = sorted({*(2**power for power in range(largest.bit_length())), largest})
+        context = min(1024, self.max_model_len)
+        seconds = {rows: sum(self.cost.stage_seconds(decodes(rows, context))) for rows in sizes}
+        step_time = StepTimeModel(seconds, 0.0, 0.0, interpolates=True)
+        pace = Pace(self.pace.step_seconds if self.pace is not None else math.inf, step_time)
+        return Speculation(num_speculative_tokens=self.num_speculative_tokens, max_drafts=max_drafts, pace=pace)
+
+    @property
     def swapped_block_seconds(self) -> float:
         """A block's way to the swap space and back: every device has its share of it, and a link of its own."""
         return 2 * self.device.pcie.send_seconds(self.roofline.kv_bytes_per_token * self.block_size)
@@ -117,6 +143,7 @@ class Deployment:
             pace=self.pace,
             # Where there is nothing to share, as the paper's engines: they had no cache.
             enable_prefix_caching=bool(self.swap_space_bytes) or any(request.num_shared_tokens for request in workload),
+            speculation=self.speculation,
         )
         if self.swap_space_bytes:
             limits = self._with_swap_space(limits)
@@ -126,5 +153,6 @@ class Deployment:
             self.cost,
             lock_step=self.lock_step,
             copy_seconds=self.swapped_block_seconds / 2,
+            acceptance=self.speculative_acceptance or 0.0,
         )
         return simulator.run(workload)

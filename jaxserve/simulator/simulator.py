@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -52,7 +53,8 @@ class Simulator:
     stages work in order. The clock moves from one event to the next: it costs nothing to wait.
 
     Stages in ``lock_step`` are those of our engine, others take a micro-batch whenever it is ready. ``copy_seconds``:
-    what a block's way back from the swap space takes, which the micro-batch waits for.
+    what a block's way back from the swap space takes, which the micro-batch waits for. ``acceptance``: how likely a
+    draft is to hold if those before it do, where the limits say that there are any.
     """
 
     def __init__(
@@ -63,12 +65,14 @@ class Simulator:
         *,
         lock_step: bool = False,
         copy_seconds: float = 0.0,
+        acceptance: float = 0.0,
     ) -> None:
         self._copy_seconds = copy_seconds
         self.scheduler = policy(replace(limits, pipeline_depth=cost.num_stages))
         self.pipeline: Pipeline[Chunk] = (
             TickPipeline(cost, token_buckets(limits.token_budget)) if lock_step else AsynchronousPipeline(cost)
         )
+        self._acceptance, self._random = acceptance, random.Random(0)
         self._num_batches = 0
         self._loaded_bubble_share = 0.0
 
@@ -154,8 +158,14 @@ class Simulator:
             request = chunk.request
             if not chunk.samples or request.status is RequestStatus.FINISHED:
                 continue
-            request.output_token_ids.append(int(request.request_id))
-            request.metrics.token_seconds.append(now)
+            num_held = 0
+            while num_held < chunk.num_drafts and self._random.random() < self._acceptance:
+                num_held += 1
+            if chunk.num_drafts:
+                self.scheduler.verified(chunk, chunk.num_drafts, num_held)
+            num_tokens = min(1 + num_held, request.max_tokens - len(request.output_token_ids))
+            request.output_token_ids += [int(request.request_id)] * num_tokens
+            request.metrics.token_seconds += [now] * num_tokens
             if len(request.output_token_ids) == request.max_tokens:
                 self.scheduler.finish(request, FinishReason.LENGTH)
                 request.metrics.finished_seconds = now

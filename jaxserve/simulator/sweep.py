@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from jaxserve.errors import ConfigError
 from jaxserve.evaluation.capacity import find_capacity
 from jaxserve.evaluation.latency import Objective
@@ -110,6 +112,7 @@ COLUMNS: Mapping[str, Callable[[Candidate], str]] = {
     "P50 TTFT s": lambda c: f"{c.run.summary().ttft.at(50):.3f}",
     "P50 TBT s": lambda c: f"{c.run.summary().tbt.at(50):.4f}",
     "P99 TBT s": lambda c: f"{c.run.summary().tbt.at(99):.4f}",
+    "P50 TPOT s": lambda c: f"{np.median(c.run.tpot_seconds):.4f}",
     "cached": lambda c: f"{c.run.cached_share:.0%}",
     "stalls": lambda c: str(c.run.num_stalls),
     "busy": lambda c: f"{c.run.utilisation:.0%}",

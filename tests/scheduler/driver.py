@@ -176,10 +176,10 @@ class Step:
         return [chunk.request for chunk in self.batch.chunks.values() if chunk.request not in self.running]
 
 
-def run(scheduler: Scheduler, workload: Workload) -> Iterator[Step]:
+def run(scheduler: Scheduler, workload: Workload, driver: Driver | None = None) -> Iterator[Step]:
     """Serve the workload to its end; checks what holds for every policy."""
     most_preemptions = 1 + math.ceil(math.log2(MAX_LEN))
-    driver, step, requests = Driver(scheduler), 0, workload.requests
+    driver, step, requests = driver or Driver(scheduler), 0, workload.requests
     pending = list(zip(workload.arrival_steps, requests, strict=True))
     while pending or scheduler.has_unfinished() or (driver.in_flight and driver.in_flight.chunks):
         while pending and pending[0][0] <= step:

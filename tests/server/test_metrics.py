@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from jaxserve.engine.metrics import EngineMetrics
+from jaxserve.engine.metrics import EngineMetrics, StepRecord
 from jaxserve.request import FinishReason, Request, RequestMetrics
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.server.metrics import ServedMetrics
@@ -25,6 +25,8 @@ VLLM_SAMPLES = {
         "request_prefill_time_seconds", "request_decode_time_seconds", "request_inference_time_seconds",
         "request_prompt_tokens", "request_generation_tokens", "request_params_max_tokens",
     )),
+    "vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_draft_tokens_total",
+    "vllm:spec_decode_num_accepted_tokens_total", "vllm:spec_decode_num_accepted_tokens_per_pos_total",
 }  # fmt: skip
 """As vLLM's documentation of its metrics has them."""
 
@@ -40,6 +42,9 @@ def finished_request() -> Request:
 def test_vllms_names_have_what_ours_have() -> None:
     metrics = EngineMetrics(token_budget=64, num_blocks=100)
     metrics.observe_request(finished_request())
+    step = StepRecord()
+    step.drafts.add(num_rows=5, num_verified=3, num_held=2)
+    metrics.observe_step(step, [])
     registry = CollectorRegistry()
     registry.register(ServedMetrics([metrics.registry], "tiny"))
     families = list(text_string_to_metric_families(generate_latest(registry).decode()))
@@ -53,10 +58,15 @@ def test_vllms_names_have_what_ours_have() -> None:
         "request_decode_time_seconds_sum": 2, "request_inference_time_seconds_sum": 4,
         "e2e_request_latency_seconds_sum": 5, "request_time_per_output_token_seconds_sum": 1,
         "inter_token_latency_seconds_count": 2, "request_params_max_tokens_sum": 40, "prompt_tokens_total": 30,
-        "request_generation_tokens_sum": 3,
+        "request_generation_tokens_sum": 3, "spec_decode_num_drafts_total": 1, "spec_decode_num_draft_tokens_total": 3,
+        "spec_decode_num_accepted_tokens_total": 2,
     }.items():  # fmt: skip
         assert registry.get_sample_value(f"vllm:{name}", labels) == value, name
         assert registry.get_sample_value(f"jaxserve_{name}") == value, name
+    places = [{**labels, "position": str(place)} for place in range(3)]
+    name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+    assert [registry.get_sample_value(name, place) for place in places] == [1, 1, None]
+    assert registry.get_sample_value("jaxserve_spec_decode_num_wasted_rows_total") == 3
     assert registry.get_sample_value("vllm:request_success_total", {**labels, "finished_reason": "length"}) == 1
     assert registry.get_sample_value("vllm:inter_token_latency_seconds_bucket", {**labels, "le": "0.5"}) == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from dataclasses import replace
@@ -34,6 +35,24 @@ def watch(scheduler: Scheduler) -> list[Batch]:
 
     scheduler.schedule = noting  # type: ignore[method-assign]
     return batches
+
+
+def test_drafts_that_hold_spare_steps() -> None:
+    """One request: of seven drafts all hold, or seven in ten of those whose predecessor does, or none."""
+    workload = [WorkloadRequest(arrival_seconds=0.0, num_prompt_tokens=100, num_output_tokens=801)]
+    deployment = Deployment(model=MISTRAL_7B, device=A100_80G)
+    runs = [
+        dataclasses.replace(deployment, speculative_acceptance=acceptance).simulate(workload)
+        for acceptance in (None, 0.0, 0.7, 1.0)
+    ]
+    batches = [run.num_batches for run in runs]
+    assert batches[:2] == [801, 801]
+    assert 801 / batches[2] == pytest.approx((1 - 0.7**8) / (1 - 0.7), rel=0.1)
+    assert batches[3] < 110
+    plain, none, most, _ = (run.tpot_seconds[0] for run in runs)
+    assert none < 1.05 * plain
+    assert most < 0.5 * plain
+    assert all(len(run.requests[0].token_seconds) == 801 for run in runs)
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,0 +1,120 @@
+"""Speculative decoding on the device: which draws hold, and what may come next.
+
+A sequence's drafts lie in its history, behind its tokens. A step computes them in rows of their own and draws behind
+each row. A draw depends on its seed and its position alone, so a draft that equals the draw before it is what would
+have come without it, and so is the draw behind it: outputs are the same, token for token, at any temperature. For
+drafts that nobody has drawn at random this is rejection sampling (arXiv 2211.17192), which accepts one with its
+probability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.kernels.plan import AttentionPlan
+
+LONGEST_MATCH, SHORTEST_MATCH = 4, 2
+"""Tokens of an n-gram."""
+REJECTED, ABSENT = -1, -2
+"""Instead of the tokens of draws behind drafts that do not hold, and behind rows that had no draft."""
+
+
+class SequenceState[Array](NamedTuple):
+    """What the devices know of the sequences, by slot. A new owner begins it and sampling goes on with it."""
+
+    history: Array
+    """``int32[S, max_model_len]``: the tokens, sampled ones included, and the drafts of the next ones."""
+    lengths: Array
+    """``int32[S]``: how many tokens there are."""
+    num_drafts: Array | None = None
+    """``int32[S]``; None without speculation."""
+
+
+class Proposal(NamedTuple):
+    """Guesses of the tokens that follow each sequence's last one."""
+
+    token_ids: jax.Array
+    """``int32[S, K]``"""
+    counts: jax.Array
+    """``int32[S]``: how many of them there are, the first ones."""
+
+
+Proposer = Callable[[SequenceState[jax.Array], int], Proposal]
+"""Proposes up to so many tokens, from sequences that have no drafts."""
+
+
+def ngrams(sequences: SequenceState[jax.Array], num_speculative_tokens: int) -> Proposal:
+    """What followed the last tokens where they were seen before: of the longest match, the latest (prompt lookup).
+
+    Where that reaches the end, the text has a period, and goes on with it.
+    """
+    history, lengths = sequences.history, sequences.lengths
+    max_len = history.shape[1]
+    place = jnp.arange(max_len)
+    matching, num_matching = jnp.ones(history.shape, bool), jnp.zeros(history.shape, jnp.int32)
+    for back in range(LONGEST_MATCH):
+        last = jnp.take_along_axis(history, jnp.maximum(lengths - 1 - back, 0)[:, None], axis=1)
+        matching &= (jnp.roll(history, back, axis=1) == last) & (place >= back)
+        num_matching += matching
+    is_earlier = place < lengths[:, None] - 1
+    score = jnp.where(is_earlier & (num_matching >= SHORTEST_MATCH), num_matching * max_len + place, -1)
+    best = score.max(axis=1)
+    end = best % max_len + 1
+    period = jnp.maximum(lengths - end, 1)
+    source = end[:, None] + jnp.arange(num_speculative_tokens) % period[:, None]
+    token_ids = jnp.take_along_axis(history, jnp.minimum(source, max_len - 1), axis=1)
+    return Proposal(token_ids, jnp.where(best >= 0, num_speculative_tokens, 0))
+
+
+PROPOSERS: dict[str, Proposer] = {"ngram": ngrams}
+"""By the option ``speculative``."""
+
+
+def draw_places(draw_positions: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of each draw how many drafts come before it, and its position. ``int32[R]``: as the step has them; the lengths of
+    their sequences."""
+    offsets = jnp.where(draw_positions < 0, -1 - draw_positions, 0)
+    return offsets, jnp.where(draw_positions < 0, lengths + offsets, draw_positions)
+
+
+def verify(
+    sequences: SequenceState[jax.Array], slots: jax.Array, offsets: jax.Array, positions: jax.Array, tokens: jax.Array
+) -> tuple[SequenceState[jax.Array], jax.Array]:
+    """The sequences with the draws that hold, and without drafts; ``tokens`` with REJECTED and ABSENT for the others.
+
+    All ``int32[R]``: ``offsets`` and ``positions`` as ``draw_places`` has them; those of a sequence follow each other.
+    Slots that do not exist are of nobody.
+    """
+    history, lengths, num_drafts = sequences
+    assert num_drafts is not None
+    num_slots, max_len = history.shape
+    numbers = num_drafts.at[slots].get(mode="fill", fill_value=0)
+    misses = (tokens != history.at[slots, positions].get(mode="fill", fill_value=-1)) | (offsets >= numbers)
+    misses_before = jnp.cumsum(misses) - misses
+    holds = misses_before == misses_before[jnp.arange(len(slots)) - offsets]
+    owners = jnp.where(holds, slots, num_slots)
+    history = history.at[owners, positions].set(tokens, mode="drop")
+    # A sequence that is as long as it may be has ended; what a step in flight draws behind it is nobody's.
+    lengths = jnp.minimum(lengths.at[owners].add(1, mode="drop"), max_len)
+    known = SequenceState(history, lengths, jnp.zeros_like(num_drafts))
+    return known, jnp.where(holds, tokens, jnp.where(offsets <= numbers, REJECTED, ABSENT))
+
+
+def with_drafts(sequences: SequenceState[jax.Array], proposal: Proposal) -> SequenceState[jax.Array]:
+    """The sequences with drafts, as far as ``max_model_len`` reaches."""
+    history, lengths, _ = sequences
+    num_slots, max_len = history.shape
+    number = jnp.arange(proposal.token_ids.shape[1])
+    places = jnp.where(number < proposal.counts[:, None], lengths[:, None] + number, max_len)
+    history = history.at[jnp.arange(num_slots)[:, None], places].set(proposal.token_ids, mode="drop")
+    return SequenceState(history, lengths, jnp.minimum(proposal.counts, max_len - lengths))
+
+
+def moved(plan: AttentionPlan[jax.Array], kv_lens: jax.Array) -> AttentionPlan[jax.Array]:
+    """A plan that was made for rows as far as they may be, for rows that see ``kv_lens`` ``int32[T]`` keys."""
+    found = kv_lens[plan.decode[:, 1]]
+    return plan._replace(decode=plan.decode.at[:, 3].set(found - 1).at[:, 6].set(found))
