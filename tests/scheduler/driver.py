@@ -222,7 +222,9 @@ def check_batch(scheduler: Scheduler, batch: Batch) -> None:
     assert len(set(slots)) == len(slots)
     for chunk in batch.chunks.values():
         assert chunk.num_tokens > 0
-        assert scheduler.blocks.room(chunk.slot) >= chunk.start + chunk.num_tokens
+        # Behind drafts that hold a decode may be beyond an end that the host has seen by now.
+        if chunk.request.status is not RequestStatus.FINISHED:
+            assert scheduler.blocks.room(chunk.slot) >= chunk.start + chunk.num_tokens
     for request in scheduler.running:
         held = [block for block in block_table(scheduler.blocks, request.slot) if block]
         assert len(held) <= MAX_LEN // BLOCK_SIZE
