@@ -11,11 +11,12 @@ from functools import partial
 from pathlib import Path
 
 from jaxserve.cli import parse_config
-from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.hosts.front_end import FrontEnd
 from jaxserve.hosts.group import Group, HostsConfig
 from jaxserve.hosts.ranks import exit_code_of, run_follower, set_up_logging
+from jaxserve.server.config import ServerConfig
 from jaxserve.server.serve import build_engines, serve
 from jaxserve.server.signals import end_process
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from jaxserve.cli import settings_page
-from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.config import EngineConfig
 from jaxserve.hosts.group import HostsConfig
+from jaxserve.server.config import ServerConfig
 
 PATH = Path(__file__).parents[1] / "docs" / "settings.md"
 INTRODUCTION = """# Settings

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from jaxserve.cli import as_flags, parse_config, read_config_file
-from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.hosts.group import HostsConfig
 from jaxserve.scheduler import POLICIES
+from jaxserve.server.config import ServerConfig
 
 ROOT = Path(__file__).parents[1]
 

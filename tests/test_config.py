@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from jaxserve.config import EngineConfig, ServerConfig, cache_dir
+from jaxserve.config import EngineConfig, cache_dir
 from jaxserve.errors import ConfigError
 from jaxserve.scheduler import POLICIES
+from jaxserve.server.config import ServerConfig
 
 WHOLE_PROMPT_POLICIES = [name for name, policy in POLICIES.items() if policy.runs_whole_prompts]
 NAMES = ", ".join(POLICIES)

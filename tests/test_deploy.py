@@ -19,10 +19,11 @@ import pytest
 import yaml
 
 from jaxserve.cli import parse_config
-from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.config import EngineConfig
 from jaxserve.hosts.group import Group, HostsConfig
 from jaxserve.hosts.ranks import WRONG
 from jaxserve.hosts.trust import VARIABLE
+from jaxserve.server.config import ServerConfig
 from jaxserve.server.http.door import OPEN_PATHS
 from jaxserve.server.listener import SERVICE_NAME
 

@@ -17,12 +17,13 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.config import EngineConfig
 from jaxserve.hosts.group import Group
 from jaxserve.hosts.ranks import LOST, run_leader
 from jaxserve.server import serve
 from jaxserve.server.calls import Calls
 from jaxserve.server.client import NO_PROXY
+from jaxserve.server.config import ServerConfig
 from jaxserve.server.door import Context, StatusError
 from jaxserve.server.keys import Keys
 from jaxserve.server.listener import SERVICE_NAME, SERVING, Listener, message_limits

@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError, ModelError
 from jaxserve.hosts.group import Group
+from jaxserve.server.config import ServerConfig
 from jaxserve.server.serve import build_engines, serve
 from jaxserve.server.signals import drain_on_signal, end_process
 

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from jaxserve.config import ServerConfig
 from jaxserve.server.caller import ANYBODY, Caller, current_caller
+from jaxserve.server.config import ServerConfig
 from jaxserve.server.errors import OverloadedError, UnavailableError
 from jaxserve.server.replicas import Replicas
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from jaxserve.config import ServerConfig
 from jaxserve.server import messages
 from jaxserve.server.admission import Admission
 from jaxserve.server.calls import Calls
+from jaxserve.server.config import ServerConfig
 from jaxserve.server.keys import Keys
 from jaxserve.server.kserve import KSERVE_NAME, KServeServicer
 from jaxserve.server.listener import SERVICE_NAME, Listener

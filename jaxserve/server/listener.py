@@ -12,9 +12,9 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
 from jaxserve.server.calls import Calls
+from jaxserve.server.config import ServerConfig
 from jaxserve.server.door import Door
 from jaxserve.server.keys import Keys
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, start_http_server
 
-from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.config import EngineConfig
 from jaxserve.server.admission import Admission
 from jaxserve.server.calls import Calls
+from jaxserve.server.config import ServerConfig
 from jaxserve.server.grpc_server import GrpcServer
 from jaxserve.server.keys import Keys
 from jaxserve.server.listener import listen_error

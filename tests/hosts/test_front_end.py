@@ -6,10 +6,10 @@ import asyncio
 
 import grpc
 
-from jaxserve.config import ServerConfig
 from jaxserve.hosts.front_end import Proxy
 from jaxserve.server.calls import Calls
 from jaxserve.server.client import NO_PROXY
+from jaxserve.server.config import ServerConfig
 from jaxserve.server.keys import Keys
 from jaxserve.server.listener import Listener
 

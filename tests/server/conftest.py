@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import pytest
 
-from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.config import EngineConfig
 from jaxserve.engine.metrics import EngineMetrics, StepRecord
 from jaxserve.errors import RequestError
 from jaxserve.grammars import Grammar
@@ -23,6 +23,7 @@ from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestMetrics
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Chunk
 from jaxserve.server.client import Client
+from jaxserve.server.config import ServerConfig
 from jaxserve.server.serve import Server
 
 MAX_MODEL_LEN = 1000

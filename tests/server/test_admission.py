@@ -7,12 +7,12 @@ import contextlib
 
 import pytest
 
-from jaxserve.config import ServerConfig
 from jaxserve.request import FinishReason
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.served_model import UnknownModelError
 from jaxserve.server.admission import Admission
 from jaxserve.server.caller import ANYBODY, Caller, current_caller
+from jaxserve.server.config import ServerConfig
 from jaxserve.server.errors import OverloadedError, UnavailableError
 
 

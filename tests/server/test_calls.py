@@ -12,10 +12,10 @@ from typing import Any
 import grpc
 import pytest
 
-from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
 from jaxserve.hosts.ranks import log_handler
 from jaxserve.server.client import Client
+from jaxserve.server.config import ServerConfig
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2, inference_pb2_grpc
 from tests.server.conftest import RunningServer
 from tests.server.test_http import send

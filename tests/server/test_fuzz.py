@@ -13,10 +13,11 @@ import grpc
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.evaluation.tiny_model import write_tiny_model
 from jaxserve.server.client import Client
+from jaxserve.server.config import ServerConfig
 from tests.server import grpc_fuzz, http_fuzz
 from tests.server.conftest import RunningServer
 

@@ -17,13 +17,13 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
 from jaxserve.request import FinishReason, Logprob, RequestDelta, RequestMetrics
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.served_model import MAX_TEXT_TOKENS
 from jaxserve.server import door, listener, messages, text_threads
 from jaxserve.server.client import AsyncClient, Client
+from jaxserve.server.config import ServerConfig
 from jaxserve.server.listener import LIVE, SERVICE_NAME
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
 from jaxserve.server.serve import Server

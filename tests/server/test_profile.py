@@ -8,8 +8,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
+from jaxserve.server.config import ServerConfig
 from jaxserve.server.http.profile import Profiler
 from tests.server.conftest import RunningServer
 from tests.server.test_http import error_of, send

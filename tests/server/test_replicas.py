@@ -11,9 +11,10 @@ import jax
 import pytest
 from grpc import StatusCode
 
-from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.server.client import Client
+from jaxserve.server.config import ServerConfig
 from jaxserve.server.process import running_server
 from jaxserve.server.serve import build_engines
 from tests.hosts.test_several_hosts import free_ports

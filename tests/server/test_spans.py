@@ -13,9 +13,9 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as pb
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as pb_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
 from jaxserve.server.client import Client
+from jaxserve.server.config import ServerConfig
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2, inference_pb2_grpc
 from jaxserve.server.spans import Spans
 from tests.hosts.test_several_hosts import free_ports

@@ -17,7 +17,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from jaxserve.config import ServerConfig
 from jaxserve.errors import RequestError
 from jaxserve.openai import CHAT, COMPLETIONS, RESPONSES, schema
 from jaxserve.openai.chat import take_template_options
@@ -26,6 +25,7 @@ from jaxserve.prompts import ParsedPrompt
 from jaxserve.served_model import ServedModel
 from jaxserve.server.admission import Admission
 from jaxserve.server.calls import Calls
+from jaxserve.server.config import ServerConfig
 from jaxserve.server.errors import UnavailableError
 from jaxserve.server.http.door import Door
 from jaxserve.server.http.errors import failure_of

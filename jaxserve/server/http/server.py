@@ -14,7 +14,7 @@ from urllib.parse import quote
 import uvicorn
 from fastapi import FastAPI
 
-from jaxserve.config import ServerConfig
+from jaxserve.server.config import ServerConfig
 from jaxserve.server.http.protocol import IDLE_SECONDS, LimitedProtocol
 from jaxserve.server.listener import listen_error, socket_address
 from jaxserve.server.unix_socket import bind_unix
