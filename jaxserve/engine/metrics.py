@@ -224,6 +224,8 @@ class EngineMetrics:
             self.bubble.observe(step.bubble_share)
 
     def _observe_drafts(self, drafts: DraftCounts) -> None:
+        if drafts.num_verified:
+            self.recent.add_drafts(drafts.num_verified, drafts.num_held)
         self.draft_sequences.inc(drafts.num_sequences)
         self.draft_tokens.inc(drafts.num_verified)
         self.accepted_tokens.inc(drafts.num_held)

@@ -66,6 +66,8 @@ class Recent:
         self._steps: deque[RecentStep] = deque(maxlen=KEPT_STEPS)
         self._prompts: deque[tuple[int, int]] = deque(maxlen=KEPT_REQUESTS)
         """Tokens of each, and how many of them the prefix cache had."""
+        self._drafts: deque[tuple[int, int]] = deque(maxlen=KEPT_STEPS)
+        """Of each step that had any, how many, and how many of them held."""
         self._ttft_seconds: deque[float] = deque(maxlen=KEPT_REQUESTS)
         self._tbt_seconds: deque[float] = deque(maxlen=KEPT_TOKENS)
 
@@ -83,6 +85,10 @@ class Recent:
         """Of a request that has begun."""
         self._prompts.append((num_tokens, num_cached_tokens))
 
+    def add_drafts(self, num_verified: int, num_held: int) -> None:
+        """Of a step that had some."""
+        self._drafts.append((num_verified, num_held))
+
     def add_request(self, ttft_seconds: float, tbt_seconds: Iterable[float]) -> None:
         """A request that has ended."""
         self._ttft_seconds.append(ttft_seconds)
@@ -96,6 +102,11 @@ class Recent:
         """Of the prompt tokens of the last requests that began; None before the first one."""
         prompts = self._prompts.copy()
         return sum(cached for _, cached in prompts) / sum(tokens for tokens, _ in prompts) if prompts else None
+
+    def acceptance(self) -> float | None:
+        """The share of the last steps' drafts that held; None before the first one."""
+        drafts = self._drafts.copy()
+        return sum(held for _, held in drafts) / sum(verified for verified, _ in drafts) if drafts else None
 
     def ttft(self) -> Latency:
         return Latency.of(self._ttft_seconds.copy())

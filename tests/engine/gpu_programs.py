@@ -1,12 +1,13 @@
 """Compiles for an H100 that is not there, as two starts of an engine would: gpu_programs.py FOLDER START [sampler].
 
-FOLDER/cache is the engine's; FOLDER/START gets what XLA tells of a matrix product, the text of a step, and the compiled
-sampler of 128 sequences and a vocabulary of 131,072.
+FOLDER/cache is the engine's; FOLDER/START gets what XLA tells of a matrix product, the text of a step, the memory that
+blocks which come back from the swap space take, and the compiled sampler of 128 sequences and a vocabulary of 131,072.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def main(folder: Path, start: str, *more: str) -> None:
         resolved, shallow, mesh, target=device.target, gpu_memory_bytes=int(0.92 * device.memory_bytes)
     )
     (out / "step.mlir").write_text(programs.lower_forward(16).as_text() + programs.lower_sample(16).as_text())
+    swap_in = programs.lower_swap_in().compile().memory_analysis()
+    (out / "swap.json").write_text(json.dumps([swap_in.temp_size_in_bytes, swap_in.alias_size_in_bytes]))
 
     def product(x: jax.Array, y: jax.Array) -> jax.Array:
         return x @ y

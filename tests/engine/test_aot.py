@@ -236,6 +236,12 @@ def test_a_second_start_finds_what_the_first_has_tuned(start: Path) -> None:
     assert (start / "first" / "step.mlir").read_bytes() == (start / "second" / "step.mlir").read_bytes()
 
 
+def test_blocks_come_back_from_the_swap_space_in_place(start: Path) -> None:
+    temp_bytes, alias_bytes = json.loads((start / "first" / "swap.json").read_text())
+    assert temp_bytes == 0
+    assert alias_bytes > 2**29, "the whole cache"
+
+
 def test_top_k_and_top_p_read_a_large_vocabulary_few_times(start: Path) -> None:
     """Loops over the candidates, which are a sixteenth of it, in two kernels; then, if need be, over all in one."""
     rows, vocab = 128, 131072

@@ -147,6 +147,14 @@ def test_what_has_left_the_cache(engine: Engine) -> None:
     assert all(copied) == any(copied) == swaps
 
 
+def test_blocks_come_back_in_place(engine: Engine) -> None:
+    """Not through a copy of the whole cache."""
+    found = engine.runner._programs.lower_swap_in().compile().memory_analysis()
+    assert (
+        found.temp_size_in_bytes < 20 * engine.runner.block_bytes < engine.blocks.num_blocks * engine.runner.block_bytes
+    )
+
+
 def test_logprobs_of_a_prompt_that_others_have_left(engine: Engine) -> None:
     """They need every row of it, whatever the cache has."""
     prompt = tokens(50)

@@ -92,14 +92,15 @@ def test_steps_since(server: RunningServer) -> None:
     nothing = {"p50": None, "p99": None, "num_samples": 0}
     assert empty == {
         "num_engines": 1, "token_budget": 64, "num_kv_blocks": 100, "last_step": 0, "num_running": 0,
-        "num_waiting": 0, "num_used_blocks": 0, "cached_share": None, "ttft_seconds": nothing,
-        "tbt_seconds": nothing, "steps": [],
+        "num_waiting": 0, "num_used_blocks": 0, "cached_share": None, "acceptance": None,
+        "ttft_seconds": nothing, "tbt_seconds": nothing, "steps": [],
     }  # fmt: skip
     recent.load = Load(3, 2, 40)
     recent.add_step(2, 60, 2, 0.5)
     recent.load = Load(2, 0, 30)
     recent.add_step(2, 0, 14, 0.25)
     recent.add_prompt(30, 0), recent.add_prompt(50, 40)
+    recent.add_drafts(3, 1), recent.add_drafts(5, 1)
     recent.add_request(1.0, [0.1, 0.3])
     answer = send(server, "GET", "/debug/steps?since=1")[2]
     assert answer["steps"] == [
@@ -109,7 +110,7 @@ def test_steps_since(server: RunningServer) -> None:
         }
     ]  # fmt: skip
     assert [answer[name] for name in ("last_step", "num_running", "num_used_blocks")] == [2, 2, 30]
-    assert answer["cached_share"] == 0.5
+    assert (answer["cached_share"], answer["acceptance"]) == (0.5, 0.25)
     assert answer["ttft_seconds"] == {"p50": 1.0, "p99": 1.0, "num_samples": 1}
     assert answer["tbt_seconds"] == {"p50": pytest.approx(0.2), "p99": pytest.approx(0.298), "num_samples": 2}
     numbers = [[step["number"] for step in send(server, "GET", f"/debug/steps?since={n}")[2]["steps"]] for n in (0, 2)]

@@ -23,6 +23,7 @@ def recent_steps(engines: Sequence[Recent], query: Mapping[str, str]) -> dict[st
         "last_step": recent.num_steps,
         **recent.load._asdict(),
         "cached_share": recent.cached_share(),
+        "acceptance": recent.acceptance(),
         "ttft_seconds": recent.ttft()._asdict(),
         "tbt_seconds": recent.tbt()._asdict(),
         "steps": [_step(step) for step in recent.steps_after(integer(query, "since", 2**53))],

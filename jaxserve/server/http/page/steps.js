@@ -52,6 +52,8 @@ function write(live) {
   const text = { budget: live.token_budget, running: live.num_running, waiting: live.num_waiting };
   text["kv-text"] = `${live.num_used_blocks} of ${live.num_kv_blocks}`;
   if (live.cached_share !== null) text.cached = `${(100 * live.cached_share).toFixed(0)} %`;
+  if (live.acceptance !== null) text.acceptance = `${(100 * live.acceptance).toFixed(0)} %`;
+  element("drafts").hidden = live.acceptance === null;
   [element("kv").max, element("kv").value] = [live.num_kv_blocks, live.num_used_blocks];
   for (const name of ["ttft", "tbt"]) {
     for (const percent of ["p50", "p99"]) text[`${name}-${percent}`] = time(live[`${name}_seconds`][percent]);
