@@ -98,7 +98,7 @@ class ServedModel:
                 raise RequestError(f"messages of {len(prompt.messages)} items exceeds {limit.name} {limit.num_tokens}")
         prompt = self.rendered(prompt)
         assert prompt.text is not None
-        return encode(prompt.text, prompt.add_special_tokens)
+        return encode(prompt.text, add_special_tokens=prompt.add_special_tokens)
 
     def rendered(self, prompt: ParsedPrompt) -> ParsedPrompt:
         """The prompt as token ids or a text that the tokenizer takes. Raises RequestError."""

@@ -9,7 +9,7 @@ IMPORT_ALL = """
 import importlib, pkgutil, sys
 import jaxserve
 for module in pkgutil.walk_packages(jaxserve.__path__, "jaxserve."):
-    if "triton" not in module.name and "mosaic" not in module.name and ".gpu_check.worker" not in module.name:
+    if not any(name in module.name for name in ("triton", "mosaic", ".gpu_check.worker", ".integrations.")):
         importlib.import_module(module.name)
 from jax._src import xla_bridge
 print(xla_bridge.backends_are_initialized(), "opentelemetry.sdk" in sys.modules)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MAX_PROMPTS = 128
 """Of a body."""
-SAMPLING = {f.name for f in fields(SamplingParams)} - {"prompt_logprobs"}
+SAMPLING = {f.name for f in fields(SamplingParams)} - {"prompt_logprobs", "logprob_start_len"}
 IGNORED = {
     "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
 }  # fmt: skip

@@ -39,7 +39,9 @@ INPUTS = {
     "exclude_input_in_output": Tensor("BOOL"),
 }
 CONFIG_TYPES = {"BYTES": pb.TYPE_STRING, "BOOL": pb.TYPE_BOOL}
-SAMPLING = {f.name for f in fields(SamplingParams)} - {"n", "best_of", "logprobs", "prompt_logprobs"}
+SAMPLING = {f.name for f in fields(SamplingParams)} - {
+    "n", "best_of", "logprobs", "prompt_logprobs", "logprob_start_len",
+}  # fmt: skip
 """What may change a text."""
 
 
