@@ -32,7 +32,7 @@ ITEMS_SCHEMA: dict[str, Any] = {
     "minItems": 50,
 }
 """Of outputs of many hundred tokens."""
-REPETITIVE_TOKENS = 16
+ANSWER_TOKENS = 16
 
 
 def forced(num_tokens: int, **fields: Any) -> SamplingParams:
@@ -121,7 +121,7 @@ def measure_grammars(engine: Engine, *, streams: int, output_tokens: int, seed: 
 
 @dataclass(frozen=True)
 class PrefixRound:
-    """The same requests with a prefix cache, and without: seconds, or milliseconds of TTFT."""
+    """Seconds that the same requests take with a prefix cache, and without."""
 
     no_hit: tuple[float, float]
     """Of prompts that share nothing, to the end of all."""
@@ -160,10 +160,10 @@ def measure_prefixes(cached: Engine, plain: Engine, *, prompt_tokens: int, turns
         chat, found = list[int](), list[float]()
         for user in random_prompts(turns, prompt_tokens // turns, vocab, 1000 * seed + 5):
             chat = chat + user
-            turn = [Asked(chat, forced(REPETITIVE_TOKENS))]
+            turn = [Asked(chat, forced(ANSWER_TOKENS))]
             run(engine, turn)
             found += ttft_seconds(turn)
-            chat = chat + user[:REPETITIVE_TOKENS]
+            chat = chat + user[:ANSWER_TOKENS]
         chats[id(engine)] = found
     return PrefixRound(both(no_hit), both(again), both(together), both(chats))
 

@@ -59,7 +59,7 @@ class VllmServicer(pb_grpc.VllmEngineServicer):
 
     async def _token_ids(self, request: pb.GenerateRequest, model: ServedModel) -> list[int]:
         prompt = messages.prompt(request, model)
-        encode = partial(model.token_ids, prompt, model.prompt_limit, messages.truncation(request))
+        encode = partial(model.token_ids, prompt, model.prompt_limit, messages.sampling(request))
         # Tokenizers may take long: not in the event loop, and with a limit.
         return encode() if prompt.token_ids is not None else await self._texts.run(encode, request.ByteSize())
 

@@ -60,10 +60,9 @@ def prompt(request: pb.GenerateRequest, model: ServedModel) -> ParsedPrompt:
     raise RequestError("input must be given, got none")
 
 
-def truncation(request: pb.GenerateRequest) -> dict[str, Any]:
-    """Of the fields of sampling those that say how much of the prompt is taken."""
-    given = _given(request.sampling_params)
-    return {name: given[name] for name in ("truncate_prompt_tokens", "max_tokens") if name in given}
+def sampling(request: pb.GenerateRequest) -> dict[str, Any]:
+    """The fields of sampling that are set, as protobuf has them."""
+    return _given(request.sampling_params)
 
 
 def completions(
