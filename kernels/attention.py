@@ -13,9 +13,11 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxserve.kernels.cache import KVCache, cache_specs
 from jaxserve.kernels.inputs import AttentionInputs, Rotation
+from jaxserve.kernels.reach import Reach
 
 REPLICATED = PartitionSpec()
 HEADS = PartitionSpec(None, "tensor")
+SINKS = PartitionSpec("tensor")
 CACHE = cache_specs(tensor="tensor")
 """How arrays lie on a mesh: KV heads are divided, and query heads with them."""
 
@@ -50,14 +52,20 @@ def paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    chunk: int | None = None,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention of every row over its own sequence's cached keys, its own included.
 
     q: ``[T, heads, head_dim]``, already rotated; returns the same shape and type. Rows of no sequence return zeros.
     window: a query at position i sees the keys at i - window < j <= i, as in transformers; layers may differ, none may
     exceed the plan's PlanLimits.window.
+    chunk: a query at position i sees the keys from i // chunk * chunk on, as in Llama 4; a layer has this or a window.
     softcap: scaled scores become ``softcap * tanh(scores / softcap)``, as in Gemma 2 (arXiv 2408.00118).
+    sinks: ``float32[heads]``: the score of a key that every query of the head sees and whose value is 0, as in gpt-oss
+    (arXiv 2508.10925).
     """
-    attend = partial(inputs.backend.attend, scale=scale, window=window, softcap=softcap)
-    return _per_shard(attend, inputs.mesh, (HEADS, CACHE, REPLICATED, REPLICATED), HEADS)(q, cache, inputs, layer)
+    attend = partial(inputs.backend.attend, scale=scale, reach=Reach(window, chunk), softcap=softcap)
+    specs = HEADS, CACHE, REPLICATED, REPLICATED, SINKS
+    return _per_shard(attend, inputs.mesh, specs, HEADS)(q, cache, inputs, layer, sinks)

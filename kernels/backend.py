@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxserve.kernels.cache import KVCache
 from jaxserve.kernels.plan import Tiling
+from jaxserve.kernels.reach import Reach
 
 if TYPE_CHECKING:  # a step's inputs say which backend they are cut for
     from jaxserve.kernels.inputs import AttentionInputs, Rotation
@@ -91,9 +92,10 @@ class Backend(ABC):
         cache: KVCache[jax.Array],
         inputs: AttentionInputs,
         layer: jax.Array,
+        sinks: jax.Array | None,
         *,
         scale: float,
-        window: int | None,
+        reach: Reach,
         softcap: float | None,
     ) -> jax.Array:
         """See kernels.attention.paged_attention."""

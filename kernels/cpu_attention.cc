@@ -38,7 +38,14 @@ struct Inputs {
   int64_t layer_page;                  // the layer's first
   float scale;
   int64_t window;  // a query at position i sees the keys i - window < j <= i
+  int64_t chunk;   // or, if it is not 0, those from i / chunk * chunk on
   float softcap;   // 0: none
+  const float* sinks;  // [heads]: the score of a key without a value that all queries see; null: none
+
+  // The first key that a query at a position sees; may be negative.
+  int64_t first_key(int64_t position) const {
+    return chunk > 0 ? position / chunk * chunk : position + 1 - window;
+  }
 
   // Where the keys and values of tokens begin ... end - 1 begin.
   void find_tokens(int32_t sequence, int64_t begin, int64_t end, int64_t kv_head, std::vector<int64_t>& offsets) const {
@@ -168,7 +175,7 @@ void decode_heads(const Inputs<T>& in, const float* q, const std::vector<int64_t
 template <typename T>
 void decode_item(const Inputs<T>& in, const int32_t* item, int64_t kv_head, float* top, float* total, float* value) {
   const Shape& s = in.shape;
-  const int64_t begin = std::max<int64_t>(item[kFirstPage] * s.page_size, item[kKvLength] - in.window);
+  const int64_t begin = std::max<int64_t>(item[kFirstPage] * s.page_size, in.first_key(item[kKvLength] - 1));
   const int64_t end = std::min<int64_t>(item[kEndPage] * s.page_size, item[kKvLength]);
   thread_local std::vector<float> q, scores;
   thread_local std::vector<int64_t> offsets;
@@ -257,7 +264,7 @@ void prefill_item(const Inputs<T>& in, const int32_t* item, int64_t kv_head, T* 
   const Shape& s = in.shape;
   const int64_t num_queries = item[kNumRows] * s.group;
   const int64_t padded = (num_queries + kRows - 1) / kRows * kRows;
-  const int64_t first = std::max<int64_t>(item[kFirstPage] * s.page_size, item[kPosition] + 1 - in.window);
+  const int64_t first = std::max<int64_t>(item[kFirstPage] * s.page_size, in.first_key(item[kPosition]));
   const int64_t end = item[kPosition] + item[kNumRows];
   thread_local std::vector<float> scratch;
   scratch.assign(padded * (2 * s.dim + 2) + 2 * kBlock * s.dim, 0.0f);
@@ -271,7 +278,10 @@ void prefill_item(const Inputs<T>& in, const int32_t* item, int64_t kv_head, T* 
     return ((item[kRow] + query / s.group) * s.heads + kv_head * s.group + query % s.group) * s.dim;
   };
   for (int64_t m = 0; m < num_queries; ++m) convert(q + m * s.dim, in.q + row_of(m), s.dim);
-  for (int64_t m = 0; m < padded; ++m) top[m] = kUnseen;
+  for (int64_t m = 0; m < padded; ++m) {  // a sink is a key that has been seen before all others
+    top[m] = in.sinks ? in.sinks[kv_head * s.group + m % s.group] : kUnseen;
+    total[m] = in.sinks ? 1 : 0;
+  }
 
   thread_local std::vector<int64_t> offsets;
   for (int64_t begin = first; begin < end; begin += kBlock) {
@@ -284,14 +294,14 @@ void prefill_item(const Inputs<T>& in, const int32_t* item, int64_t kv_head, T* 
     for (int64_t m = 0; m < padded; m += kRows) {
       const int64_t earliest = item[kPosition] + m / s.group;
       const int64_t latest = item[kPosition] + (m + kRows - 1) / s.group;
-      if (begin > latest || begin + length <= earliest + 1 - in.window) continue;  // none of the rows sees the block
+      if (begin > latest || begin + length <= in.first_key(earliest)) continue;  // none of the rows sees the block
       float weights[kRows * kBlock], decay[kRows];
       score_tile(q + m * s.dim, keys, s.dim, in.scale, weights);
       if (in.softcap > 0) soft_cap(weights, kRows * kBlock, in.softcap);
       for (int r = 0; r < kRows; ++r) {
-        const int64_t seen = item[kPosition] + (m + r) / s.group + 1 - begin;
+        const int64_t position = item[kPosition] + (m + r) / s.group, seen = position + 1 - begin;
         const float before = top[m + r];
-        const float sum = softmax_row(weights + r * kBlock, std::max<int64_t>(seen - in.window, 0),
+        const float sum = softmax_row(weights + r * kBlock, std::max<int64_t>(in.first_key(position) - begin, 0),
                                       std::clamp<int64_t>(seen, 0, length), top + m + r);
         decay[r] = std::exp(before - top[m + r]);
         total[m + r] = total[m + r] * decay[r] + sum;
@@ -334,8 +344,9 @@ void paged_attention(ffi::ThreadPool& pool, const Inputs<T>& in, const int32_t* 
     for (end = begin + 1; end < num_decode && decode_items[end * kItemFields + kRow] == row; ++end) {
     }
     for (int64_t h = 0; h < heads; ++h) {
-      float best = kUnseen, total = 0;
+      float best = in.sinks ? in.sinks[h] : kUnseen;
       for (int64_t i = begin; i < end; ++i) best = std::max(best, base[i * partial + h]);
+      float total = in.sinks ? std::exp(in.sinks[h] - best) : 0;
       for (int64_t i = begin; i < end; ++i)
         total += std::exp(base[i * partial + h] - best) * base[i * partial + heads + h];
       std::fill(combined.begin(), combined.end(), 0.0f);
@@ -348,10 +359,10 @@ void paged_attention(ffi::ThreadPool& pool, const Inputs<T>& in, const int32_t* 
   }
 }
 
-ffi::Error PagedAttention(ffi::ThreadPool pool, float scale, int64_t window, float softcap, ffi::AnyBuffer q,
+ffi::Error PagedAttention(ffi::ThreadPool pool, float scale, int64_t window, int64_t chunk, float softcap, ffi::AnyBuffer q,
                           ffi::AnyBuffer k_pages, ffi::AnyBuffer v_pages, ffi::Buffer<ffi::S32> tables,
                           ffi::Buffer<ffi::S32> layer_page, ffi::Buffer<ffi::S32> decode, ffi::Buffer<ffi::S32> prefill, ffi::Buffer<ffi::S32> counts,
-                          ffi::Result<ffi::AnyBuffer> result) {
+                          ffi::Buffer<ffi::F32> sinks, ffi::Result<ffi::AnyBuffer> result) {
   const auto q_dims = q.dimensions(), kv_dims = k_pages.dimensions();
   const int64_t heads = q_dims[1], kv_heads = kv_dims[2], dim = q_dims[2];
   const Shape shape{heads, kv_heads, heads / kv_heads, dim, kv_dims[1], tables.dimensions()[1]};
@@ -360,7 +371,7 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, float scale, int64_t window, flo
     using T = decltype(zero);
     const auto typed = [](const ffi::AnyBuffer& buffer) { return static_cast<const T*>(buffer.untyped_data()); };
     const Inputs<T> in{shape, typed(q), typed(k_pages), typed(v_pages), tables.typed_data(), layer_page.typed_data()[0],
-                       scale, window, softcap};
+                       scale, window, chunk, softcap, sinks.element_count() ? sinks.typed_data() : nullptr};
     const int32_t* num_items = counts.typed_data();
     paged_attention(pool, in, decode.typed_data(), num_items[0], prefill.typed_data(), num_items[1],
                     static_cast<T*>(result->untyped_data()));
@@ -380,6 +391,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_paged_attention, PagedAttention,
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("window")
+                                  .Attr<int64_t>("chunk")
                                   .Attr<float>("softcap")
                                   .Arg<ffi::AnyBuffer>()           // q
                                   .Arg<ffi::AnyBuffer>()           // k_pages
@@ -389,4 +401,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_paged_attention, PagedAttention,
                                   .Arg<ffi::Buffer<ffi::S32>>()   // decode items
                                   .Arg<ffi::Buffer<ffi::S32>>()   // prefill items
                                   .Arg<ffi::Buffer<ffi::S32>>()   // counts
+                                  .Arg<ffi::Buffer<ffi::F32>>()   // sinks, none where there are none
                                   .Ret<ffi::AnyBuffer>());

@@ -15,6 +15,7 @@ from jaxserve.kernels import native
 from jaxserve.kernels.backend import AttentionShape, Backend, Target
 from jaxserve.kernels.cache import KVCache
 from jaxserve.kernels.inputs import AttentionInputs, Rotation
+from jaxserve.kernels.reach import Reach
 
 NO_WINDOW = np.iinfo(np.int32).max
 """A window that every position lies in."""
@@ -58,16 +59,20 @@ class Native(Backend):
         cache: KVCache[jax.Array],
         inputs: AttentionInputs,
         layer: jax.Array,
+        sinks: jax.Array | None,
         *,
         scale: float,
-        window: int | None,
+        reach: Reach,
         softcap: float | None,
     ) -> jax.Array:
         plan, first_page = inputs.plan, layer * inputs.limits.num_pages
         call = jax.ffi.ffi_call(native.ATTENTION, jax.ShapeDtypeStruct(q.shape, q.dtype))
+        sinks = jnp.zeros(0) if sinks is None else sinks
         return call(
             q, cache.k, cache.v, inputs.block_tables, first_page.reshape(1), plan.decode, plan.prefill, plan.counts,
+            sinks,
             scale=np.float32(scale),
-            window=np.int64(NO_WINDOW if window is None else window),
+            window=np.int64(NO_WINDOW if reach.window is None else reach.window),
+            chunk=np.int64(reach.chunk or 0),
             softcap=np.float32(0.0 if softcap is None else softcap),
         )  # fmt: skip

@@ -38,8 +38,14 @@ class Mosaic(Triton):
         return None
 
     def _prefill(
-        self, q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array, **masking: Any
+        self,
+        q: jax.Array,
+        cache: KVCache[jax.Array],
+        inputs: AttentionInputs,
+        layer: jax.Array,
+        sinks: jax.Array | None,
+        **masking: Any,
     ) -> Sequence[jax.Array]:
         from jaxserve.kernels import mosaic_prefill  # it needs packages that only Hopper GPUs do
 
-        return mosaic_prefill.paged_prefill(q, cache, inputs, layer, **masking)
+        return mosaic_prefill.paged_prefill(q, cache, inputs, layer, sinks, **masking)

@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxserve.kernels.cache import KVCache
 from jaxserve.kernels.inputs import AttentionInputs
 from jaxserve.kernels.plan import ITEM_FIELDS
+from jaxserve.kernels.reach import Reach
 
 type Ref = Any
 """Of Pallas, to global or shared memory or to a barrier."""
@@ -48,9 +49,10 @@ def paged_prefill(
     cache: KVCache[jax.Array],
     inputs: AttentionInputs,
     layer: jax.Array,
+    sinks: jax.Array | None,
     *,
     scale: float,
-    window: int | None,
+    reach: Reach,
     softcap: float | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attention of the rows in ``inputs.plan.prefill``; see kernels.attention.paged_attention.
@@ -58,8 +60,9 @@ def paged_prefill(
     q: ``[T, heads, head_dim]``, in the type of the cache, whose pages hold 64 tokens; head_dim is 64 or 128.
     Returns the output, as ``q``, and the partial results of items that are parts of a tile: unnormalised values
     ``float32[n, heads, head_dim]`` and stats ``float32[n, heads, 2]`` for ``max_prefill_partials`` rows, the maximum of
-    a row's scores times log2 e (-1e30 if it saw none) and the sum of its weights. All other rows are undefined. Raises
-    ValueError if a tile's rows exceed 128. Soft caps use the hardware's tanh, whose relative error is 2^-11.
+    a row's scores times log2 e (-1e30 if it saw none) and the sum of its weights. Sinks are in the output, and in no
+    partial result. All other rows are undefined. Raises ValueError if a tile's rows exceed 128. Soft caps use the
+    hardware's tanh, whose relative error is 2^-11.
     """
     _, heads, dim = q.shape
     kv_heads, limits = cache.k.shape[2], inputs.limits
@@ -68,7 +71,7 @@ def paged_prefill(
         raise ValueError(
             f"tile_rows {limits.tile_rows} times {group} query heads for each KV head must be at most {TILE_ROWS}"
         )
-    kernel = _Kernel(group, limits.tile_rows, limits.num_pages, scale, window, softcap)
+    kernel = _Kernel(group, limits.tile_rows, limits.num_pages, scale, reach, softcap, has_sinks=sinks is not None)
     partial = (limits.max_prefill_partials, heads)
     return plgpu.kernel(
         kernel.body,
@@ -97,7 +100,7 @@ def paged_prefill(
         kernel_name="paged_prefill",
     )(
         q, cache.k, cache.v, inputs.block_tables, inputs.plan.prefill, inputs.plan.counts,
-        jnp.asarray(layer, jnp.int32).reshape(1),
+        jnp.asarray(layer, jnp.int32).reshape(1), kernel.tops_of(sinks, kv_heads),
     )  # fmt: skip
 
 
@@ -146,6 +149,8 @@ class _Memory(NamedTuple):
     items: Ref
     counts: Ref
     layer: Ref
+    sinks: Ref
+    """``float32[kv_heads, TILE_ROWS]``, read if there are sinks: that of the row's head, in the unit of scores."""
     out: Ref
     values: Ref
     stats: Ref
@@ -188,8 +193,16 @@ class _Kernel:
     num_pages: int
     """Of a layer."""
     scale: float
-    window: int | None
+    reach: Reach
     softcap: float | None
+    has_sinks: bool
+
+    def tops_of(self, sinks: jax.Array | None, kv_heads: int) -> jax.Array:
+        """``_Memory.sinks`` from ``float32[heads]``."""
+        if sinks is None:
+            return jnp.zeros((1, 1), jnp.float32)
+        rows = jnp.repeat(sinks.reshape(kv_heads, self.group) * (LOG2_E / self._unit), self.tile_rows, axis=1)
+        return jnp.pad(rows, ((0, 0), (0, TILE_ROWS - rows.shape[1])))
 
     def body(self, *memory: Ref, keys: _Ring, values: _Ring, tile: _Tile) -> None:
         refs = _Memory(*memory)
@@ -208,13 +221,13 @@ class _Kernel:
             @pl.when(warpgroup < COMPUTE_WARPGROUPS)
             def _() -> None:
                 plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-                self._compute(item, warpgroup, keys, values, tile)
+                self._compute(item, warpgroup, refs, keys, values, tile)
 
     def _item(self, items: Ref, number: jax.Array) -> _Item:
         fields = [items[number, field] for field in range(ITEM_FIELDS)]
         sequence, row, num_rows, position, first_page, end_page, _, partial = fields
-        if self.window is not None:  # it may be narrower than the plan's
-            seen = jnp.maximum(position - (self.window - 1), 0)
+        if self.reach.is_bounded:  # the plan's window may be wider
+            seen = jnp.maximum(self.reach.first_key(position), 0)
             first_page = jnp.maximum(first_page, lax.div(seen, jnp.int32(PAGE_SIZE)))
         first_page = jnp.minimum(first_page, jnp.maximum(end_page - 1, 0))
         position = jnp.where(end_page > 0, position, -TILE_ROWS)
@@ -246,7 +259,9 @@ class _Kernel:
             fill(keys, j, refs.k.at[page, :, head])
             fill(values, j, refs.v.at[page, :, head])
 
-    def _compute(self, item: _Item, warpgroup: jax.Array, keys: _Ring, values: _Ring, tile: _Tile) -> None:
+    def _compute(
+        self, item: _Item, warpgroup: jax.Array, refs: _Memory, keys: _Ring, values: _Ring, tile: _Tile
+    ) -> None:
         rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
         plgpu.barrier_wait(tile.full)
         queries = plgpu.load(tile.rows.at[rows], layout=plgpu.Layout.WGMMA, optimized=False)
@@ -275,10 +290,8 @@ class _Kernel:
         def first(scores: Ref) -> _State:
             j = jnp.int32(0)
             score(scores, j)
-            nothing = _column(0.0)
-            top, total, weights, rescale = self._softmax(
-                scored(scores, j, in_flight=0), item, j, positions, _column(MASKED), nothing
-            )
+            before = self._seen_before(item, refs, rows)
+            top, total, weights, rescale = self._softmax(scored(scores, j, in_flight=0), item, j, positions, *before)
             value = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, dim), jnp.float32), plgpu.Layout.WGMMA)
             return _State(value, rescale, top, total, weights.astype(queries.dtype))
 
@@ -335,19 +348,29 @@ class _Kernel:
         weights = jnp.exp2(scores * self._unit - _across(shift, PAGE_SIZE))
         return new_top, total * rescale + weights.sum(axis=1), weights, rescale
 
+    def _seen_before(self, item: _Item, refs: _Memory, rows: Ref) -> tuple[jax.Array, jax.Array]:
+        """Maximum and sum before the first page: a sink is a key of its own, which the combination of parts sees."""
+        if not self.has_sinks:
+            return _column(MASKED), _column(0.0)
+        sink = plgpu.load(
+            refs.sinks.at[lax.axis_index("head"), rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False
+        )
+        is_whole = jnp.where(item.partial < 0, 1.0, 0.0)
+        return sink * is_whole - (1.0 - is_whole) * -MASKED, _column(0.0) + is_whole
+
     def _mask(self, scores: jax.Array, item: _Item, first_key: jax.Array, positions: jax.Array) -> jax.Array:
         """Only pages at the edges of what the tile sees have masked keys."""
 
         def masked(scores: jax.Array) -> jax.Array:
             keys = first_key + plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
             visible = keys <= _across(positions, PAGE_SIZE)
-            if self.window is not None:
-                visible &= keys > _across(positions - self.window, PAGE_SIZE)
+            if self.reach.is_bounded:
+                visible &= keys >= _across(self.reach.first_key(positions), PAGE_SIZE)
             return jnp.where(visible, scores, MASKED)
 
         edge = first_key + (PAGE_SIZE - 1) > item.position
-        if self.window is not None:
-            edge |= first_key <= item.position + item.num_rows - 1 - self.window
+        if self.reach.is_bounded:
+            edge |= first_key < self.reach.first_key(item.position + item.num_rows - 1)
         return lax.cond(edge, masked, lambda scores: scores, scores)
 
     def _store(self, item: _Item, refs: _Memory, tile: _Tile) -> None:

@@ -39,9 +39,15 @@ class Pod(Triton):
         return f"a head_dim of at most 128, got {shape.head_dim}" if shape.head_dim > 128 else None
 
     def _results(
-        self, q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array, **masking: Any
+        self,
+        q: jax.Array,
+        cache: KVCache[jax.Array],
+        inputs: AttentionInputs,
+        layer: jax.Array,
+        sinks: jax.Array | None,
+        **masking: Any,
     ) -> tuple[jax.Array, Sequence[jax.Array], Sequence[jax.Array]]:
         from jaxserve.kernels import triton_launch  # it needs packages that only GPUs do
 
-        results = super()._results(q, cache, inputs, layer, **masking)
-        return triton_launch.attend_both(q, cache, inputs, layer, *results, **masking)
+        results = super()._results(q, cache, inputs, layer, sinks, **masking)
+        return triton_launch.attend_both(q, cache, inputs, layer, sinks, *results, **masking)

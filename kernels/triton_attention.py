@@ -13,6 +13,7 @@ from jaxserve.kernels.backend import AttentionShape, Backend, Target
 from jaxserve.kernels.cache import KVCache
 from jaxserve.kernels.inputs import AttentionInputs, Rotation
 from jaxserve.kernels.plan import BusyPrograms, Tiling
+from jaxserve.kernels.reach import Reach
 
 SPLIT_TOKENS = 128
 """KV tokens below which splitting costs a GPU more than it gains."""
@@ -71,29 +72,42 @@ class Triton(Backend):
         cache: KVCache[jax.Array],
         inputs: AttentionInputs,
         layer: jax.Array,
+        sinks: jax.Array | None,
         *,
         scale: float,
-        window: int | None,
+        reach: Reach,
         softcap: float | None,
     ) -> jax.Array:
         from jaxserve.kernels import triton_launch
 
-        results = self._results(q, cache, inputs, layer, scale=scale, window=window, softcap=softcap)
-        return triton_launch.combine(*results, inputs)
+        results = self._results(q, cache, inputs, layer, sinks, scale=scale, reach=reach, softcap=softcap)
+        return triton_launch.combine(*results, inputs, sinks)
 
     def _results(
-        self, q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array, **masking: Any
+        self,
+        q: jax.Array,
+        cache: KVCache[jax.Array],
+        inputs: AttentionInputs,
+        layer: jax.Array,
+        sinks: jax.Array | None,
+        **masking: Any,
     ) -> tuple[jax.Array, Sequence[jax.Array], Sequence[jax.Array]]:
         """The output as far as whole tiles write it, and the partial results of prefill and of decode."""
         from jaxserve.kernels import triton_launch
 
-        out, *prefill = self._prefill(q, cache, inputs, layer, **masking)
-        return out, prefill, triton_launch.attend(triton_launch.DECODE, q, cache, inputs, layer, **masking)
+        out, *prefill = self._prefill(q, cache, inputs, layer, sinks, **masking)
+        return out, prefill, triton_launch.attend(triton_launch.DECODE, q, cache, inputs, layer, None, **masking)
 
     def _prefill(
-        self, q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array, **masking: Any
+        self,
+        q: jax.Array,
+        cache: KVCache[jax.Array],
+        inputs: AttentionInputs,
+        layer: jax.Array,
+        sinks: jax.Array | None,
+        **masking: Any,
     ) -> Sequence[jax.Array]:
         """The output and the partial results of prefill items."""
         from jaxserve.kernels import triton_launch
 
-        return triton_launch.attend(triton_launch.PREFILL, q, cache, inputs, layer, **masking)
+        return triton_launch.attend(triton_launch.PREFILL, q, cache, inputs, layer, sinks, **masking)

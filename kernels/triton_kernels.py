@@ -23,6 +23,7 @@ def attend(
     counts_ptr: tl.tensor,
     layer_ptr: tl.tensor,
     scales_ptr: tl.tensor,
+    sinks_ptr: tl.tensor,
     out_ptr: tl.tensor,
     values_ptr: tl.tensor,
     stats_ptr: tl.tensor,
@@ -30,6 +31,7 @@ def attend(
     PROGRAMS: tl.constexpr,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -50,7 +52,7 @@ def attend(
     TABLE_WIDTH]``. items: ``[n, 8]``, of which the first ``counts[KIND]`` are real. layer: one number. scales:
     ``[layers, 2]``, read if QUANTISED. values ``[partial rows, heads, head_dim]`` and stats ``[partial rows, heads,
     2]`` take unnormalised results, with the maximum of the scores and the sum of the weights. Without ``out`` all items
-    have partial results.
+    have partial results. sinks: ``[heads]`` or none; they are in no partial result.
     UNMASKED: tiles that all rows see are walked without masking, in a loop of their own.
     """
     program = tl.program_id(0)
@@ -61,7 +63,7 @@ def attend(
         if job < num_jobs:
             attend_item(
                 q_ptr, k_ptr, v_ptr, tables_ptr, items_ptr + job // KV_HEADS * 8, job % KV_HEADS, layer_ptr, scales_ptr,
-                out_ptr, values_ptr, stats_ptr, SCALE, WINDOW, SOFTCAP, KV_HEADS, GROUP, HEAD_DIM,
+                sinks_ptr, out_ptr, values_ptr, stats_ptr, SCALE, WINDOW, CHUNK, SOFTCAP, KV_HEADS, GROUP, HEAD_DIM,
                 PAGE_SIZE, NUM_PAGES, TABLE_WIDTH, QUANTISED, UNMASKED, BLOCK_ROWS, BLOCK_DIM, TILE, STAGES,
             )  # fmt: skip
 
@@ -76,11 +78,13 @@ def attend_item(
     kv_head: tl.tensor,
     layer_ptr: tl.tensor,
     scales_ptr: tl.tensor,
+    sinks_ptr: tl.tensor,
     out_ptr: tl.tensor,
     values_ptr: tl.tensor,
     stats_ptr: tl.tensor,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -123,10 +127,11 @@ def attend_item(
     if SOFTCAP is not None:
         inner = scale / SOFTCAP
         factor = SOFTCAP * LOG2E
-    if WINDOW is not None:
+    BOUNDED: tl.constexpr = WINDOW is not None or CHUNK is not None
+    if BOUNDED:
         # Items begin where the widest window of the model does.
         ALIGN: tl.constexpr = PAGE_SIZE if PAGE_SIZE < TILE else TILE
-        start = tl.maximum(start, (position - WINDOW + 1) // ALIGN * ALIGN)
+        start = tl.maximum(start, _first_key(position, WINDOW, CHUNK) // ALIGN * ALIGN)
 
     head_offset = layer * (NUM_PAGES * PAGE_SIZE * KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM
     k_ptr += head_offset
@@ -135,28 +140,30 @@ def attend_item(
     top = tl.full([BLOCK_ROWS], EMPTY, tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     value = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
+    if sinks_ptr is not None:
+        # A key that has been seen before all others; of parts, the combination sees it.
+        top = tl.where(partial_row < 0, tl.load(sinks_ptr + head) * LOG2E, top)
+        total = tl.where(partial_row < 0, 1.0, total)
     # Tiles from unmasked_start to unmasked_stop are seen by all rows whole; others are at an edge.
     unmasked_start = start
     unmasked_stop = start
     if UNMASKED:
-        if WINDOW is not None:
-            unmasked_start += tl.cdiv(tl.maximum(position + num_rows - WINDOW - start, 0), TILE) * TILE
+        if BOUNDED:
+            last_start = _first_key(position + num_rows - 1, WINDOW, CHUNK)
+            unmasked_start += tl.cdiv(tl.maximum(last_start - start, 0), TILE) * TILE
         seen = tl.maximum(tl.minimum(position + 1, limit) - unmasked_start, 0)
         unmasked_stop = unmasked_start + seen // TILE * TILE
         for token in tl.range(unmasked_start, unmasked_stop, TILE, num_stages=STAGES):
             top, total, value = _attend_tile(
                 q, top, total, value, token, limit, positions, k_ptr, v_ptr, tables_ptr, inner, factor,
-                False, WINDOW, SOFTCAP, KV_HEADS * HEAD_DIM, HEAD_DIM, PAGE_SIZE, BLOCK_DIM, TILE,
+                False, WINDOW, CHUNK, SOFTCAP, KV_HEADS * HEAD_DIM, HEAD_DIM, PAGE_SIZE, BLOCK_DIM, TILE,
             )  # fmt: skip
     skipped = unmasked_stop - unmasked_start
     for token in tl.range(start, limit - skipped, TILE, num_stages=STAGES):
-        if WINDOW is not None and UNMASKED:
-            edge = tl.where(token < unmasked_start, token, token + skipped)
-        else:
-            edge = token + skipped
+        edge = tl.where(token < unmasked_start, token, token + skipped) if BOUNDED and UNMASKED else token + skipped
         top, total, value = _attend_tile(
             q, top, total, value, edge, limit, positions, k_ptr, v_ptr, tables_ptr, inner, factor,
-            True, WINDOW, SOFTCAP, KV_HEADS * HEAD_DIM, HEAD_DIM, PAGE_SIZE, BLOCK_DIM, TILE,
+            True, WINDOW, CHUNK, SOFTCAP, KV_HEADS * HEAD_DIM, HEAD_DIM, PAGE_SIZE, BLOCK_DIM, TILE,
         )  # fmt: skip
 
     if QUANTISED:
@@ -174,6 +181,15 @@ def attend_item(
             value, top, total, values_ptr, stats_ptr, partial_row + row, head, row < num_rows, mask,
             KV_HEADS * GROUP, HEAD_DIM, BLOCK_DIM,
         )  # fmt: skip
+
+
+@triton.jit
+def _first_key(position: tl.tensor, WINDOW: tl.constexpr, CHUNK: tl.constexpr) -> tl.tensor:
+    """See kernels/reach.py."""
+    if CHUNK is not None:
+        return position // CHUNK * CHUNK
+    else:
+        return position - (WINDOW - 1)
 
 
 @triton.jit
@@ -213,6 +229,7 @@ def _attend_tile(
     factor: tl.tensor,
     MASKED: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TOKEN_STRIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -241,8 +258,8 @@ def _attend_tile(
         scores = 1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E * inner)) + 1.0)
     if MASKED:
         visible = tokens[None, :] <= tl.minimum(positions, limit - 1)[:, None]
-        if WINDOW is not None:
-            visible = visible & (tokens[None, :] > (positions - WINDOW)[:, None])
+        if WINDOW is not None or CHUNK is not None:
+            visible = visible & (tokens[None, :] >= _first_key(positions, WINDOW, CHUNK)[:, None])
         scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * factor)
     weights = tl.exp2(scores * factor - new_top[:, None])
@@ -261,6 +278,7 @@ def combine(
     combine_ptr: tl.tensor,
     counts_ptr: tl.tensor,
     out_ptr: tl.tensor,
+    sinks_ptr: tl.tensor,
     PROGRAMS: tl.constexpr,
     SHARES: tl.constexpr,
     PREFILL_PARTIAL: tl.constexpr,
@@ -271,7 +289,7 @@ def combine(
     """Put partial results together, as ``AttentionPlan.combine`` says, by PROGRAMS programs.
 
     An entry's results are its rows' heads, which lie together in each of its parts. SHARES programs share them. The
-    plan's partial rows from PREFILL_PARTIAL on are prefill's, those before are decode's.
+    plan's partial rows from PREFILL_PARTIAL on are prefill's, those before are decode's. sinks: as in ``attend``.
     """
     num_entries = tl.load(counts_ptr + 2)
     for job in range(tl.program_id(0), num_entries * SHARES, PROGRAMS):
@@ -289,13 +307,13 @@ def combine(
             first_partial -= PREFILL_PARTIAL
         if num_parts <= 4:
             _combine_results(
-                values_ptr, stats_ptr, out_ptr, first_result, num_results, first_partial * HEADS, num_parts, share,
-                SHARES, HEAD_DIM, BLOCK_DIM, 1, 32,
+                values_ptr, stats_ptr, sinks_ptr, out_ptr, first_result, num_results, first_partial * HEADS, num_parts,
+                share, SHARES, HEADS, HEAD_DIM, BLOCK_DIM, 1, 32,
             )  # fmt: skip
         else:
             _combine_results(
-                values_ptr, stats_ptr, out_ptr, first_result, num_results, first_partial * HEADS, num_parts, share,
-                SHARES, HEAD_DIM, BLOCK_DIM, 16, 2,
+                values_ptr, stats_ptr, sinks_ptr, out_ptr, first_result, num_results, first_partial * HEADS, num_parts,
+                share, SHARES, HEADS, HEAD_DIM, BLOCK_DIM, 16, 2,
             )  # fmt: skip
 
 
@@ -303,6 +321,7 @@ def combine(
 def _combine_results(
     values_ptr: tl.tensor,
     stats_ptr: tl.tensor,
+    sinks_ptr: tl.tensor,
     out_ptr: tl.tensor,
     first_result: tl.tensor,
     num_results: tl.tensor,
@@ -310,6 +329,7 @@ def _combine_results(
     num_parts: tl.tensor,
     share: tl.tensor,
     SHARES: tl.constexpr,
+    HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     PARTS: tl.constexpr,
@@ -322,6 +342,9 @@ def _combine_results(
         top = tl.full([RESULTS], EMPTY, tl.float32)
         total = tl.zeros([RESULTS], tl.float32)
         value = tl.zeros([RESULTS, BLOCK_DIM], tl.float32)
+        if sinks_ptr is not None:
+            top = tl.load(sinks_ptr + result % HEADS) * LOG2E
+            total += 1.0
         for first_part in range(0, num_parts, PARTS):
             part = first_part + tl.arange(0, PARTS)
             real = (part < num_parts)[:, None] & (result < num_results)[None, :]

@@ -19,6 +19,7 @@ from triton.backends.nvidia import driver as nvidia_driver
 from jaxserve.kernels import triton_kernels, triton_pod, triton_rotate
 from jaxserve.kernels.cache import KVCache, is_quantised
 from jaxserve.kernels.inputs import AttentionInputs, Rotation
+from jaxserve.kernels.reach import Reach
 
 if not hasattr(nvidia_driver, "TMA_TF32"):
     # jax-triton 0.4 imports this constant, which Triton before 3.7 lacks, for TMA descriptors, which are not used here.
@@ -81,13 +82,19 @@ def rotate_and_write(
 
 
 def attend(
-    kind: int, q: jax.Array, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array, **masking: Any
+    kind: int,
+    q: jax.Array,
+    cache: KVCache[jax.Array],
+    inputs: AttentionInputs,
+    layer: jax.Array,
+    sinks: jax.Array | None,
+    **masking: Any,
 ) -> Sequence[jax.Array]:
     """Work through the items of one kind, DECODE or PREFILL, of a plan whose tiling has ``busy``: partial results, and
     before these prefill's output.
 
-    masking: as of kernels.attention.paged_attention. Partial results are unnormalised values ``float32[n, heads,
-    head_dim]`` and stats ``float32[n, heads, 2]``.
+    sinks, masking: as of kernels.attention.paged_attention; only what writes the output has sinks. Partial results are
+    unnormalised values ``float32[n, heads, head_dim]`` and stats ``float32[n, heads, 2]``.
     """
     plan, limits, target = inputs.plan, inputs.limits, inputs.backend.target
     busy, decoding = limits.tiling.busy, kind == DECODE
@@ -103,7 +110,7 @@ def attend(
         limit = _share_of_registers(programs // target.num_cores, num_warps)
     return triton_call(
         q, cache.k, cache.v, inputs.block_tables, plan.decode if decoding else plan.prefill, plan.counts, layer,
-        cache.scales, *((None,) if decoding else ()),
+        cache.scales, sinks, *((None,) if decoding else ()),
         kernel=triton_kernels.attend,
         out_type=partial if decoding else (_like(q), *partial),
         input_output_aliases={},
@@ -127,6 +134,7 @@ def attend_both(
     cache: KVCache[jax.Array],
     inputs: AttentionInputs,
     layer: jax.Array,
+    sinks: jax.Array | None,
     out: jax.Array,
     prefill: Sequence[jax.Array],
     decode: Sequence[jax.Array],
@@ -139,7 +147,7 @@ def attend_both(
     )  # fmt: skip
     changed = jnp.zeros(2 + target.num_cores, jnp.int32), out, *prefill, *decode
     _, out, *partial = triton_call(
-        *operands, *changed,
+        *operands, *changed, sinks,
         kernel=triton_pod.attend_both,
         out_type=tuple(map(_like, changed)),
         input_output_aliases={len(operands) + i: i for i in range(len(changed))},
@@ -163,14 +171,14 @@ def _constants(
     inputs: AttentionInputs,
     *,
     scale: float,
-    window: int | None,
+    reach: Reach,
     softcap: float | None,
 ) -> dict[str, Any]:
     """What kernels that attend know of a model when they are compiled."""
     page_size, kv_heads = cache.k.shape[1:3]
     heads, dim = q.shape[1:]
     return {
-        "SCALE": scale, "WINDOW": window, "SOFTCAP": softcap,
+        "SCALE": scale, "WINDOW": reach.window, "CHUNK": reach.chunk, "SOFTCAP": softcap,
         "KV_HEADS": kv_heads, "GROUP": heads // kv_heads, "HEAD_DIM": dim, "BLOCK_DIM": _block(dim),
         "PAGE_SIZE": page_size, "NUM_PAGES": inputs.limits.num_pages, "TABLE_WIDTH": inputs.block_tables.shape[1],
         "QUANTISED": is_quantised(cache.k.dtype), "TILE": KV_TILE_TOKENS,
@@ -184,14 +192,18 @@ def _block_rows(kind: int, q: jax.Array, cache: KVCache[jax.Array], inputs: Atte
 
 
 def combine(
-    out: jax.Array, prefill: Sequence[jax.Array], decode: Sequence[jax.Array], inputs: AttentionInputs
+    out: jax.Array,
+    prefill: Sequence[jax.Array],
+    decode: Sequence[jax.Array],
+    inputs: AttentionInputs,
+    sinks: jax.Array | None,
 ) -> jax.Array:
-    """Put partial results together: the output with the rows that have such."""
+    """Put partial results, and the sinks, together: the output with the rows that have such."""
     _, heads, dim = out.shape
     target = inputs.backend.target
     programs = COMBINE_PROGRAMS_PER_CORE * target.num_cores
     return triton_call(
-        *decode, *prefill, inputs.plan.combine, inputs.plan.counts, out,
+        *decode, *prefill, inputs.plan.combine, inputs.plan.counts, out, sinks,
         kernel=triton_kernels.combine,
         out_type=_like(out),
         input_output_aliases={6: 0},

@@ -31,9 +31,11 @@ def attend_both(
     prefill_stats_ptr: tl.tensor,
     decode_values_ptr: tl.tensor,
     decode_stats_ptr: tl.tensor,
+    sinks_ptr: tl.tensor,
     CORES: tl.constexpr,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -65,14 +67,14 @@ def attend_both(
         elif kind == DECODE:
             attend_item(
                 q_ptr, k_ptr, v_ptr, tables_ptr, decode_items_ptr + job // KV_HEADS * 8, job % KV_HEADS, layer_ptr,
-                scales_ptr, None, decode_values_ptr, decode_stats_ptr, SCALE, WINDOW, SOFTCAP, KV_HEADS, GROUP,
-                HEAD_DIM, PAGE_SIZE, NUM_PAGES, TABLE_WIDTH, QUANTISED, False, DECODE_ROWS, BLOCK_DIM, TILE,
+                scales_ptr, None, None, decode_values_ptr, decode_stats_ptr, SCALE, WINDOW, CHUNK, SOFTCAP, KV_HEADS,
+                GROUP, HEAD_DIM, PAGE_SIZE, NUM_PAGES, TABLE_WIDTH, QUANTISED, False, DECODE_ROWS, BLOCK_DIM, TILE,
                 DECODE_STAGES,
             )  # fmt: skip
         else:
             attend_item(
                 q_ptr, k_ptr, v_ptr, tables_ptr, prefill_items_ptr + job // KV_HEADS * 8, job % KV_HEADS, layer_ptr,
-                scales_ptr, out_ptr, prefill_values_ptr, prefill_stats_ptr, SCALE, WINDOW, SOFTCAP, KV_HEADS, GROUP,
-                HEAD_DIM, PAGE_SIZE, NUM_PAGES, TABLE_WIDTH, QUANTISED, True, PREFILL_ROWS, BLOCK_DIM, TILE,
-                PREFILL_STAGES,
+                scales_ptr, sinks_ptr, out_ptr, prefill_values_ptr, prefill_stats_ptr, SCALE, WINDOW, CHUNK, SOFTCAP,
+                KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, NUM_PAGES, TABLE_WIDTH, QUANTISED, True, PREFILL_ROWS, BLOCK_DIM,
+                TILE, PREFILL_STAGES,
             )  # fmt: skip

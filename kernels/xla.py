@@ -15,6 +15,7 @@ from jaxserve.kernels.backend import AttentionShape, Backend, Target
 from jaxserve.kernels.cache import KVCache, is_quantised
 from jaxserve.kernels.inputs import AttentionInputs, Rotation
 from jaxserve.kernels.plan import AttentionPlan, Tiling
+from jaxserve.kernels.reach import Reach
 
 DECODE_GROUP = 16
 """Decode items that one iteration handles together."""
@@ -67,9 +68,10 @@ class Xla(Backend):
         cache: KVCache[jax.Array],
         inputs: AttentionInputs,
         layer: jax.Array,
+        sinks: jax.Array | None,
         *,
         scale: float,
-        window: int | None,
+        reach: Reach,
         softcap: float | None,
     ) -> jax.Array:
         rows, heads, dim = q.shape
@@ -78,9 +80,10 @@ class Xla(Backend):
         tables, scales = inputs.block_tables + layer * inputs.limits.num_pages, cache.scales[layer]
         q = (q * (scale * scales[0] if quantised else scale)).astype(q.dtype)
         q = q.reshape(rows, kv_heads, heads // kv_heads, dim)
-        decoded = _decode(q, cache.k, cache.v, tables, plan, tiling, window, softcap)
+        sinks = None if sinks is None else sinks.reshape(kv_heads, -1)
+        decoded = _decode(q, cache.k, cache.v, tables, plan, tiling, reach, softcap, sinks)
         out = jnp.zeros_like(q).at[plan.combine[:, 0]].set(decoded, mode="drop")
-        out = _prefill(q, cache.k, cache.v, tables, plan, tiling, out, window, softcap)
+        out = _prefill(q, cache.k, cache.v, tables, plan, tiling, out, reach, softcap, sinks)
         return (out * scales[1] if quantised else out).astype(q.dtype).reshape(rows, heads, dim)
 
 
@@ -90,10 +93,10 @@ def _write_rows(pages: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Arra
     return flat.at[slots].set(rows.astype(pages.dtype)).reshape(pages.shape)
 
 
-def _visible(keys: jax.Array, queries: jax.Array, window: int | None) -> jax.Array:
+def _visible(keys: jax.Array, queries: jax.Array, reach: Reach) -> jax.Array:
     """Which keys each query sees, by their positions; the shapes broadcast."""
     causal = keys <= queries
-    return causal if window is None else causal & (keys > queries - window)
+    return causal & (keys >= reach.first_key(queries)) if reach.is_bounded else causal
 
 
 def _softmax_tile(
@@ -115,8 +118,9 @@ def _decode(
     tables: jax.Array,
     plan: AttentionPlan[jax.Array],
     tiling: Tiling,
-    window: int | None,
+    reach: Reach,
     softcap: float | None,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """Single-row queries: partial softmax for each KV tile, then one combine (split-KV, as in Flash-Decoding).
 
@@ -140,7 +144,7 @@ def _decode(
         k, v = (array[pages].reshape(shape).astype(q.dtype) for array in (k_pages, v_pages))
         scores = jnp.einsum("nkgd,ntkd->nkgt", q[row], k, preferred_element_type=jnp.float32)
         position = first_page[:, None] * page_size + jnp.arange(tile)
-        visible = _visible(position, kv_len[:, None] - 1, window) & (position < end_page[:, None] * page_size)
+        visible = _visible(position, kv_len[:, None] - 1, reach) & (position < end_page[:, None] * page_size)
         top, total, weights = _softmax_tile(scores, visible[:, None, None], softcap)
         value = jnp.einsum("nkgt,ntkd->nkgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return tuple(
@@ -158,13 +162,15 @@ def _decode(
     number = jnp.arange(num_items)
     owned = (number >= first) & (number < first + parts)
     result_top = jnp.where(owned[..., None, None], top, MASKED).max(axis=1)
+    result_top = result_top if sinks is None else jnp.maximum(result_top, sinks)
     owner = jnp.argmax(owned, axis=0)
     rescale = jnp.exp(jnp.minimum(top - result_top[owner], 0.0))
     shares = owned.astype(jnp.float32)
     combined = shares @ (value * rescale[..., None]).reshape(num_items, -1)
     totals = shares @ (total * rescale).reshape(num_items, -1)
-    combined = combined.reshape(-1, kv_heads, group, dim)
-    return (combined / jnp.maximum(totals, 1e-30).reshape(-1, kv_heads, group, 1)).astype(q.dtype)
+    combined, totals = combined.reshape(-1, kv_heads, group, dim), totals.reshape(-1, kv_heads, group)
+    totals = totals if sinks is None else totals + jnp.exp(sinks - result_top)
+    return (combined / jnp.maximum(totals, 1e-30)[..., None]).astype(q.dtype)
 
 
 def _prefill(
@@ -175,8 +181,9 @@ def _prefill(
     plan: AttentionPlan[jax.Array],
     tiling: Tiling,
     out: jax.Array,
-    window: int | None,
+    reach: Reach,
     softcap: float | None,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """Tiles of query rows, each with an online softmax over its pages (as in FlashAttention); fills ``out``."""
     num_rows, kv_heads, group, dim = q.shape
@@ -191,8 +198,8 @@ def _prefill(
 
     def one_item(i: jax.Array, out: jax.Array) -> jax.Array:
         sequence, row, num_item_rows, position, first_page, end_page = (plan.prefill[i, field] for field in range(6))
-        if window is not None:
-            first_page = jnp.maximum(first_page, (position - window + 1) // page_size)
+        if reach.is_bounded:
+            first_page = jnp.maximum(first_page, reach.first_key(position) // page_size)
         q_tile = jax.lax.dynamic_slice_in_dim(q, row, tile_rows).transpose(1, 2, 0, 3)
         q_position = position + jnp.arange(tile_rows)[:, None]
 
@@ -202,7 +209,7 @@ def _prefill(
             pages = jax.lax.dynamic_slice(tables, (sequence, page), (1, tile_pages))[0]
             k, v = (array[pages].reshape(tile, kv_heads, dim).astype(q.dtype) for array in (k_pages, v_pages))
             scores = jnp.einsum("kgrd,tkd->kgrt", q_tile, k, preferred_element_type=jnp.float32)
-            visible = _visible(page * page_size + jnp.arange(tile), q_position, window)
+            visible = _visible(page * page_size + jnp.arange(tile), q_position, reach)
             tile_top, tile_total, weights = _softmax_tile(scores, visible, softcap)
             new_top = jnp.maximum(top, tile_top)
             old_scale, tile_scale = jnp.exp(top - new_top), jnp.exp(tile_top - new_top)
@@ -214,7 +221,9 @@ def _prefill(
             )
 
         statistics = jnp.zeros((kv_heads, group, tile_rows), jnp.float32)
-        empty = (statistics + MASKED, statistics, jnp.zeros((kv_heads, group, tile_rows, dim), jnp.float32))
+        # A sink is a key that has been seen before all others.
+        top, total = (MASKED, 0.0) if sinks is None else (sinks[..., None], 1.0)
+        empty = (statistics + top, statistics + total, jnp.zeros((kv_heads, group, tile_rows, dim), jnp.float32))
         num_tiles = (end_page - first_page + tile_pages - 1) // tile_pages
         _, total, value = jax.lax.fori_loop(0, num_tiles, one_tile, empty)
         # Rows past the item, which belong to the next one, may have seen nothing. Keep what is there.

@@ -47,7 +47,9 @@ class RandomBatch:
     inputs: AttentionInputs
     window: int | None = None
     """Of all layers."""
+    chunk: int | None = None
     softcap: float | None = None
+    sinks: jax.Array | None = None
 
     @property
     def q(self) -> jax.Array:
@@ -56,7 +58,9 @@ class RandomBatch:
 
     @property
     def masking(self) -> dict[str, Any]:
-        return {"scale": self.shape.head_dim**-0.5, "window": self.window, "softcap": self.softcap}
+        """What is special about the layers' attention, as kernels.attention.paged_attention takes it."""
+        names = "window", "chunk", "softcap", "sinks"
+        return {"scale": self.shape.head_dim**-0.5} | {name: getattr(self, name) for name in names}
 
     @property
     def num_rows(self) -> int:
@@ -70,7 +74,9 @@ def random_batch(
     backend: Backend,
     *,
     window: int | None = None,
+    chunk: int | None = None,
     softcap: float | None = None,
+    has_sinks: bool = False,
     rotated: int | None = None,
     poison: float | None = None,
     cache_bytes: int = LEAST_CACHE_BYTES,
@@ -111,6 +117,7 @@ def random_batch(
     one_layer = KVCacheShape(1, kv_heads, dim, page_size, shape.cache_dtype)
     num_layers = min(max(2, -(-cache_bytes // (num_pages * one_layer.block_bytes))), MOST_LAYERS)
     keys = jax.random.split(jax.random.key(seed), 4)
+    sinks = jax.random.normal(keys[3], (shape.num_heads,)) if has_sinks else None
     qkv = jax.random.normal(keys[0], (num_rows, kv_heads, shape.num_heads // kv_heads + 2, dim), shape.dtype)
     angles = jax.random.uniform(keys[1], (num_rows, (dim if rotated is None else rotated) // 2), maxval=2 * math.pi)
     rotation = (jnp.cos(angles), jnp.sin(angles)) if angles.size else None
@@ -121,7 +128,7 @@ def random_batch(
         everywhere = jnp.tile(owned.reshape(num_pages, page_size), (num_layers, 1))[:, :, None, None]
         k, v = (jnp.where(everywhere, pages, jnp.asarray(poison, pages.dtype)) for pages in cache[:2])
         cache = cache._replace(k=k, v=v)
-    return RandomBatch(sequences, shape, num_layers, qkv, rotation, cache, inputs, window, softcap)
+    return RandomBatch(sequences, shape, num_layers, qkv, rotation, cache, inputs, window, chunk, softcap, sinks)
 
 
 def _random_cache(
@@ -283,7 +290,7 @@ def _exact_attention(batch: RandomBatch, q: jax.Array, layer: int) -> jax.Array:
     return jnp.concatenate(outs)
 
 
-@partial(jax.jit, static_argnames=("num_rows", "length", "scale", "window", "softcap"))
+@partial(jax.jit, static_argnames=("num_rows", "length", "scale", "window", "chunk", "softcap"))
 def _exact_sequence(
     q: jax.Array,
     cache: KVCache[jax.Array],
@@ -297,7 +304,9 @@ def _exact_sequence(
     length: int,
     scale: float,
     window: int | None,
+    chunk: int | None,
     softcap: float | None,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """Dense attention of one sequence of at most ``num_rows`` rows and ``length`` keys, a KV head at a time: the scores
     of all would fill the device."""
@@ -308,6 +317,8 @@ def _exact_sequence(
     visible, held = key <= position, (key < context + rows)[:, None]
     if window is not None:
         visible &= key > position - window
+    if chunk is not None:
+        visible &= key // chunk == position // chunk
 
     def one_head(head: jax.Array) -> jax.Array:
         k, v = (
@@ -317,8 +328,11 @@ def _exact_sequence(
         scores = jnp.einsum("rgd,td->grt", queries[:, head].astype(jnp.float64), k) * scale
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
-        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
-        return jnp.einsum("grt,td->rgd", weights, v)
+        scores = jnp.where(visible, scores, -jnp.inf)
+        if sinks is not None:
+            sink = sinks.astype(jnp.float64).reshape(kv_heads, -1)[head]
+            scores = jnp.concatenate((scores, jnp.broadcast_to(sink[:, None, None], (*scores.shape[:2], 1))), axis=-1)
+        return jnp.einsum("grt,td->rgd", jax.nn.softmax(scores)[..., :length], v)
 
     out = jax.lax.map(one_head, jnp.arange(kv_heads))
     return out.transpose(1, 0, 2, 3).reshape(num_rows, -1, dim)

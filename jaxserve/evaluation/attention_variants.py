@@ -24,6 +24,8 @@ class Variant:
     """Dimensions that are."""
     window: int | None = None
     softcap: float | None = None
+    chunk: int | None = None
+    has_sinks: bool = False
     capability: int = 90
 
     @property
@@ -33,7 +35,7 @@ class Variant:
 
     @property
     def masking(self) -> dict[str, Any]:
-        return {"scale": self.head_dim**-0.5, "window": self.window, "softcap": self.softcap}
+        return {"scale": self.head_dim**-0.5, "window": self.window, "chunk": self.chunk, "softcap": self.softcap}
 
 
 MISTRAL = Variant()
@@ -60,5 +62,7 @@ VARIANTS = {
     "16/8 x 256, float8 KV, pages of 16": replace(
         MISTRAL, heads=16, head_dim=256, rotated=256, cache_dtype="float8_e4m3fn", page_size=16
     ),
+    "64/8 x 64, window, sinks": replace(MISTRAL, heads=64, head_dim=64, rotated=64, window=128, has_sinks=True),
+    "40/8 x 128, chunks": replace(MISTRAL, heads=40, chunk=8192),
 }  # fmt: skip
 """By what is special about them."""

@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxserve.evaluation.aot import DEVICES, absent_mesh
 from jaxserve.evaluation.attention_variants import MISTRAL, Variant
 from jaxserve.kernels.mosaic_prefill import paged_prefill
+from jaxserve.kernels.reach import Reach
 from tests.kernels.variants import ROWS, cache_and_inputs
 
 VARIANTS = {
@@ -36,6 +37,8 @@ VARIANTS = {
     "group 5": replace(MISTRAL, heads=40),
     "group 8": replace(MISTRAL, heads=64),
     "32/8 x 64": replace(MISTRAL, head_dim=64),
+    "64/8 x 64, window, sinks": replace(MISTRAL, heads=64, head_dim=64, window=128, has_sinks=True),
+    "40/8, chunks": replace(MISTRAL, heads=40, chunk=8192),
 }
 
 
@@ -57,8 +60,15 @@ def compile_variant(variant: Variant) -> Resources:
     cache, inputs = cache_and_inputs(variant, "mosaic", sharding)
     q = jax.ShapeDtypeStruct((ROWS, variant.heads, variant.head_dim), cache.k.dtype, sharding=sharding)
     layer = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
+    sinks = jax.ShapeDtypeStruct((variant.heads,), jnp.float32, sharding=sharding) if variant.has_sinks else None
     with dumped() as texts:
-        jax.jit(partial(paged_prefill, **variant.masking)).lower(q, cache, inputs, layer).compile()
+        attend = partial(
+            paged_prefill,
+            scale=variant.head_dim**-0.5,
+            reach=Reach(variant.window, variant.chunk),
+            softcap=variant.softcap,
+        )
+        jax.jit(attend).lower(q, cache, inputs, layer, sinks).compile()
         ptx, log, sizes = (next(texts.glob(f"*.{kind}")).read_text() for kind in ("ptx", "ptxas", "resources.txt"))
     (registers,) = re.findall(r"Used (\d+) registers", log)
     (properties,) = re.findall(r"bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)

@@ -126,20 +126,26 @@ def launches(variant: Variant, backend: str) -> list[Launch]:
 
 
 def program(variant: Variant, backend: str) -> tuple[Any, ...]:
-    """One layer's attention as a function of (qkv, rotation, cache, inputs, layer), and the shapes of these."""
+    """One layer's attention as a function of (qkv, rotation, cache, inputs, layer, sinks), and the shapes of these."""
     cache, inputs = cache_and_inputs(variant, backend)
 
     def layer(
-        qkv: jax.Array, rotation: Any, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array
+        qkv: jax.Array,
+        rotation: Any,
+        cache: KVCache[jax.Array],
+        inputs: AttentionInputs,
+        layer: jax.Array,
+        sinks: jax.Array | None,
     ) -> tuple[jax.Array, KVCache[jax.Array]]:
         q, cache = rotate_and_write(qkv, rotation, cache, inputs, layer)
-        return paged_attention(q, cache, inputs, layer, **variant.masking), cache
+        return paged_attention(q, cache, inputs, layer, **variant.masking, sinks=sinks), cache
 
     width = variant.heads // variant.kv_heads + 2
     qkv = jax.ShapeDtypeStruct((ROWS, variant.kv_heads, width, variant.head_dim), variant.dtype)
     table = jax.ShapeDtypeStruct((ROWS, variant.rotated // 2), np.float32)
     rotation = (table, table) if variant.rotated else None
-    return layer, qkv, rotation, cache, inputs, jax.ShapeDtypeStruct((), np.int32)
+    sinks = jax.ShapeDtypeStruct((variant.heads,), np.float32) if variant.has_sinks else None
+    return layer, qkv, rotation, cache, inputs, jax.ShapeDtypeStruct((), np.int32), sinks
 
 
 def compile_launch(launch: Launch, capability: int) -> Resources:

@@ -32,10 +32,23 @@ class Masking:
     softcap: float | None = None
     plan_window: int | None = None
     """The model's widest window; None also when other layers have none."""
+    chunk: int | None = None
+    sinks: tuple[float, float] | None = None
+    """Mean and deviation of the heads' sinks."""
+
+    def draw_sinks(self, rng: np.random.Generator, heads: int) -> np.ndarray | None:
+        return None if self.sinks is None else rng.normal(*self.sinks, size=heads).astype(np.float32)
 
 
 def dense_attention(
-    q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, window: int | None, softcap: float | None
+    q: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    chunk: int | None = None,
+    sinks: np.ndarray | None = None,
 ) -> np.ndarray:
     """The last ``len(q)`` positions of one sequence attend causally: ``[n, H, D]``, ``[L, KV, D]``, in float64."""
     rows, heads, dim = q.shape
@@ -46,13 +59,18 @@ def dense_attention(
         visible = np.arange(length) <= position
         if window is not None:
             visible &= np.arange(length) > position - window
+        if chunk is not None:
+            visible &= np.arange(length) // chunk == position // chunk
         for head in range(heads):
             kv = head // (heads // kv_heads)
             scores = keys[visible, kv].astype(np.float64) @ q[row, head].astype(np.float64) * scale
             if softcap is not None:
                 scores = softcap * np.tanh(scores / softcap)
-            weights = np.exp(scores - scores.max())
-            out[row, head] = weights @ values[visible, kv].astype(np.float64) / weights.sum()
+            sink = -np.inf if sinks is None else float(sinks[head])
+            top = max(scores.max(), sink)
+            weights = np.exp(scores - top)
+            total = weights.sum() + np.exp(sink - top)
+            out[row, head] = weights @ values[visible, kv].astype(np.float64) / total
     return out
 
 
@@ -117,6 +135,7 @@ def run_batch(
     qkv = rng.normal(size=(num_rows, kv_heads, group + 2, dim)).astype(np.float32)
     q, k, v = qkv[:, :, :group].reshape(num_rows, heads, dim), qkv[:, :, group], qkv[:, :, group + 1]
     kv_slots = np.zeros(num_rows, np.int32)
+    sinks = masking.draw_sinks(rng, heads)
     # Poisoned: what nobody wrote must not be read.
     cache = np.full((2, LAYERS * num_pages, page_size, kv_heads, dim), POISON, np.float32)
     row, expected = 0, np.zeros((num_rows, heads, dim))
@@ -137,7 +156,9 @@ def run_batch(
             target[places[:context] + LAYER * num_pages * page_size] = old / scale
             held.append(stored(np.concatenate([old, new[rows]]), dtype, cache_dtype, scale))
         rounded = np.asarray(jnp.asarray(q[rows], dtype), np.float32)
-        expected[rows] = dense_attention(rounded, *held, dim**-0.5, masking.window, masking.softcap)
+        expected[rows] = dense_attention(
+            rounded, *held, dim**-0.5, masking.window, masking.softcap, masking.chunk, sinks
+        )
         if masking.plan_window is not None:
             freed = max(context - masking.plan_window + 1, 0) // page_size
             tables[slot, :freed] = 0
@@ -151,7 +172,8 @@ def run_batch(
     pages = KVCache(*jnp.asarray(jnp.asarray(cache, dtype), cache_dtype), jnp.tile(jnp.asarray(scales), (LAYERS, 1)))
     rotated, pages = rotate_and_write(jnp.asarray(qkv, dtype), None, pages, inputs, layer)
     out = paged_attention(
-        rotated, pages, inputs, layer, scale=dim**-0.5, window=masking.window, softcap=masking.softcap
+        rotated, pages, inputs, layer, scale=dim**-0.5, window=masking.window, softcap=masking.softcap,
+        chunk=masking.chunk, sinks=None if sinks is None else jnp.asarray(sinks),
     )  # fmt: skip
     assert out.dtype == dtype
     got = np.asarray(out, np.float32)
@@ -178,4 +200,6 @@ def rows_for(sequences: list[tuple[int, int]]) -> int:
 def maskings(draw: st.DrawFn) -> Masking:
     window = draw(st.one_of(st.none(), st.integers(1, 20), st.integers(1, 600)))
     widest = None if window is None else draw(st.one_of(st.none(), st.just(window), st.integers(window, 600)))
-    return Masking(window, draw(st.sampled_from([None, 1.0, 30.0])), widest)
+    sinks = draw(st.sampled_from([None, (0.0, 1.0), (8.0, 4.0)]))
+    chunk = None if window is not None else draw(st.one_of(st.none(), st.integers(1, 20), st.integers(1, 600)))
+    return Masking(window, draw(st.sampled_from([None, 1.0, 30.0])), widest, chunk, sinks)

@@ -22,6 +22,7 @@ from jaxserve.kernels.cache import KVCache
 from jaxserve.kernels.mosaic_attention import Mosaic
 from jaxserve.kernels.mosaic_prefill import MASKED, PAGE_SIZE, paged_prefill
 from jaxserve.kernels.plan import AttentionPlan, BusyPrograms, PlanLimits, Tiling, make_plan, new_plan
+from jaxserve.kernels.reach import Reach
 from tests import gpu_packages
 from tests.kernels.mosaic_interpreter import interpreted
 from tests.kernels.ragged import LAYER, LAYERS, POISON, Masking, dense_attention, inputs_for
@@ -55,6 +56,8 @@ CASES = [
     Case(64, 2, 8, "bfloat16", Masking(softcap=2.0)),
     Case(128, 1, 3, "float16", Masking(window=40, softcap=30.0, plan_window=200)),
     Case(64, 1, 5, "float16", Masking(window=100)),
+    Case(64, 1, 8, "bfloat16", Masking(window=128, sinks=(2.0, 2.0))),
+    Case(128, 1, 5, "float16", Masking(chunk=100)),
 ]
 
 
@@ -62,7 +65,12 @@ CASES = [
 def kernel(case: Case) -> Any:
     masking = case.masking
     return jax.jit(
-        functools.partial(paged_prefill, scale=case.dim**-0.5, window=masking.window, softcap=masking.softcap)
+        functools.partial(
+            paged_prefill,
+            scale=case.dim**-0.5,
+            reach=Reach(masking.window, masking.chunk),
+            softcap=masking.softcap,
+        )
     )
 
 
@@ -75,6 +83,7 @@ class Batch:
     values: np.ndarray
     stats: np.ndarray
     expected: np.ndarray
+    sinks: np.ndarray | None
 
     @property
     def items(self) -> np.ndarray:
@@ -99,9 +108,10 @@ class Batch:
             values, stats = (a[span].reshape(parts, num_rows, *a.shape[1:]) for a in (self.values, self.stats))
             top, total = stats[..., 0], stats[..., 1]
             weight = np.exp2(top - top.max(axis=0))
-            got[row : row + num_rows] = (weight[..., None] * values).sum(axis=0) / (weight * total).sum(axis=0)[
-                ..., None
-            ]
+            totals = (weight * total).sum(axis=0)
+            if self.sinks is not None:
+                totals += np.exp2(self.sinks / np.log(2) - top.max(axis=0))
+            got[row : row + num_rows] = (weight[..., None] * values).sum(axis=0) / totals[..., None]
             written[row : row + num_rows] = True
         assert np.abs(got[written] - self.expected[written]).max() < bound
 
@@ -113,6 +123,7 @@ def run(case: Case, sequences: list[tuple[int, int]], seed: int) -> Batch:
     limits = PlanLimits(NUM_ROWS, MAX_SEQS, MAX_LEN, PAGE_SIZE, NUM_PAGES, case.tiling, masking.plan_window)
     q = rng.normal(size=(NUM_ROWS, case.kv_heads * case.group, case.dim))
     q = np.asarray(jnp.asarray(q, dtype), np.float32)
+    sinks = masking.draw_sinks(rng, q.shape[1])
     # Poisoned: what nobody wrote must weigh nothing.
     cache = np.full((2, LAYERS * NUM_PAGES, PAGE_SIZE, case.kv_heads, case.dim), POISON, np.float32)
     tables = np.zeros((MAX_SEQS, PAGES_PER_SEQ), np.int32)
@@ -128,7 +139,9 @@ def run(case: Case, sequences: list[tuple[int, int]], seed: int) -> Batch:
         positions = np.arange(total)
         cache[:, LAYER * NUM_PAGES + pages[positions // PAGE_SIZE], positions % PAGE_SIZE] = history
         rows = slice(row, row + length)
-        expected[rows] = dense_attention(q[rows], *history, case.dim**-0.5, masking.window, masking.softcap)
+        expected[rows] = dense_attention(
+            q[rows], *history, case.dim**-0.5, masking.window, masking.softcap, masking.chunk, sinks
+        )
         if masking.plan_window is not None:  # pages out of the widest window are freed
             tables[slot, : max(context - masking.plan_window + 1, 0) // PAGE_SIZE] = 0
         row += length
@@ -138,10 +151,10 @@ def run(case: Case, sequences: list[tuple[int, int]], seed: int) -> Batch:
     inputs = inputs_for(limits, Mosaic(case.tiling, HOPPER), tables=tables, plan=plan)
     pages = KVCache(*jnp.asarray(cache, dtype), jnp.ones((LAYERS, 2)))
     with interpreted():
-        found = kernel(case)(jnp.asarray(q, dtype), pages, inputs, jnp.int32(LAYER))
+        found = kernel(case)(jnp.asarray(q, dtype), pages, inputs, jnp.int32(LAYER), sinks)
         results = [np.asarray(array, np.float32) for array in found]
     assert found[0].dtype == dtype
-    return Batch(plan, *results, expected)
+    return Batch(plan, *results, expected, sinks)
 
 
 CHUNK = st.tuples(st.integers(0, 250), st.integers(2, 20))
@@ -186,7 +199,7 @@ def test_tiles_of_more_rows_than_the_warpgroups_have() -> None:
     with pytest.raises(ValueError, match="tile_rows 33 times 4 query heads for each KV head must be at most 128"):
         paged_prefill(
             jnp.zeros((NUM_ROWS, 4, 64), jnp.bfloat16), KVCache(pages, pages, jnp.ones((LAYERS, 2))), inputs,
-            jnp.int32(0), scale=1.0, window=None, softcap=None,
+            jnp.int32(0), None, scale=1.0, reach=Reach(), softcap=None,
         )  # fmt: skip
 
 

@@ -150,7 +150,7 @@ def test_one_launch_for_both_kinds_takes_every_item_once_in_any_order(seed: int)
     attend_item = triton_pod.attend_item
 
     def spy(*operands: Any) -> None:
-        item_ptr, kv_head, out_ptr = operands[4], operands[5], operands[8]
+        item_ptr, kv_head, out_ptr = operands[4], operands[5], operands[9]
         taken.append((out_ptr is None, int(item_ptr.handle.data[0]), int(kv_head.handle.data[0])))
         attend_item(*operands)
 

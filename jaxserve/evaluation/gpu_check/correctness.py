@@ -93,7 +93,9 @@ def _measure(backend: str, name: str, *, tiny: bool) -> tuple[list[float], float
         variant.shape,
         choose_backend(backend, Target.of(jax.devices()[0]), variant.shape),
         window=variant.window,
+        chunk=variant.chunk,
         softcap=variant.softcap,
+        has_sinks=variant.has_sinks,
         rotated=variant.rotated,
         poison=100.0 if tiny else math.nan,  # xla reads what it masks, and multiplies it by 0
         cache_bytes=0,
