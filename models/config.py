@@ -8,8 +8,11 @@ from typing import Any
 
 from jaxserve.errors import ModelError
 
-NORMS = ("rms", "rms_plus_one", "layer")
+NORMS = ("rms", "rms_plus_one", "layer", "layer_no_bias")
+NORM_PLACES = ("before", "after", "around")
+QK_NORMS = ("head", "all_heads", "unweighted")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+ROUTERS = ("softmax", "sigmoid", "grouped_sigmoid", "sparse_mixer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +26,43 @@ class Rope:
     """One of rope.ROPE_KINDS, Hugging Face's names."""
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """What the kind takes, under Hugging Face's names."""
+    interleaved: bool = False
+    """Whether the checkpoint's rows have the two values that are rotated together next to each other. They are loaded
+    as all models have them here, half a head apart (models/reshape.py)."""
 
     def __post_init__(self) -> None:
         if self.dim < 2 or self.dim % 2:
             raise ModelError(f"rotary embeddings need an even number of dimensions, got {self.dim}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Temperature:
+    """Queries grow with their position: by ``1 + strength * log(1 + (position + offset) // step_tokens)``
+    (arXiv 2501.19399)."""
+
+    strength: float
+    step_tokens: int
+    offset: int
+    layers: tuple[int, ...]
+    """The layers whose queries do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedExpert:
+    """An MLP that every token goes through, beside the experts that it chooses."""
+
+    intermediate_size: int
+    gated: bool
+    """Whether the token says, by a sigmoid, how much of it is added."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClampedSwiGLU:
+    """gpt-oss's gate, ``(up + 1) * gate * sigmoid(alpha * gate)``, of values that are clamped (arXiv 2508.10925)."""
+
+    alpha: float
+    limit: float
+    """Of ``gate`` from above, of ``up`` from both sides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +76,43 @@ class Experts:
     """Scale the chosen experts' weights to sum 1."""
     layers: tuple[int, ...]
     """The layers that have one; the others keep a dense MLP."""
+    router: str = "softmax"
+    """One of ROUTERS (models/routing.py)."""
+    scale: float = 1.0
+    """Of the chosen experts' weights."""
+    num_groups: int = 1
+    """Of the router grouped_sigmoid: experts are in groups, one after the other."""
+    groups_per_token: int = 1
+    """From how many of them a token's experts are chosen."""
+    choice_bias: bool = False
+    """Of the same: choose by scores with a bias."""
+    jitter: float = 0.0
+    """Of the router sparse_mixer: how near to the best score those are that share its weight."""
+    weighs_inputs: bool = False
+    """Scale what an expert takes by its weight, in place of what it gives."""
+    shared: SharedExpert | None = None
+    bias: bool = False
+    """Of the router, and of the experts' matrices."""
+    gate: ClampedSwiGLU | None = None
+    """In place of the model's activation."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.per_token <= self.count:
             raise ModelError(f"experts per token must be in [1, {self.count}], got {self.per_token}")
+        if self.router not in ROUTERS:
+            raise ModelError(f"router {self.router!r} is not supported; supported: {', '.join(ROUTERS)}")
+        if self.router == "sparse_mixer" and self.per_token != 2:
+            raise ModelError(f"experts per token must be 2 with the router sparse_mixer, got {self.per_token}")
+        if self.count % self.num_groups or not 1 <= self.groups_per_token <= self.num_groups:
+            raise ModelError(
+                f"{self.count} experts in {self.num_groups} groups, {self.groups_per_token} of them a token, is not "
+                "possible: groups must be equal, and a token's no more than there are"
+            )
+        chosen_from = self.count // self.num_groups * self.groups_per_token
+        if self.per_token > chosen_from:
+            raise ModelError(
+                f"experts per token must be at most {chosen_from}, its groups' experts, got {self.per_token}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,33 +131,54 @@ class ModelConfig:
     norm_eps: float
     norm: str = "rms"
     """One of NORMS; rms_plus_one stores weights around 0."""
+    norm_places: str = "before"
+    """One of NORM_PLACES: where the norms of attention and of the MLP are."""
+    residual_scale: float = 1.0
+    """Of what attention and MLP add."""
     activation: str = "silu"
     """One of ACTIVATIONS."""
     gated_mlp: bool = True
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
-    """Norm every query and key head before it is rotated."""
+    qk_norm: str | None = None
+    """One of QK_NORMS, before queries and keys are rotated: of every head; of all heads together; of every head and
+    without weights, in the layers that rotate."""
     rope: Rope | None = None
     """None: positions are learned embeddings."""
     local_rope: Rope | None = None
     """Of the layers that have a window, where theirs differs."""
+    chunk_tokens: int | None = None
+    """Layers that rotate see chunks of the sequence of so many tokens, each by itself."""
+    unrotated_layers: tuple[int, ...] = ()
+    """Layers that know nothing of positions (NoPE, arXiv 2305.19466)."""
+    temperature: Temperature | None = None
     windows: tuple[int | None, ...] = ()
     """Each layer's attention window in tokens, the query's own included; None sees everything. () is all None."""
     attention_scale: float | None = None
     """Of the scores; head_dim ** -0.5 by default."""
     attention_softcap: float | None = None
+    attention_sinks: bool = False
+    """Every head has the score of a key without a value that all queries see (kernels/attention.py)."""
     logits_softcap: float | None = None
+    logits_scale: float = 1.0
+    head_bias: bool = False
     embedding_scale: float = 1.0
     experts: Experts | None = None
-    num_parallel_norms: int = 1
-    """Where attention and MLP run side by side: one norm for both, or one each."""
+    num_parallel_norms: int = 0
+    """Where attention and MLP run side by side: one norm for both, or one each. 0: they follow each other."""
     tie_word_embeddings: bool = False
     tensor_parallel: int = 1
     """Devices among which every layer is divided."""
 
     def __post_init__(self) -> None:
+        for name, value, known in (
+            ("norm", self.norm, NORMS),
+            ("norm_places", self.norm_places, NORM_PLACES),
+            ("qk_norm", self.qk_norm, (None, *QK_NORMS)),
+        ):
+            if value not in known:
+                raise ModelError(f"{name} {value!r} is not supported; supported: {', '.join(map(str, known))}")
         for name in (
             "vocab_size", "hidden_size", "intermediate_size", "num_layers",
             "num_heads", "num_kv_heads", "head_dim", "max_position_embeddings",

@@ -9,41 +9,53 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.kernels.cache import KVCache
-from jaxserve.kernels.inputs import AttentionInputs, Rotation
+from jaxserve.kernels.inputs import AttentionInputs
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import MLP, Attention, GatedMLP, make_norm, matrix, parameter
+from jaxserve.models.layers import MLP, Attention, GatedMLP, Positions, matrix, parameter
 from jaxserve.models.moe import MoE
-from jaxserve.models.rope import rope_frequencies, rope_tables
+from jaxserve.models.norms import Norm, make_norm
+from jaxserve.models.rope import rope_frequencies, rope_tables, temperatures
 
 
 def make_mlp(config: ModelConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> MoE | GatedMLP | MLP:
     """The feed-forward part of layer number ``layer``."""
     if config.experts is not None and layer in config.experts.layers:
         return MoE(config, dtype, rngs)
-    return (GatedMLP if config.gated_mlp else MLP)(config, dtype, rngs)
+    return (GatedMLP if config.gated_mlp else MLP)(config, config.intermediate_size, dtype, rngs)
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm: ``x += attention(norm(x)); x += mlp(norm(x))``."""
+    """``x += after(attention(before(x))); x += after(mlp(before(x)))``, with the norms that ``norm_places`` names."""
 
     def __init__(self, config: ModelConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.attention_norm = make_norm(config, dtype)
-        self.attention = Attention(config, config.layer_window(layer), dtype, rngs)
-        self.mlp_norm = make_norm(config, dtype)
+        before, after = config.norm_places != "after", config.norm_places != "before"
+        self.residual_scale = config.residual_scale
+        self.attention_norm = make_norm(config, dtype) if before else None
+        self.attention = Attention(config, layer, dtype, rngs)
+        self.attention_post_norm = make_norm(config, dtype) if after else None
+        self.mlp_norm = make_norm(config, dtype) if before else None
         self.mlp = make_mlp(config, layer, dtype, rngs)
+        self.mlp_post_norm = make_norm(config, dtype) if after else None
 
     def __call__(
         self,
         x: jax.Array,
         rows: jax.Array | None,
-        rope: Rotation,
+        positions: Positions,
         cache: KVCache[jax.Array],
         inputs: AttentionInputs,
         layer: jax.Array,
     ) -> tuple[jax.Array, KVCache[jax.Array]]:
-        attended, cache = self.attention(self.attention_norm(x), rows, rope, cache, inputs, layer)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x), rows), cache
+        attended, cache = self.attention(_normed(self.attention_norm, x), rows, positions, cache, inputs, layer)
+        x = self._add(x, _normed(self.attention_post_norm, attended))
+        return self._add(x, _normed(self.mlp_post_norm, self.mlp(_normed(self.mlp_norm, x), rows))), cache
+
+    def _add(self, x: jax.Array, found: jax.Array) -> jax.Array:
+        return x + (found if self.residual_scale == 1 else found * jnp.asarray(self.residual_scale, found.dtype))
+
+
+def _normed(norm: Norm | None, x: jax.Array) -> jax.Array:
+    return x if norm is None else norm(x)
 
 
 @jax.jit
@@ -51,12 +63,12 @@ def run_layer(
     layer: nnx.Module,
     x: jax.Array,
     rows: jax.Array | None,
-    rope: Rotation,
+    positions: Positions,
     cache: KVCache[jax.Array],
     inputs: AttentionInputs,
     index: jax.Array,
 ) -> tuple[jax.Array, KVCache[jax.Array]]:
-    return layer(x, rows, rope, cache, inputs, index)
+    return layer(x, rows, positions, cache, inputs, index)
 
 
 class Decoder(nnx.Module):
@@ -76,6 +88,7 @@ class Decoder(nnx.Module):
         self.layers = nnx.List([self.layer_class(config, i, dtype, rngs) for i in range(config.num_layers)])
         self.norm = make_norm(config, dtype)
         self.lm_head = None if tied else matrix((vocab, hidden), ("vocab", "embed"), dtype, rngs)
+        self.lm_head_bias = parameter((vocab,), ("vocab",), dtype, rngs) if config.head_bias else None
 
     def __call__(
         self,
@@ -90,11 +103,11 @@ class Decoder(nnx.Module):
         rows: which of them count, as a Matrix takes it: a row's number, or -1 where nobody reads it.
         """
         x = self.embed(token_ids, positions)
-        rotations = self.rotations(positions)
+        taken = self.positions_of(positions)
         # Unrolled: a scan would copy each layer's weights and, on GPUs, break the CUDA graph. Traced once all the same:
         # layers of one structure reuse the first one's trace, and XLA inlines the calls.
         for index, layer in enumerate(self.layers):
-            x, cache = run_layer(layer, x, rows, self.layer_rotation(index, rotations), cache, inputs, jnp.int32(index))
+            x, cache = run_layer(layer, x, rows, taken, cache, inputs, jnp.int32(index))
         return self.norm(x), cache
 
     def embed(self, token_ids: jax.Array, positions: jax.Array) -> jax.Array:
@@ -109,11 +122,15 @@ class Decoder(nnx.Module):
         """``[T, hidden]`` -> ``float32[T, vocab]``, or of the ``rows`` ``int32[R]`` only, as a Matrix takes them."""
         head = self.embedding if self.lm_head is None else self.lm_head
         logits = head.get_value().multiply(hidden, rows, jnp.dtype("float32"))
+        if self.lm_head_bias is not None:
+            logits = logits + self.lm_head_bias[...].astype(logits.dtype)
+        if self.config.logits_scale != 1:
+            logits = logits * self.config.logits_scale
         cap = self.config.logits_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def rotations(self, positions: jax.Array) -> tuple[Rotation, Rotation]:
-        """Of the layers that see everything, and of those with a window."""
+    def positions_of(self, positions: jax.Array) -> Positions:
+        """What layers take of ``positions`` ``int32[T]``."""
         config = self.config
         tables = {
             rope: rope_tables(
@@ -123,8 +140,7 @@ class Decoder(nnx.Module):
             if rope is not None
         }
         everywhere = None if config.rope is None else tables[config.rope]
-        return everywhere, everywhere if config.local_rope is None else tables[config.local_rope]
-
-    def layer_rotation(self, layer: int, rotations: tuple[Rotation, Rotation]) -> Rotation:
-        everywhere, local = rotations
-        return everywhere if self.config.layer_window(layer) is None else local
+        local = everywhere if config.local_rope is None else tables[config.local_rope]
+        return Positions(
+            everywhere, local, None if config.temperature is None else temperatures(config.temperature, positions)
+        )

@@ -3,49 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-
-from jaxserve.kernels.cache import KVCache
-from jaxserve.kernels.inputs import AttentionInputs, Rotation
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.decoder import Decoder, make_mlp
 from jaxserve.models.family import Family
 from jaxserve.models.hf_config import RawConfig
-from jaxserve.models.layers import Attention, make_norm
+from jaxserve.models.parallel import ParallelDecoder
 from jaxserve.models.reshape import fused_qkv, norm_weights, outer_weights, split_heads
 from jaxserve.models.weights import Weight, whole
-
-
-class FalconLayer(nnx.Module):
-    """``x += attention(norm(x)) + mlp(norm(x))``, with one norm for both or one each."""
-
-    def __init__(self, config: ModelConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.attention_norm = make_norm(config, dtype)
-        self.attention = Attention(config, config.layer_window(layer), dtype, rngs)
-        self.mlp_norm = make_norm(config, dtype) if config.num_parallel_norms == 2 else None
-        self.mlp = make_mlp(config, layer, dtype, rngs)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        rows: jax.Array | None,
-        rope: Rotation,
-        cache: KVCache[jax.Array],
-        inputs: AttentionInputs,
-        layer: jax.Array,
-    ) -> tuple[jax.Array, KVCache[jax.Array]]:
-        normed = self.attention_norm(x)
-        attended, cache = self.attention(normed, rows, rope, cache, inputs, layer)
-        # Added up first: under tensor parallelism both are partial sums, which one all-reduce then completes.
-        return x + (attended + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x), rows)), cache
-
-
-class Falcon(Decoder):
-    layer_class: ClassVar[type[nnx.Module]] = FalconLayer
 
 
 def read(raw: RawConfig) -> ModelConfig:
@@ -106,7 +70,7 @@ def weights(config: ModelConfig) -> dict[str, Weight]:
 
 FALCON = Family(
     models="Falcon 7B, 40B, 180B; Falcon 2",
-    model=Falcon,
+    model=ParallelDecoder,
     base="transformer",
     read=read,
     weights=weights,

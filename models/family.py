@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,20 @@ from jaxserve.models.weights import Weight
 
 def same_name(name: str) -> str | None:
     return name
+
+
+def language_model_name(name: str) -> str | None:
+    """The language model's tensors of a file that can also see."""
+    if re.match(r"(model\.)?(vision_tower|vision_model|multi_modal_projector)\.", name):
+        return None
+    # transformers 5 puts the model's prefix first, the hub's files have it second.
+    return re.sub(r"^(model\.language_model|language_model\.model)\.", "model.", name).removeprefix("language_model.")
+
+
+def _layer(name: str) -> int:
+    """The number of the layer that a tensor is in, -1 outside of all."""
+    found = re.match(r"(?:model\.)?layers\.(\d+)\.", name)
+    return int(found[1]) if found else -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +50,8 @@ class Family:
     base: str = "model"
     """The prefix of all tensors but the head's, which a file may lack or have twice: what transformers calls
     base_model_prefix."""
+    has_later_layers: bool = False
+    """Whether files have layers behind the last one, which guess further tokens and are left out."""
     tensor_name: Callable[[str], str | None] = same_name
     """A file's tensor name as ``weights`` has it, up to the prefix ``base``; None for tensors that are not needed."""
 
@@ -48,6 +65,8 @@ class Family:
 
         def name_of(stored: str) -> str | None:
             name = self.tensor_name(stored)
+            if name is not None and self.has_later_layers and _layer(name) >= config.num_layers:
+                return None
             if name is None or name in wanted:
                 return name
             candidates = (f"{self.base}.{name}", name.removeprefix(f"{self.base}."))

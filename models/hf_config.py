@@ -24,8 +24,9 @@ _ROPE_REQUIRED = {
     "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+_LONGROPE = ("factor", "attention_factor", "short_mscale", "long_mscale")
 _YARN = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
-_ROPE_OPTIONAL = {"yarn": _YARN, "longrope": ("factor", "attention_factor")}
+_ROPE_OPTIONAL = {"yarn": _YARN, "longrope": _LONGROPE}
 _ROPE_WITH_TRAINED_LENGTH = ("llama3", "yarn", "longrope")
 
 
@@ -83,13 +84,36 @@ class RawConfig(Fields):
             return ()
         return tuple(window if kind == "sliding_attention" else None for kind in types)
 
-    def rope(self, head_dim: int, *, layers: str | None = None) -> Rope:
+    def unrotated_layers(self, num_layers: int) -> tuple[int, ...]:
+        """From ``no_rope_layers``, where 1 is a layer that rotates, or every ``no_rope_layer_interval``-th."""
+        rotates = self.integers("no_rope_layers")
+        if not rotates:
+            every = self.integer("no_rope_layer_interval")
+            rotates = [(layer + 1) % every for layer in range(num_layers)]
+        if len(rotates) < num_layers:
+            raise self.error("no_rope_layers", f"a list of at least {num_layers} numbers")
+        return tuple(layer for layer in range(num_layers) if not rotates[layer])
+
+    def rope_fields(self) -> Fields:
+        """transformers 5's ``rope_parameters``, or ``rope_scaling``."""
+        return self.fields("rope_scaling" if self.values.get("rope_scaling") else "rope_parameters")
+
+    def local_rope(self, head_dim: int, theta: float) -> Rope:
+        """Of the layers with a window, where theirs differs: a plain one with ``theta``, unless ``rope_parameters`` has
+        one object for each kind of layer, as transformers 5 writes them."""
+        options: dict[str, Any] = {"rope_theta": theta}
+        if self.fields("rope_parameters").has("sliding_attention"):
+            options = self.values["rope_parameters"]
+        values = {"rope_parameters": options, "max_position_embeddings": self.values["max_position_embeddings"]}
+        return RawConfig(values, {}, self.where, self.prefix).rope(head_dim, layers="sliding_attention")
+
+    def rope(self, head_dim: int, *, layers: str | None = None, interleaved: bool = False) -> Rope:
         """From transformers 5's ``rope_parameters`` (of ``layers``, where there are several) or from ``rope_theta`` and
         ``rope_scaling``.
 
         Defaults and precedence are those of RotaryEmbeddingConfigMixin.standardize_rope_params in transformers.
         """
-        found = self.fields("rope_scaling" if self.values.get("rope_scaling") else "rope_parameters")
+        found = self.rope_fields()
         if layers is not None and found.has(layers):
             found = found.fields(layers)
         kind = found.text("rope_type") or found.text("type") or "default"
@@ -101,7 +125,8 @@ class RawConfig(Fields):
             "partial_rotary_factor", 1.0, high=1
         )
         dim = int(head_dim * share)
-        rope = Rope(theta=float(theta), dim=dim, kind=kind, options=self._rope_options(found, kind, dim))
+        options = self._rope_options(found, kind, dim)
+        rope = Rope(theta=float(theta), dim=dim, kind=kind, options=options, interleaved=interleaved)
         self._check_frequencies(rope, found)
         return rope
 
@@ -133,6 +158,11 @@ class RawConfig(Fields):
                 f"{self.where}: {found.prefix.removesuffix('.')} {found.values!r:.200} and rope_theta {rope.theta:g} "
                 f"give no usable frequencies for {rope.dim} rotated dimensions"
             )
+
+
+def all_but_every(number: int, num_layers: int) -> list[str]:
+    """Types of layers of which every ``number``-th sees everything."""
+    return ["sliding_attention" if (i + 1) % number else "full_attention" for i in range(num_layers)]
 
 
 def _rope_option(key: str, found: Fields, dim: int) -> Any:

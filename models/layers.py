@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from jaxserve.kernels.attention import paged_attention, rotate_and_write
 from jaxserve.kernels.cache import KVCache
 from jaxserve.kernels.inputs import AttentionInputs, Rotation
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.matrix import MatrixLayout
+from jaxserve.models.matrix import Gate, MatrixLayout
+from jaxserve.models.norms import make_head_norms
 
 Axes = tuple[str | None, ...]
 
@@ -22,6 +24,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
 }
+
+
+def gate_of(activation: str) -> Gate:
+    """``act(gate) * up`` (arXiv 2002.05202)."""
+    return lambda gate, up: ACTIVATIONS[activation](gate) * up
 
 
 def parameter(
@@ -43,41 +50,15 @@ def matrix(
     return parameter(shape, axes, dtype, rngs, layout=layout or MatrixLayout())
 
 
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm (arXiv 1910.07467), computed in float32; ``offset`` is added to the stored weights."""
+class Positions(NamedTuple):
+    """What layers take of the rows' positions."""
 
-    def __init__(self, size: int, eps: float, dtype: jnp.dtype, offset: float = 0.0) -> None:
-        self.eps = eps
-        self.offset = offset
-        self.weight = nnx.Param(jnp.full((size,), 1 - offset, dtype), axes=("embed",))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (normed * (self.weight[...].astype(jnp.float32) + self.offset)).astype(x.dtype)
-
-
-class LayerNorm(nnx.Module):
-    """Layer norm with a bias (arXiv 1607.06450), computed in float32."""
-
-    def __init__(self, size: int, eps: float, dtype: jnp.dtype) -> None:
-        self.eps = eps
-        self.weight = nnx.Param(jnp.ones((size,), dtype), axes=("embed",))
-        self.bias = nnx.Param(jnp.zeros((size,), dtype), axes=("embed",))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
-        return (normed * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
-
-
-def make_norm(config: ModelConfig, dtype: jnp.dtype, size: int | None = None) -> RMSNorm | LayerNorm:
-    """The model's kind of norm over ``size`` values, hidden_size by default."""
-    size = size or config.hidden_size
-    if config.norm == "layer":
-        return LayerNorm(size, config.norm_eps, dtype)
-    return RMSNorm(size, config.norm_eps, dtype, offset=1.0 if config.norm == "rms_plus_one" else 0.0)
+    everywhere: Rotation
+    """Of the layers that see everything."""
+    local: Rotation
+    """Of those with a window."""
+    temperature: jax.Array | None
+    """``float32[T]``: what queries grow by, in some layers."""
 
 
 class Attention(nnx.Module):
@@ -87,9 +68,11 @@ class Attention(nnx.Module):
     value. One wide product is faster than three, and a shard of KV heads is a contiguous slice with all it needs.
     """
 
-    def __init__(self, config: ModelConfig, window: int | None, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.window = window
+        self.window = config.layer_window(layer)
+        self.rotates = layer not in config.unrotated_layers
+        self.has_temperature = config.temperature is not None and layer in config.temperature.layers
         kv, group, dim, hidden = config.num_held_kv_heads, config.group_size, config.head_dim, config.hidden_size
         self.qkv = matrix(
             (kv, group + 2, dim, hidden), ("kv_heads", None, None, "embed"), dtype, rngs, MatrixLayout(num_outputs=3)
@@ -99,14 +82,14 @@ class Attention(nnx.Module):
             parameter((kv, group + 2, dim), ("kv_heads", None, None), dtype, rngs) if config.qkv_bias else None
         )
         self.out_bias = parameter((hidden,), ("embed",), dtype, rngs) if config.out_bias else None
-        self.q_norm = make_norm(config, dtype, dim) if config.qk_norm else None
-        self.k_norm = make_norm(config, dtype, dim) if config.qk_norm else None
+        self.sinks = parameter((kv, group), ("kv_heads", None), dtype, rngs) if config.attention_sinks else None
+        self.q_norm, self.k_norm = make_head_norms(config, layer, dtype)
 
     def __call__(
         self,
         x: jax.Array,
         rows: jax.Array | None,
-        rope: Rotation,
+        positions: Positions,
         cache: KVCache[jax.Array],
         inputs: AttentionInputs,
         layer: jax.Array,
@@ -123,21 +106,30 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = jnp.split(qkv, (c.group_size, c.group_size + 1), axis=2)
             qkv = jnp.concatenate((self.q_norm(q), self.k_norm(k), v), axis=2)
-        q, cache = rotate_and_write(qkv, rope, cache, inputs, layer)
+        q, cache = rotate_and_write(qkv, self._rotation(positions), cache, inputs, layer)
+        if self.has_temperature and positions.temperature is not None:
+            q = (q * positions.temperature[:, None, None]).astype(q.dtype)
         attended = paged_attention(
             q, cache, inputs, layer,
             scale=c.attention_scale or c.head_dim**-0.5, window=self.window, softcap=c.attention_softcap,
+            chunk=c.chunk_tokens if self.rotates else None,
+            sinks=None if self.sinks is None else self.sinks[...].reshape(-1).astype(jnp.float32),
         )  # fmt: skip
         y = self.out.get_value().multiply(attended.reshape(len(x), -1), rows)
         return (y if self.out_bias is None else y + self.out_bias[...]), cache
 
+    def _rotation(self, positions: Positions) -> Rotation:
+        if not self.rotates:
+            return None
+        return positions.everywhere if self.window is None else positions.local
+
 
 class GatedMLP(nnx.Module):
-    """``down(act(gate(x)) * up(x))`` (arXiv 2002.05202); gate and up are one matrix ``[2, inner, hidden]``."""
+    """``down(act(gate(x)) * up(x))``; gate and up are one matrix ``[2, inner, hidden]``."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, inner: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.activation = config.activation
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        hidden, bias = config.hidden_size, config.mlp_bias
         layout = MatrixLayout(
             num_outputs=2, gate=None if bias else config.activation, is_divided=config.tensor_parallel > 1
         )
@@ -149,7 +141,7 @@ class GatedMLP(nnx.Module):
     def __call__(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
         """``[T, hidden]`` -> the same. rows: which of them count, as a Matrix takes it."""
         bias = None if self.gate_up_bias is None else self.gate_up_bias[...]
-        inner = self.gate_up.get_value().gated(x, rows, ACTIVATIONS[self.activation], bias)
+        inner = self.gate_up.get_value().gated(x, rows, gate_of(self.activation), bias)
         y = self.down.get_value().multiply(inner, rows)
         return y if self.down_bias is None else y + self.down_bias[...]
 
@@ -157,9 +149,9 @@ class GatedMLP(nnx.Module):
 class MLP(nnx.Module):
     """``down(act(up(x)))``, the plain feed-forward layer of older models."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, inner: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.activation = config.activation
-        hidden, inner = config.hidden_size, config.intermediate_size
+        hidden = config.hidden_size
         self.up = matrix((inner, hidden), ("mlp", "embed"), dtype, rngs)
         self.down = matrix((hidden, inner), ("embed", "mlp"), dtype, rngs)
         self.up_bias = parameter((inner,), ("mlp",), dtype, rngs) if config.mlp_bias else None

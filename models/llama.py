@@ -6,10 +6,19 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.family import Family
 from jaxserve.models.hf_config import RawConfig
-from jaxserve.models.reshape import norm_weights, outer_weights, separate_qkv, split_heads
+from jaxserve.models.reshape import (
+    by_kv_head,
+    head_norm_weights,
+    norm_weights,
+    outer_weights,
+    separate_qkv,
+    split_heads,
+)
 from jaxserve.models.weights import Weight, stacked, whole
 
 DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
@@ -33,12 +42,13 @@ def read(raw: RawConfig, **differences: Any) -> ModelConfig:
         "num_kv_heads": raw.count("num_key_value_heads", num_heads),
         "head_dim": head_dim,
         "max_position_embeddings": raw.integer("max_position_embeddings"),
-        "norm_eps": raw.number("rms_norm_eps"),
         "qkv_bias": bias,
         "out_bias": bias,
         "mlp_bias": raw.flag("mlp_bias"),
         "tie_word_embeddings": raw.flag("tie_word_embeddings"),
     }
+    if "norm_eps" not in differences:
+        fields["norm_eps"] = raw.number("rms_norm_eps")
     if "activation" not in differences:
         fields["activation"] = raw.activation("hidden_act")
     if "rope" not in differences:
@@ -66,14 +76,17 @@ def attention_weights(config: ModelConfig, layer: int, ours: str, theirs: str) -
         found[f"{ours}.qkv_bias"] = separate_qkv(config, theirs, "bias")
     if config.out_bias:
         found[f"{ours}.out_bias"] = whole(f"{theirs}.o_proj.bias")
-    if config.qk_norm:
-        found |= norm_weights(config, f"{ours}.q_norm", f"{theirs}.q_norm")
-        found |= norm_weights(config, f"{ours}.k_norm", f"{theirs}.k_norm")
-    return found
+    if config.attention_sinks:
+        found[f"{ours}.sinks"] = whole(f"{theirs}.sinks", partial(by_kv_head, config))
+    return found | head_norm_weights(config, ours, theirs)
 
 
 def mlp_weights(config: ModelConfig, layer: int, ours: str, theirs: str) -> dict[str, Weight]:
-    theirs += ".mlp"
+    return gated_mlp_weights(config, ours, f"{theirs}.mlp")
+
+
+def gated_mlp_weights(config: ModelConfig, ours: str, theirs: str) -> dict[str, Weight]:
+    """GatedMLP at ``ours`` from the tensors at ``theirs``."""
     found = {
         f"{ours}.gate_up": stacked(f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight"),
         f"{ours}.down": whole(f"{theirs}.down_proj.weight"),
@@ -82,6 +95,18 @@ def mlp_weights(config: ModelConfig, layer: int, ours: str, theirs: str) -> dict
         found[f"{ours}.gate_up_bias"] = stacked(f"{theirs}.gate_proj.bias", f"{theirs}.up_proj.bias")
         found[f"{ours}.down_bias"] = whole(f"{theirs}.down_proj.bias")
     return found
+
+
+def fused_mlp_weights(config: ModelConfig, layer: int, ours: str, theirs: str) -> dict[str, Weight]:
+    """Where gate and up are one tensor, without biases."""
+
+    def halves(tensor: np.ndarray) -> np.ndarray:
+        return tensor.reshape(2, -1, tensor.shape[1])
+
+    return {
+        f"{ours}.gate_up": whole(f"{theirs}.mlp.gate_up_proj.weight", halves),
+        f"{ours}.down": whole(f"{theirs}.mlp.down_proj.weight"),
+    }
 
 
 NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}

@@ -18,6 +18,9 @@ from flax import nnx
 
 from jaxserve.kernels import cpu_gemm
 
+Gate = Callable[[jax.Array, jax.Array], jax.Array]
+"""What a gated MLP makes of its two halves, ``[R, inner]`` each: ``act(gate) * up``, or another function of both."""
+
 
 class MatrixLayout(NamedTuple):
     """What a model says of a matrix, besides shape and type."""
@@ -67,13 +70,13 @@ class Matrix(Protocol):
         self,
         x: jax.Array,
         rows: jax.Array | None,
-        activation: Callable[[jax.Array], jax.Array],
+        activation: Gate,
         bias: jax.Array | None,
         groups: jax.Array | None = None,
     ) -> jax.Array:
-        """``activation(x[rows] @ first.T) * (x[rows] @ second.T)`` of a matrix of two halves, ``[R, out / 2]``.
+        """``activation(x[rows] @ first.T, x[rows] @ second.T)`` of a matrix of two halves, ``[R, out / 2]``.
 
-        bias: ``[2, out / 2]``, added to the products.
+        bias: ``[2, out / 2]``, or one for each row, ``[R, 2, out / 2]``, added to the products.
         """
         ...
 
@@ -122,7 +125,7 @@ class DenseMatrix:
         self,
         x: jax.Array,
         rows: jax.Array | None,
-        activation: Callable[[jax.Array], jax.Array],
+        activation: Gate,
         bias: jax.Array | None,
         groups: jax.Array | None = None,
     ) -> jax.Array:
@@ -184,7 +187,7 @@ class PanelMatrix:
         self,
         x: jax.Array,
         rows: jax.Array | None,
-        activation: Callable[[jax.Array], jax.Array],
+        activation: Gate,
         bias: jax.Array | None,
         groups: jax.Array | None = None,
     ) -> jax.Array:
@@ -208,10 +211,10 @@ def _packed(kind: type[PanelMatrix], weight: jax.Array, layout: MatrixLayout) ->
     return kind(cpu_gemm.pack_pairs(dense), outputs // 2, inputs, layout.gate)
 
 
-def gate(halves: jax.Array, activation: Callable[[jax.Array], jax.Array], bias: jax.Array | None) -> jax.Array:
+def gate(halves: jax.Array, activation: Gate, bias: jax.Array | None) -> jax.Array:
     """``[R, 2, inner]`` -> ``[R, inner]``."""
     halves = halves if bias is None else halves + bias
-    return activation(halves[:, 0]) * halves[:, 1]
+    return activation(halves[:, 0], halves[:, 1])
 
 
 def layouts_of(state: nnx.State) -> dict[str, MatrixLayout]:

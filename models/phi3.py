@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
-
 from jaxserve.models import llama
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.family import Family
@@ -20,22 +18,12 @@ def _attention_weights(config: ModelConfig, layer: int, ours: str, theirs: str) 
     }
 
 
-def _mlp_weights(config: ModelConfig, layer: int, ours: str, theirs: str) -> dict[str, Weight]:
-    def halves(tensor: np.ndarray) -> np.ndarray:
-        return tensor.reshape(2, -1, tensor.shape[1])
-
-    return {
-        f"{ours}.gate_up": whole(f"{theirs}.mlp.gate_up_proj.weight", halves),
-        f"{ours}.down": whole(f"{theirs}.mlp.down_proj.weight"),
-    }
-
-
 _DEFAULTS = llama.DEFAULTS | {
     "max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
 }  # fmt: skip
 PHI3 = Family(
     models="Phi-3, Phi-4",
     read=llama.read_windowed,
-    weights=partial(llama.weights, attention=_attention_weights, mlp=_mlp_weights),
+    weights=partial(llama.weights, attention=_attention_weights, mlp=llama.fused_mlp_weights),
     defaults=_DEFAULTS,
 )

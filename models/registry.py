@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from jaxserve.errors import ModelError
+from jaxserve.models.cohere import COHERE2
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.falcon import FALCON
 from jaxserve.models.family import Family
 from jaxserve.models.fields import Fields
 from jaxserve.models.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_VISION
+from jaxserve.models.glm import GLM4, GLM4_MOE
 from jaxserve.models.gpt2 import GPT2
+from jaxserve.models.gpt_oss import GPT_OSS
+from jaxserve.models.granite import GRANITE
 from jaxserve.models.hf_config import RawConfig
 from jaxserve.models.internlm import INTERNLM, INTERNLM2
 from jaxserve.models.llama import LLAMA, MISTRAL
-from jaxserve.models.mixtral import MIXTRAL
+from jaxserve.models.llama4 import LLAMA4, LLAMA4_VISION
+from jaxserve.models.ministral import MINISTRAL3, MISTRAL3
+from jaxserve.models.mixtral import MIXTRAL, PHIMOE
+from jaxserve.models.olmo import EXAONE4, OLMO2, OLMO3
 from jaxserve.models.phi3 import PHI3
-from jaxserve.models.qwen import QWEN2, QWEN3, QWEN3_MOE
+from jaxserve.models.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from jaxserve.models.seed_oss import SEED_OSS
+from jaxserve.models.smollm3 import SMOLLM3
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": LLAMA,
+    "Llama4ForCausalLM": LLAMA4,
+    "Llama4ForConditionalGeneration": LLAMA4_VISION,
     "MistralForCausalLM": MISTRAL,
+    "Ministral3ForCausalLM": MINISTRAL3,
+    "Mistral3ForConditionalGeneration": MISTRAL3,
     "MixtralForCausalLM": MIXTRAL,
+    "SmolLM3ForCausalLM": SMOLLM3,
+    "Olmo2ForCausalLM": OLMO2,
+    "Olmo3ForCausalLM": OLMO3,
+    "Exaone4ForCausalLM": EXAONE4,
+    "Glm4ForCausalLM": GLM4,
+    "Glm4MoeForCausalLM": GLM4_MOE,
+    "GraniteForCausalLM": GRANITE,
+    "SeedOssForCausalLM": SEED_OSS,
+    "Cohere2ForCausalLM": COHERE2,
     "InternLMForCausalLM": INTERNLM,
     "InternLM2ForCausalLM": INTERNLM2,
     "Qwen2ForCausalLM": QWEN2,
+    "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Qwen3ForCausalLM": QWEN3,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
     "FalconForCausalLM": FALCON,
@@ -34,15 +58,30 @@ FAMILIES: dict[str, Family] = {
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": GEMMA3_VISION,
     "Phi3ForCausalLM": PHI3,
+    "PhiMoEForCausalLM": PHIMOE,  # the hub's name; below, transformers'
+    "PhimoeForCausalLM": PHIMOE,
+    "GptOssForCausalLM": GPT_OSS,
     "GPT2LMHeadModel": GPT2,
 }
 
+QUANTIZATIONS = ("mxfp4",)
+"""Of config.json's ``quant_method``, those that models/loading decodes."""
+
 
 def family_of(architecture: str) -> Family:
-    """What serves ``architecture``; ModelError lists the supported ones."""
+    """What serves ``architecture``; ModelError names the one with the nearest name and lists all."""
     if architecture not in FAMILIES:
-        raise ModelError(f"architecture {architecture!r} is not supported; supported: {', '.join(FAMILIES)}")
+        nearest = difflib.get_close_matches(architecture, FAMILIES, n=1, cutoff=0)
+        raise ModelError(
+            f"architecture {architecture!r} is not supported; nearest: {nearest[0]!r}; supported: {', '.join(FAMILIES)}"
+        )
     return FAMILIES[architecture]
+
+
+def quantization_of(config: Fields) -> str | None:
+    """What a config.json says of its weights, None where they are floats. Raises ModelError."""
+    quantization = config.fields("quantization_config")
+    return quantization.text("quant_method", "unknown") if quantization.values else None
 
 
 def read_config(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -52,11 +91,10 @@ def read_config(values: Mapping[str, Any], where: str = "config.json") -> ModelC
     if found is None or len(found) != 1:
         raise top.error("architectures", "a list of one name")
     family = family_of(found[0])
-    quantization = top.fields("quantization_config")
-    if quantization.values:
-        method = quantization.text("quant_method", "unknown")
+    if (method := quantization_of(top)) not in (None, *QUANTIZATIONS):
         raise ModelError(
-            f"{where}: quantization_config: quantization {method!r} is not supported; supported: F32, F16, BF16"
+            f"{where}: quantization_config: quantization {method!r} is not supported; supported: F32, F16, BF16, "
+            + ", ".join(QUANTIZATIONS)
         )
     inner = top if family.nested is None else top.fields(family.nested)
     return family.read(RawConfig({**inner.values, "architectures": found}, family.defaults, where, inner.prefix))

@@ -19,6 +19,8 @@ def outer_weights(
     found = {"embedding": whole(f"{embedding}.weight"), **norm_weights(config, "norm", norm)}
     if not config.tie_word_embeddings:
         found["lm_head"] = whole(f"{head}.weight")
+    if config.head_bias:
+        found["lm_head_bias"] = whole(f"{head}.bias")
     return found
 
 
@@ -26,6 +28,29 @@ def norm_weights(config: ModelConfig, ours: str, theirs: str) -> dict[str, Weigh
     """The weights of a norm at ``ours`` from tensors named ``theirs``."""
     kinds = ("weight", "bias") if config.norm == "layer" else ("weight",)
     return {f"{ours}.{kind}": whole(f"{theirs}.{kind}") for kind in kinds}
+
+
+def head_norm_weights(config: ModelConfig, ours: str, theirs: str) -> dict[str, Weight]:
+    """The weights of Attention's ``q_norm`` and ``k_norm`` at ``ours``, from tensors of these names."""
+    if config.qk_norm == "head":
+        return norm_weights(config, f"{ours}.q_norm", f"{theirs}.q_norm") | norm_weights(
+            config, f"{ours}.k_norm", f"{theirs}.k_norm"
+        )
+    if config.qk_norm == "all_heads":
+        held, group, dim = config.num_held_kv_heads, config.group_size, config.head_dim
+
+        def queries(tensor: np.ndarray) -> np.ndarray:
+            return tensor.reshape(held, group, dim)
+
+        def keys(head: int, tensor: np.ndarray) -> np.ndarray:
+            return tensor.reshape(config.num_kv_heads, 1, dim)[head : head + 1]
+
+        heads = (Part(f"{theirs}.k_norm.weight", partial(keys, i // config.kv_copies), (i,)) for i in range(held))
+        return {
+            f"{ours}.q_norm.weight": whole(f"{theirs}.q_norm.weight", queries),
+            f"{ours}.k_norm.weight": tuple(heads),
+        }
+    return {}
 
 
 def separate_qkv(config: ModelConfig, prefix: str, kind: str = "weight") -> Weight:
@@ -69,29 +94,49 @@ def fused_qkv(config: ModelConfig, name: str) -> Weight:
 
 def _qkv(config: ModelConfig, *tensors: tuple[str, Callable[[np.ndarray], np.ndarray]]) -> Weight:
     """From tensors of query, key and value rows, each by its name and the view of it that holds the rows."""
-    (q_name, q_rows), *others = tensors
+    (q_name, q_rows), (k_name, k_rows), (v_name, v_rows) = tensors
     held, group, dim = config.num_held_kv_heads, config.group_size, config.head_dim
 
-    def queries(tensor: np.ndarray) -> np.ndarray:
-        return _grouped(held, _by_head(config.num_heads, dim, q_rows(tensor)))
+    def queries(dims: slice, tensor: np.ndarray) -> np.ndarray:
+        return _grouped(held, _by_head(config.num_heads, dim, q_rows(tensor)))[:, :, dims]
 
-    def heads(rows: Callable[[np.ndarray], np.ndarray], picked: slice, tensor: np.ndarray) -> np.ndarray:
-        return _by_head(config.num_kv_heads, dim, rows(tensor))[picked, None]
+    def heads(rows: Callable[[np.ndarray], np.ndarray], picked: slice, dims: slice, tensor: np.ndarray) -> np.ndarray:
+        return _by_head(config.num_kv_heads, dim, rows(tensor))[picked, None, dims]
 
-    parts = [Part(q_name, queries)]
-    for column, (name, rows) in enumerate(others, start=group):
-        if config.kv_copies == 1:
-            parts.append(Part(name, partial(heads, rows, slice(None)), (0, column)))
-        else:
+    parts = [Part(q_name, partial(queries, dims), (0, 0, start)) for dims, start in _rotated_dims(config)]
+    everything = [(slice(None), 0)]
+    for column, name, rows, places in (
+        (group, k_name, k_rows, _rotated_dims(config)),
+        (group + 1, v_name, v_rows, everything),
+    ):
+        for dims, start in places:
+            if config.kv_copies == 1:
+                parts.append(Part(name, partial(heads, rows, slice(None), dims), (0, column, start)))
+                continue
             for place in range(held):
                 head = place // config.kv_copies
-                parts.append(Part(name, partial(heads, rows, slice(head, head + 1)), (place, column)))
+                parts.append(Part(name, partial(heads, rows, slice(head, head + 1), dims), (place, column, start)))
     return tuple(parts)
+
+
+def _rotated_dims(config: ModelConfig) -> list[tuple[slice, int]]:
+    """Which of a query's or a key's dimensions in a file lie at which place of a head here, where the two that are
+    rotated together are half of the rotated ones apart."""
+    rope = config.rope
+    if rope is None or not rope.interleaved:
+        return [(slice(None), 0)]
+    places = [(slice(0, rope.dim, 2), 0), (slice(1, rope.dim, 2), rope.dim // 2)]
+    return places if rope.dim == config.head_dim else [*places, (slice(rope.dim, None), rope.dim)]
 
 
 def split_heads(config: ModelConfig, out: np.ndarray) -> np.ndarray:
     """Hugging Face's o_proj ``[hidden, heads * head_dim]`` as Attention.out."""
     return out.reshape(-1, config.num_held_kv_heads, config.group_size, config.head_dim)
+
+
+def by_kv_head(config: ModelConfig, tensor: np.ndarray) -> np.ndarray:
+    """``[heads]`` -> ``[kv_heads, group]``."""
+    return tensor.reshape(config.num_held_kv_heads, config.group_size)
 
 
 def _by_head(num_heads: int, head_dim: int, rows: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.errors import ModelError
-from jaxserve.models.config import ModelConfig, Rope
+from jaxserve.models.config import ModelConfig, Rope, Temperature
 
 Frequencies = tuple[np.ndarray, float]
 """Inverse frequencies ``float32[dim / 2]`` and the factor that scales cos and sin."""
@@ -69,10 +69,11 @@ def _longrope(rope: Rope, trained: int, max_len: int) -> Frequencies:
     options = rope.options
     original = options["original_max_position_embeddings"]
     factor = options.get("factor") or trained / original
-    scale = options.get("attention_factor")
+    length = "long" if max_len > original else "short"
+    scale = options.get(f"{length}_mscale") or options.get("attention_factor")
     if scale is None:
         scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    stretch = np.asarray(options["long_factor" if max_len > original else "short_factor"], np.float64)
+    stretch = np.asarray(options[f"{length}_factor"], np.float64)
     return _inverse_frequencies(rope.theta, rope.dim) / stretch, float(scale)
 
 
@@ -124,3 +125,9 @@ def rope_tables(frequencies: np.ndarray, scale: float, positions: jax.Array) -> 
     """cos and sin ``float32[T, dim / 2]`` for ``positions`` ``[T]``."""
     angles = positions[:, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def temperatures(temperature: Temperature, positions: jax.Array) -> jax.Array:
+    """What queries at ``positions`` ``int32[T]`` grow by, ``float32[T]``."""
+    steps = (positions + temperature.offset) // temperature.step_tokens
+    return 1 + temperature.strength * jnp.log1p(steps.astype(jnp.float32))

@@ -19,8 +19,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.errors import ConfigError, ModelError
 from jaxserve.kernels.cache import KVCache
-from jaxserve.kernels.inputs import AttentionInputs, Rotation
+from jaxserve.kernels.inputs import AttentionInputs
 from jaxserve.models.decoder import Decoder, run_layer
+from jaxserve.models.layers import Positions
 from jaxserve.models.matrix import Parameter
 from jaxserve.models.weights import Part, Weight
 from jaxserve.sharding.rules import abstract_parameters
@@ -65,8 +66,6 @@ class _Kind:
 
     graph: nnx.GraphDef
     tree: jax.tree_util.PyTreeDef
-    layer: int
-    """One that has it."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ class StagedModel:
         shares of the slots', ``[1, ...]`` each; the cache has the slots as its layers.
         """
         stage, num_stages = jax.lax.axis_index("pipe"), self.stages.num_stages
-        rotations = model.rotations(positions)
+        taken = model.positions_of(positions)
         leaves = iter(parameters)
         for number, slot in enumerate(self._slots):
             places = [next(leaves) for _ in range(slot.kinds[0].tree.num_leaves)]
@@ -145,7 +144,7 @@ class StagedModel:
             used = stage < num_used
             # What an unused slot computes goes to the dummy page, and its rows pass it by.
             slots = inputs.slots if num_used == num_stages else jnp.where(used, inputs.slots, 0)
-            run = partial(_run_kind, model, mine, rotations, jnp.int32(number))
+            run = partial(_run_kind, mine, taken, jnp.int32(number))
             branches = [partial(run, kind) for kind in slot.kinds]
             operands = x, cache, replace(inputs, slots=slots)
             if len(branches) == 1:
@@ -173,7 +172,7 @@ class StagedModel:
                 )
             kind = next((i for i, kind in enumerate(kinds) if kind.graph == graph), len(kinds))
             if kind == len(kinds):
-                kinds.append(_Kind(graph, jax.tree.structure(state), number))
+                kinds.append(_Kind(graph, jax.tree.structure(state)))
             kind_of_stage.append(kind)
         for name, spec in stacked.items():
             sharding = NamedSharding(mesh, PartitionSpec("pipe", *spec.sharding.spec))
@@ -185,9 +184,8 @@ class StagedModel:
 
 
 def _run_kind(
-    model: Decoder,
     parameters: list[Parameter],
-    rotations: tuple[Rotation, Rotation],
+    positions: Positions,
     index: jax.Array,
     kind: _Kind,
     x: jax.Array,
@@ -195,7 +193,7 @@ def _run_kind(
     inputs: AttentionInputs,
 ) -> tuple[jax.Array, KVCache[jax.Array]]:
     layer = nnx.merge(kind.graph, jax.tree.unflatten(kind.tree, parameters))
-    return run_layer(layer, x, None, model.layer_rotation(kind.layer, rotations), cache, inputs, index)
+    return run_layer(layer, x, None, positions, cache, inputs, index)
 
 
 def _lead(part: Part, tensor: np.ndarray) -> np.ndarray:

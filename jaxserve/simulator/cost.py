@@ -116,8 +116,8 @@ class RooflineCost:
         self._flops_per_second = device.peak_flops_per_second * device.compute_share
         self._attention_flops_per_second = device.peak_flops_per_second * device.attention_share
         self._bytes_per_second = device.memory_bytes_per_second * device.memory_share
-        # Falcon's attention and MLP run side by side, and their sum is reduced once.
-        self._reduces_per_layer = 1 if model.architecture == "FalconForCausalLM" else 2
+        # Where attention and MLP run side by side, their sum is reduced once.
+        self._reduces_per_layer = 1 if model.num_parallel_norms else 2
 
     @property
     def num_stages(self) -> int:

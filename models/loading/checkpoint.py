@@ -13,13 +13,13 @@ import jax
 from jaxserve.errors import ModelError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.fields import Fields
-from jaxserve.models.loading import assemble, eos, generation, gguf_tokenizer, head, hf, hf_tokenizer, orbax
+from jaxserve.models.loading import assemble, eos, generation, gguf_tokenizer, head, hf, hf_tokenizer, mxfp4, orbax
 from jaxserve.models.loading.dummy import random_parameters
 from jaxserve.models.loading.files import read_json
 from jaxserve.models.loading.gguf import GGUFSource
 from jaxserve.models.loading.hub import resolve
 from jaxserve.models.presets import PRESETS
-from jaxserve.models.registry import family_of, read_config
+from jaxserve.models.registry import family_of, quantization_of, read_config
 from jaxserve.models.weights import Weight
 from jaxserve.tokenizer import Tokenizer
 
@@ -66,6 +66,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.path = folder
         raw = read_json(folder / "config.json")
         self.config = read_config(raw, str(folder / "config.json"))
+        self._is_packed = quantization_of(Fields(raw, folder / "config.json")) == mxfp4.METHOD
         if self.config.tie_word_embeddings:
             self.config = head.settle(self._source, self.config, family_of(self.config.architecture))
         self.declared_eos = _declared_eos(folder, raw)
@@ -79,7 +80,8 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     @cached_property
     def _source(self) -> hf.SafetensorsSource:
-        return hf.SafetensorsSource(self.path, family_of(self.config.architecture).names_for(self.config))
+        kind = mxfp4.Mxfp4Source if self._is_packed else hf.SafetensorsSource
+        return kind(self.path, family_of(self.config.architecture).names_for(self.config))
 
     def check(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> None:
         assemble.check(self.path, self._source, abstract, weights)

@@ -26,6 +26,9 @@ KNOWN_ENDS = (
 Its ``</s>`` is left out, which in Gemma's vocabulary is a tag of HTML, and so are the marks of tool calls.
 """
 
+HARMONY_ENDS = ("<|return|>", "<|call|>")
+"""What ends a turn in gpt-oss's format, whose ``<|end|>`` ends one of a turn's several messages; in llama.cpp too."""
+
 
 def declared(fields: Fields) -> Declared:
     """``eos_token_id`` of a generation_config.json or config.json: an id, a list of ids, or missing.
@@ -50,6 +53,8 @@ def union(where: object, found: Declared, tokenizer: Tokenizer, vocab_size: int)
     What is no token of the model cannot end anything: a warning names it.
     """
     known = [token for token in KNOWN_ENDS if tokenizer.token_id(token) is not None]
+    if all(tokenizer.token_id(token) is not None for token in HARMONY_ENDS):
+        known = [*HARMONY_ENDS, *(token for token in known if token != "<|end|>")]
     ids, wrong = {}, []
     for one in dict.fromkeys((*found, *tokenizer.eos_tokens, *known)):
         index = tokenizer.token_id(one) if isinstance(one, str) else one

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -26,12 +26,17 @@ class SafetensorsSource:
     ``name_of`` gives a file's tensor name as the caller wants it, None for tensors to leave out.
     """
 
-    def __init__(self, folder: Path, name_of: Callable[[str], str | None] = lambda name: name) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name_of: Callable[[str], str | None] = lambda name: name,
+        dtypes: Mapping[str, np.dtype] = DTYPES,
+    ) -> None:
         self._tensors: dict[str, np.ndarray] = {}
         stored_as: dict[str, str] = {}
         wrong = {}
         for path, expected in _shards(folder).items():
-            found = _map(path)
+            found = _map(path, dtypes)
             if expected - found.keys():
                 missing = _listed(expected - found.keys())
                 raise ModelError(f"{path}: missing tensors that {_INDEX} places there: {missing}")
@@ -48,7 +53,7 @@ class SafetensorsSource:
                     wrong[stored] = tensor
         if wrong:
             listed = _listed(f"{name} ({dtype})" for name, dtype in wrong.items())
-            raise ModelError(f"{folder}: tensor types not supported: {listed}; supported: {', '.join(DTYPES)}")
+            raise ModelError(f"{folder}: tensor types not supported: {listed}; supported: {', '.join(dtypes)}")
 
     def take(self, name: str, new_name: str | None = None) -> None:
         """Give the tensor ``name`` the ``new_name``, or take it out."""
@@ -70,7 +75,7 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
 
 
-def _map(path: Path) -> dict[str, np.ndarray | str]:
+def _map(path: Path, dtypes: Mapping[str, np.dtype]) -> dict[str, np.ndarray | str]:
     """Each tensor of a file as a view of the mapped file, or the name of its type where that is not supported."""
     refuse_pointer(path)
     try:
@@ -87,7 +92,7 @@ def _map(path: Path) -> dict[str, np.ndarray | str]:
     tensors: dict[str, np.ndarray | str] = {}
     for name, entry in header.items():
         first, end = entry["data_offsets"]
-        known = DTYPES.get(entry["dtype"])
+        known = dtypes.get(entry["dtype"])
         tensors[name] = entry["dtype"] if known is None else data[first:end].view(known).reshape(entry["shape"])
     return tensors
 

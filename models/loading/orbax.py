@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxserve.errors import ModelError
-from jaxserve.models.config import Experts, ModelConfig, Rope
+from jaxserve.models.config import ClampedSwiGLU, Experts, ModelConfig, Rope, SharedExpert, Temperature
 from jaxserve.models.fields import Fields
 from jaxserve.models.loading import eos, generation
 from jaxserve.models.loading.assemble import placement, report
@@ -60,17 +60,28 @@ def read_config(folder: Path) -> tuple[ModelConfig, eos.Declared]:
     """The dimensions and the ids that end an output. Raises ModelError."""
     raw = read_json(folder / CONFIG)
     try:
-        model = dict(raw["model"])
-        for name in ("rope", "local_rope"):
-            if model[name] is not None:
-                model[name] = Rope(**model[name])
-        if model["experts"] is not None:
-            model["experts"] = Experts(**model["experts"] | {"layers": tuple(model["experts"]["layers"])})
-        model["windows"] = tuple(model["windows"])
         eos_token_ids = eos.declared(Fields({"eos_token_id": raw["eos_token_ids"]}, folder / CONFIG))
-        return ModelConfig(**model), eos_token_ids
+        return _made(ModelConfig, raw["model"]), eos_token_ids
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{folder / CONFIG}: not a configuration of this version of jaxserve: {error}") from error
+
+
+_PARTS = {
+    "rope": Rope, "local_rope": Rope, "temperature": Temperature, "experts": Experts, "shared": SharedExpert,
+    "gate": ClampedSwiGLU,
+}  # fmt: skip
+"""Fields that are objects themselves."""
+
+
+def _made[T](kind: Callable[..., T], values: Mapping[str, Any]) -> T:
+    """What ``dataclasses.asdict`` made ``values`` of, through JSON."""
+    fields = dict(values)
+    for name, value in fields.items():
+        if isinstance(value, list):
+            fields[name] = tuple(value)
+        elif name in _PARTS and value is not None:
+            fields[name] = _made(_PARTS[name], value)
+    return kind(**fields)
 
 
 def sampling_defaults(folder: Path) -> dict[str, Any]:

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recent_cases import RECENT_CASES
 from reference import make_model
 from safetensors.torch import load_file, save_file
-from tiny_cases import CASES, TinyCase
+from tiny_cases import TINY_CASES, TinyCase
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+CASES = TINY_CASES | RECENT_CASES
 
 
 def save(model: Any, case: TinyCase, folder: Path) -> None:

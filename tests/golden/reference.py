@@ -79,6 +79,16 @@ def randomise(model: Any, generator: torch.Generator, dtype: torch.dtype) -> Non
             parameter.data.copy_((noise if gemma else 1 + 0.3 * noise).to(dtype))
         else:
             parameter.data.copy_((0.3 * noise).to(dtype))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
+
+
+def router_scores(router: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """What a router chooses by, [n, experts]."""
+    logits = torch.nn.functional.linear(hidden, router.weight, getattr(router, "bias", None))
+    bias = getattr(router, "e_score_correction_bias", None)
+    return logits if bias is None else logits.sigmoid() + bias
 
 
 def continue_greedily(model: Any, generator: torch.Generator, prompt_length: int) -> Continuation:
@@ -93,8 +103,7 @@ def continue_greedily(model: Any, generator: torch.Generator, prompt_length: int
     margins = [float("inf")]
 
     def note_margin(router: Any, inputs: tuple[torch.Tensor, ...], _output: Any) -> None:
-        logits = torch.nn.functional.linear(inputs[0].flatten(0, -2), router.weight)
-        best = logits.topk(router.top_k + 1, dim=-1).values
+        best = router_scores(router, inputs[0].flatten(0, -2)).topk(router.top_k + 1, dim=-1).values
         margins.append((best[:, -2] - best[:, -1]).min().item())
 
     hooks = [m.register_forward_hook(note_margin) for m in model.modules() if type(m).__name__.endswith("Router")]

@@ -29,6 +29,13 @@ from jaxserve.scheduler.blocks import BlockManager
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import abstract_model, abstract_parameters
 
+SAME_AS = {
+    "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
+    "Llama4ForConditionalGeneration": "Llama4ForCausalLM",
+    "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",
+    "PhiMoEForCausalLM": "PhimoeForCausalLM",
+}
+"""Architectures without a reference of their own: another's names, or the text of models that can see."""
 FOLDER = Path(__file__).parents[1] / "golden"
 PAGE_SIZE, NUM_PAGES, NUM_ROWS = 8, 20, 64
 XLA = Xla(CPU_TILING, Target("cpu"))

@@ -12,7 +12,7 @@ import numpy as np
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.loading.gguf import ARCHITECTURES
 from jaxserve.models.registry import FAMILIES
-from tests.models.golden import Golden, names
+from tests.models.golden import SAME_AS, Golden, names
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = """# Models
@@ -79,9 +79,24 @@ def features(config: ModelConfig) -> str:
     if config.experts is not None:
         sparse = len(config.experts.layers)
         found.append(f"{config.experts.per_token} of {config.experts.count} experts in {sparse} layers")
+        if config.experts.router != "softmax":
+            found.append(f"{config.experts.router.replace('_', ' ')} router")
+    if config.norm_places != "before":
+        found.append(f"norms {config.norm_places}")
+    if config.unrotated_layers:
+        found.append(f"no positions in {len(config.unrotated_layers)} layers")
     flags = {
         "local RoPE": config.local_rope is not None,
-        "q/k norms": config.qk_norm,
+        "q/k norms": config.qk_norm == "head",
+        "norms of all heads' q/k": config.qk_norm == "all_heads",
+        "attention sinks": config.attention_sinks,
+        "attention in chunks": config.chunk_tokens is not None,
+        "q/k norms without weights": config.qk_norm == "unweighted",
+        "growing queries": config.temperature is not None,
+        "shared expert": config.experts is not None and config.experts.shared is not None,
+        "scaled residuals": config.residual_scale != 1,
+        "scaled logits": config.logits_scale != 1,
+        "head bias": config.head_bias,
         "q/k/v biases": config.qkv_bias,
         "output bias": config.out_bias,
         "MLP biases": config.mlp_bias,
@@ -110,7 +125,7 @@ def main() -> None:
     families = []
     for architecture, family in FAMILIES.items():
         gguf = ", ".join(theirs for theirs, ours in ARCHITECTURES.items() if ours == architecture)
-        cases = ", ".join(of_architecture[architecture]) or "the text models' cases; names and configuration tested"
+        cases = ", ".join(of_architecture[SAME_AS.get(architecture, architecture)])
         families.append(f"| {family.models} | {architecture} | {gguf} | {cases} |")
     DOCUMENT.write_text(HEAD + "\n".join(families) + "\n" + CASES + "\n".join(rows) + "\n", encoding="utf-8")
 

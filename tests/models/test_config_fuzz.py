@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jaxserve.errors import ModelError
 from jaxserve.models.registry import FAMILIES, read_config
 from jaxserve.models.rope import longest_sequence, rope_frequencies
-from tests.models.golden import Golden, names
+from tests.models.golden import SAME_AS, Golden, names
 
 # Read by some family, whether or not its reference checkpoint has it.
 KEYS = [
@@ -43,8 +43,11 @@ def raw_configs() -> dict[str, dict[str, Any]]:
         if golden.checkpoint.is_dir():
             raw = json.loads((golden.checkpoint / "config.json").read_text())
             found[raw["architectures"][0]] = raw
-    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": found["Gemma3ForCausalLM"]}
-    return found | {"Gemma3ForConditionalGeneration": whole}
+    for architecture, same in SAME_AS.items():
+        nested = FAMILIES[architecture].nested
+        values = found[same] if nested is None else {nested: found[same]}
+        found[architecture] = {**values, "architectures": [architecture]}
+    return found
 
 
 RAW = raw_configs()
@@ -114,8 +117,8 @@ def test_any_values(architecture: str, change: dict, rope: dict, rope_key: str |
     raw = {**RAW[architecture], **change}
     if rope_key:
         raw[rope_key] = {"full_attention": rope, "sliding_attention": rope} if nested else rope
-    if architecture == "Gemma3ForConditionalGeneration":
-        raw = {**RAW[architecture], "text_config": {**RAW["Gemma3ForCausalLM"], **raw}}
+    if key := FAMILIES[architecture].nested:
+        raw = {**RAW[architecture], key: {**RAW[SAME_AS[architecture]], **raw}}
     read_or_refused(raw)
 
 

@@ -52,6 +52,13 @@ def test_ends_that_any_vocabulary_may_have(tmp_path: Path) -> None:
     assert ends(folder) == (2, 90, 91, 92)
 
 
+def test_a_message_of_several_does_not_end_an_output(tmp_path: Path) -> None:
+    """Of gpt-oss, which thinks in one message and answers in the next."""
+    added = {"<|end|>": 90, "<|return|>": 91, "<|call|>": 92, "<|endoftext|>": 93}
+    folder = word_folder(tmp_path, 90, added_tokens=added, generation_config={"eos_token_id": [91, 93]})
+    assert ends(folder) == (91, 93, 92)
+
+
 def test_dummy_weights_end_as_the_model_does(tmp_path: Path) -> None:
     folder = word_folder(tmp_path, generation_config=GENERATION, tokenizer_config={"eos_token": "w35"})
     checkpoint = open_checkpoint(str(folder), "dummy")

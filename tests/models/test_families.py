@@ -17,7 +17,7 @@ from jaxserve.models.decoder import Decoder
 from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.registry import FAMILIES, read_config
 from jaxserve.scheduler import POLICIES
-from tests.models.golden import Golden, names
+from tests.models.golden import SAME_AS, Golden, names
 
 TOLERANCE = 2e-4
 """Two float32 implementations differ by up to 7e-5 here; exact GELU for its tanh form would differ by 1e-3."""
@@ -34,7 +34,7 @@ def test_logits_match_transformers(name: str) -> None:
         assert same_greedy, chunking
 
 
-@pytest.mark.parametrize("architecture", sorted(FAMILIES.keys() - {"Gemma3ForConditionalGeneration"}))
+@pytest.mark.parametrize("architecture", sorted(FAMILIES.keys() - SAME_AS.keys()))
 def test_engine_serves_every_architecture(architecture: str, tiny_tokenizer: Path) -> None:
     golden = next(g for g in map(Golden, names()) if g.architecture == architecture)
     with LLM(
@@ -74,14 +74,19 @@ def test_layers_of_one_structure_share_a_trace() -> None:
 
 def test_every_family_has_a_golden() -> None:
     served = {Golden(name).architecture for name in names()}
-    assert FAMILIES.keys() - served == {"Gemma3ForConditionalGeneration"}  # its text model is Gemma 3's; see below
+    assert FAMILIES.keys() - served == SAME_AS.keys()
 
 
 DEFAULTS = {
     "MistralForCausalLM": "mistral", "MixtralForCausalLM": "mixtral", "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe", "FalconForCausalLM": "falcon",
     "GemmaForCausalLM": "gemma", "Gemma2ForCausalLM": "gemma2", "Gemma3ForCausalLM": "gemma3_text",
-    "Phi3ForCausalLM": "phi3", "GPT2LMHeadModel": "gpt2", "LlamaForCausalLM": "llama",
+    "Phi3ForCausalLM": "phi3", "GPT2LMHeadModel": "gpt2", "LlamaForCausalLM": "llama", "Olmo2ForCausalLM": "olmo2",
+    "SmolLM3ForCausalLM": "smollm3", "Ministral3ForCausalLM": "ministral3", "Olmo3ForCausalLM": "olmo3",
+    "Exaone4ForCausalLM": "exaone4", "Glm4ForCausalLM": "glm4", "Glm4MoeForCausalLM": "glm4_moe",
+    "GraniteForCausalLM": "granite", "SeedOssForCausalLM": "seed_oss", "Cohere2ForCausalLM": "cohere2",
+    "Qwen2MoeForCausalLM": "qwen2_moe", "PhimoeForCausalLM": "phimoe", "Llama4ForCausalLM": "llama4_text",
+    "GptOssForCausalLM": "gpt_oss",
 }  # fmt: skip
 
 
@@ -91,7 +96,7 @@ def test_defaults_are_those_of_transformers(architecture: str) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     needed: dict[str, Any] = {
-        "architectures": [architecture], "vocab_size": 64, "hidden_size": 64, "intermediate_size": 80,
+        "architectures": [architecture], "vocab_size": 64, "hidden_size": 128, "intermediate_size": 80,
         "num_hidden_layers": 8, "num_attention_heads": 32,
     }  # fmt: skip
     if architecture == "GPT2LMHeadModel":
@@ -100,15 +105,33 @@ def test_defaults_are_those_of_transformers(architecture: str) -> None:
     assert read_config(needed) == read_config(written)
 
 
-def test_text_part_of_a_gemma_that_can_see() -> None:
-    raw = json.loads((Golden("gemma3_local").checkpoint / "config.json").read_text())
-    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": raw, "vision_config": {}}
-    seeing, blind = read_config(whole), read_config(raw)
-    assert {**vars(seeing), "architecture": ""} == {**vars(blind), "architecture": ""}
-    rename = FAMILIES["Gemma3ForConditionalGeneration"].tensor_name
+@pytest.mark.parametrize(("architecture", "same"), SAME_AS.items())
+def test_architectures_that_are_anothers(architecture: str, same: str) -> None:
+    golden = next(g for g in map(Golden, names()) if g.architecture == same)
+    raw = json.loads((golden.checkpoint / "config.json").read_text())
+    nested = FAMILIES[architecture].nested
+    whole = {**(raw if nested is None else {nested: raw, "vision_config": {}}), "architectures": [architecture]}
+    ours, theirs = read_config(whole), read_config(raw)
+    assert {**vars(ours), "architecture": ""} == {**vars(theirs), "architecture": ""}
+
+
+@pytest.mark.parametrize("architecture", [name for name in SAME_AS if FAMILIES[name].nested])
+def test_tensors_of_models_that_can_see(architecture: str) -> None:
+    rename = FAMILIES[architecture].tensor_name
     for theirs in ("language_model.model.norm.weight", "model.language_model.norm.weight"):
         assert rename(theirs) == "model.norm.weight"
-    assert rename("vision_tower.encoder.weight") is None
+    assert rename("language_model.lm_head.weight") == "lm_head.weight"
+    for theirs in ("vision_tower.encoder.weight", "model.vision_tower.x", "multi_modal_projector.norm.weight"):
+        assert rename(theirs) is None
+
+
+def test_layers_that_guess_further_tokens_are_left_out() -> None:
+    golden = Golden("glm4_moe_groups")
+    config = open_checkpoint(str(golden.checkpoint)).config
+    name_of = FAMILIES[config.architecture].names_for(config)
+    assert name_of(f"model.layers.{config.num_layers}.eh_proj.weight") is None
+    for name in ("model.layers.1.input_layernorm.weight", "model.norm.weight"):
+        assert name_of(name) == name
 
 
 LLAMA = {
@@ -120,7 +143,30 @@ LLAMA = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM' is not supported; supported: LlamaForCausalLM, "),
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            "'MambaForCausalLM' is not supported; nearest: 'LlamaForCausalLM'; supported: LlamaForCausalLM, ",
+        ),
+        (
+            {"architectures": ["Qwen3NextForCausalLM"]},
+            "'Qwen3NextForCausalLM' is not supported; nearest: 'Qwen3ForCausalLM'; supported: ",
+        ),
+        (
+            {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]},
+            r"no_rope_layers must be a list of at least 2 numbers, found \[1\]",
+        ),
+        (
+            {"architectures": ["PhimoeForCausalLM"], "num_experts_per_tok": 3},
+            "experts per token must be 2 with the router sparse_mixer, got 3",
+        ),
+        (
+            {"architectures": ["Glm4MoeForCausalLM"], "n_group": 3},
+            "128 experts in 3 groups, 1 of them a token, is not possible",
+        ),
+        (
+            {"architectures": ["Glm4MoeForCausalLM"], "n_group": 32},
+            "experts per token must be at most 4, its groups' experts, got 8",
+        ),
         ({"architectures": ["FalconForCausalLM"], "alibi": True}, "alibi True is not supported; supported: False"),
         ({"architectures": ["FalconForCausalLM"], "parallel_attn": False}, "parallel_attn False is not supported"),
         ({"num_key_value_heads": 3}, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),

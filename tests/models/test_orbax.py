@@ -1,5 +1,6 @@
 """Orbax checkpoints: written from one mesh, restored onto others, and made by scripts/convert.py."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -19,7 +20,7 @@ from jaxserve.models.loading.checkpoint import OrbaxCheckpoint, open_checkpoint
 from jaxserve.models.registry import family_of
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import abstract_model, abstract_parameters
-from tests.models.golden import Golden
+from tests.models.golden import Golden, names
 
 SAMPLING = {"temperature": 0.7, "top_k": 20, "max_tokens": 100}
 CONFIG = ModelConfig(
@@ -156,6 +157,14 @@ def test_convert_script_names_the_problem(tmp_path: Path, capsys: pytest.Capture
     assert convert_script().main(["nothing", str(tmp_path / "new")]) == 2
     assert capsys.readouterr().err.startswith("convert: unknown model 'nothing': expected smollm2-135m")
     assert not (tmp_path / "new").exists()
+
+
+def test_every_configuration_comes_back(tmp_path: Path) -> None:
+    for golden in map(Golden, names()):
+        config = open_checkpoint(str(golden.checkpoint)).config
+        described = {"model": dataclasses.asdict(config), "eos_token_ids": []}
+        (tmp_path / orbax.CONFIG).write_text(json.dumps(described))
+        assert orbax.read_config(tmp_path)[0] == config
 
 
 def test_spec_without_partition(saved: tuple[Path, dict[str, jax.Array]]) -> None:

@@ -41,7 +41,7 @@ def drain(engine: Engine) -> list[RequestDelta]:
 CASES = [
     ("yi_gqa", 2, 1), ("yi_gqa", 2, 4), ("llama_mha_untied", 2, 2), ("mistral_window", 2, 1), ("mixtral_top2", 2, 2),
     ("gemma2_softcap", 2, 1), ("gemma3_local", 2, 1), ("gemma3_local", 2, 2), ("falcon_7b", 2, 2),
-    ("gpt2_learned", 2, 1),
+    ("gpt2_learned", 2, 1), ("smollm3_nope", 2, 1), ("llama4_experts", 2, 2), ("gpt_oss_sinks", 2, 2),
 ]  # fmt: skip
 
 

@@ -44,6 +44,7 @@ CASES = [
     ("yi_gqa", 8), ("llama_mha_untied", 4), ("llama_gqa_wide_heads", 4), ("llama_mqa_bias", 4), ("mistral_window", 2),
     ("qwen2_bias", 4), ("qwen3_qknorm", 4), ("mixtral_top2", 2), ("qwen3_moe", 2), ("gemma2_softcap", 2),
     ("gemma_mqa", 4), ("falcon_40b", 4), ("falcon_7b", 4), ("phi3_fused", 4), ("internlm2_gqa", 4), ("gpt2_learned", 2),
+    ("olmo2_norms", 4), ("glm4_moe_groups", 2), ("cohere2_parallel", 4), ("gpt_oss_sinks", 4),
 ]  # fmt: skip
 """Each with more devices than KV heads where its query heads allow it."""
 
