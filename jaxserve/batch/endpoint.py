@@ -87,8 +87,6 @@ class EndpointServer:
     async def _answer(self, server: Transport, line: BatchLine) -> Answer:
         if line.endpoint is None or line.error is not None:
             return Answer.refusal(line, str(line.error))
-        if line.body.get("stream"):
-            return Answer.refusal(line, "stream must be false in a batch, got true")
         reply = await self._reply(server, line.endpoint.path, line.body)
         if reply.status == HTTPStatus.OK:
             return Answer(line, reply.status, dict(reply.body))
