@@ -166,7 +166,7 @@ def _parse_line(line_id: str, raw: bytes) -> BatchLine:
         "body": (isinstance(body, dict), "a JSON object"),
     }
     wrong = [f"{name} must be {what}, got {entry.get(name)!r:.80}" for name, (ok, what) in checks.items() if not ok]
-    if not wrong and body.get("stream") not in (None, False):
-        wrong = [f"stream must be false in a batch, got {json.dumps(body['stream']):.80}"]
-    error = wrong[0] if wrong else None
-    return BatchLine(line_id, custom_id if isinstance(custom_id, str) else None, endpoint, body, error)
+    if isinstance(body, dict) and body.get("stream") not in (None, False):
+        wrong.append(f"stream must be false in a batch, got {json.dumps(body['stream']):.80}")
+    fault = wrong[0] if wrong else None
+    return BatchLine(line_id, custom_id if isinstance(custom_id, str) else None, endpoint, body, fault)
