@@ -39,7 +39,8 @@ def rotate_and_write(
     """
     specs = HEADS, REPLICATED, CACHE, REPLICATED, REPLICATED
     write = _per_shard(inputs.backend.rotate_and_write, inputs.mesh, specs, (HEADS, CACHE))
-    return write(qkv, rotation, cache, inputs, layer)
+    q, written = write(qkv, rotation, cache._replace(recurrent=None), inputs, layer)
+    return q, written._replace(recurrent=cache.recurrent)
 
 
 def paged_attention(
@@ -60,4 +61,5 @@ def paged_attention(
     softcap: scaled scores become ``softcap * tanh(scores / softcap)``, as in Gemma 2 (arXiv 2408.00118).
     """
     attend = partial(inputs.backend.attend, scale=scale, window=window, softcap=softcap)
-    return _per_shard(attend, inputs.mesh, (HEADS, CACHE, REPLICATED, REPLICATED), HEADS)(q, cache, inputs, layer)
+    specs = HEADS, CACHE, REPLICATED, REPLICATED
+    return _per_shard(attend, inputs.mesh, specs, HEADS)(q, cache._replace(recurrent=None), inputs, layer)

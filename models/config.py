@@ -47,6 +47,30 @@ class Experts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeltaNet:
+    """Layers with the gated delta rule in place of attention (kernels/recurrent.py)."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_width: int
+    layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.num_value_heads % self.num_key_heads:
+            raise ModelError(
+                f"linear_num_value_heads must be a multiple of linear_num_key_heads, got {self.num_value_heads} and "
+                f"{self.num_key_heads}"
+            )
+
+    @property
+    def values_per_key(self) -> int:
+        """Value heads that share a key head."""
+        return self.num_value_heads // self.num_key_heads
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Dimensions and kinds of a decoder-only transformer; names follow Hugging Face's config.json where it has one."""
 
@@ -79,6 +103,9 @@ class ModelConfig:
     attention_scale: float | None = None
     """Of the scores; head_dim ** -0.5 by default."""
     attention_softcap: float | None = None
+    attention_gate: bool = False
+    """Whether what a head reads is multiplied by the sigmoid of a projection of its own."""
+    delta_net: DeltaNet | None = None
     logits_softcap: float | None = None
     embedding_scale: float = 1.0
     experts: Experts | None = None
@@ -127,6 +154,18 @@ class ModelConfig:
         """The widest attention window when every layer has one, else None: keys further back are never read again."""
         found = [window for window in self.windows if window is not None]
         return max(found) if found and len(found) == self.num_layers else None
+
+    def is_recurrent(self, layer: int) -> bool:
+        """Whether a layer's memory of a sequence is a state, and not keys and values."""
+        return self.delta_net is not None and layer in self.delta_net.layers
+
+    def cache_layer(self, layer: int) -> int:
+        """The number of a layer among those that keep the same of a sequence."""
+        return sum(self.is_recurrent(earlier) == self.is_recurrent(layer) for earlier in range(layer))
+
+    def num_recurrent(self, num_layers: int) -> int:
+        """Of the first layers, how many are recurrent."""
+        return sum(map(self.is_recurrent, range(num_layers)))
 
     def layer_window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None

@@ -28,9 +28,13 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.attention_norm = make_norm(config, dtype)
-        self.attention = Attention(config, config.layer_window(layer), dtype, rngs)
+        self.attention = self.make_attention(config, layer, dtype, rngs)
         self.mlp_norm = make_norm(config, dtype)
         self.mlp = make_mlp(config, layer, dtype, rngs)
+
+    def make_attention(self, config: ModelConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
+        """What mixes the rows of layer number ``layer``, called as Attention is."""
+        return Attention(config, config.layer_window(layer), dtype, rngs)
 
     def __call__(
         self,
@@ -94,7 +98,8 @@ class Decoder(nnx.Module):
         # Unrolled: a scan would copy each layer's weights and, on GPUs, break the CUDA graph. Traced once all the same:
         # layers of one structure reuse the first one's trace, and XLA inlines the calls.
         for index, layer in enumerate(self.layers):
-            x, cache = run_layer(layer, x, rows, self.layer_rotation(index, rotations), cache, inputs, jnp.int32(index))
+            number, rotation = jnp.int32(self.config.cache_layer(index)), self.layer_rotation(index, rotations)
+            x, cache = run_layer(layer, x, rows, rotation, cache, inputs, number)
         return self.norm(x), cache
 
     def embed(self, token_ids: jax.Array, positions: jax.Array) -> jax.Array:

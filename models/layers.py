@@ -99,6 +99,13 @@ class Attention(nnx.Module):
             parameter((kv, group + 2, dim), ("kv_heads", None, None), dtype, rngs) if config.qkv_bias else None
         )
         self.out_bias = parameter((hidden,), ("embed",), dtype, rngs) if config.out_bias else None
+        self.gate = (
+            matrix(
+                (kv, group, dim, hidden), ("kv_heads", None, None, "embed"), dtype, rngs, MatrixLayout(num_outputs=3)
+            )
+            if config.attention_gate
+            else None
+        )
         self.q_norm = make_norm(config, dtype, dim) if config.qk_norm else None
         self.k_norm = make_norm(config, dtype, dim) if config.qk_norm else None
 
@@ -127,8 +134,10 @@ class Attention(nnx.Module):
         attended = paged_attention(
             q, cache, inputs, layer,
             scale=c.attention_scale or c.head_dim**-0.5, window=self.window, softcap=c.attention_softcap,
-        )  # fmt: skip
-        y = self.out.get_value().multiply(attended.reshape(len(x), -1), rows)
+        ).reshape(len(x), -1)  # fmt: skip
+        if self.gate is not None:
+            attended = attended * jax.nn.sigmoid(self.gate.get_value().multiply(x, rows))
+        y = self.out.get_value().multiply(attended, rows)
         return (y if self.out_bias is None else y + self.out_bias[...]), cache
 
 

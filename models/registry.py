@@ -18,6 +18,7 @@ from jaxserve.models.llama import LLAMA, MISTRAL
 from jaxserve.models.mixtral import MIXTRAL
 from jaxserve.models.phi3 import PHI3
 from jaxserve.models.qwen import QWEN2, QWEN3, QWEN3_MOE
+from jaxserve.models.qwen_hybrid import QWEN3_5
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": LLAMA,
@@ -28,6 +29,7 @@ FAMILIES: dict[str, Family] = {
     "Qwen2ForCausalLM": QWEN2,
     "Qwen3ForCausalLM": QWEN3,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
+    "Qwen3_5ForCausalLM": QWEN3_5,
     "FalconForCausalLM": FALCON,
     "GemmaForCausalLM": GEMMA,
     "Gemma2ForCausalLM": GEMMA2,

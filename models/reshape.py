@@ -29,9 +29,26 @@ def norm_weights(config: ModelConfig, ours: str, theirs: str) -> dict[str, Weigh
 
 
 def separate_qkv(config: ModelConfig, prefix: str, kind: str = "weight") -> Weight:
-    """Attention.qkv, or its bias, from ``{prefix}.q_proj``, ``k_proj`` and ``v_proj``."""
-    names = (f"{prefix}.{part}_proj.{kind}" for part in "qkv")
-    return _qkv(config, *((name, unchanged) for name in names))
+    """Attention.qkv, or its bias, from ``{prefix}.q_proj``, ``k_proj`` and ``v_proj``.
+
+    Where attention has a gate, q_proj has of each head its query and then its gate."""
+    q_rows = partial(_query_or_gate, config, 0) if config.attention_gate else unchanged
+    q, k, v = (f"{prefix}.{part}_proj.{kind}" for part in "qkv")
+    return _qkv(config, (q, q_rows), (k, unchanged), (v, unchanged))
+
+
+def query_gate(config: ModelConfig, name: str) -> Weight:
+    """Attention.gate from a q_proj."""
+
+    def gates(tensor: np.ndarray) -> np.ndarray:
+        heads = _by_head(config.num_heads, config.head_dim, _query_or_gate(config, 1, tensor))
+        return _grouped(config.num_held_kv_heads, heads)
+
+    return whole(name, gates)
+
+
+def _query_or_gate(config: ModelConfig, which: int, tensor: np.ndarray) -> np.ndarray:
+    return tensor.reshape(config.num_heads, 2, config.head_dim, *tensor.shape[1:])[:, which]
 
 
 def consecutive_qkv(config: ModelConfig, name: str, outputs_last: bool = False) -> Weight:
@@ -95,7 +112,8 @@ def split_heads(config: ModelConfig, out: np.ndarray) -> np.ndarray:
 
 
 def _by_head(num_heads: int, head_dim: int, rows: np.ndarray) -> np.ndarray:
-    return rows.reshape(num_heads, head_dim, *rows.shape[1:])
+    """Of rows, or of what has them by head already."""
+    return rows.reshape(num_heads, head_dim, *rows.shape[1:][-1:])
 
 
 def _grouped(num_groups: int, heads: np.ndarray) -> np.ndarray:

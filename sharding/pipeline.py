@@ -145,7 +145,7 @@ class StagedModel:
             used = stage < num_used
             # What an unused slot computes goes to the dummy page, and its rows pass it by.
             slots = inputs.slots if num_used == num_stages else jnp.where(used, inputs.slots, 0)
-            run = partial(_run_kind, model, mine, rotations, jnp.int32(number))
+            run = partial(_run_kind, model, mine, rotations, jnp.int32(model.config.cache_layer(number)))
             branches = [partial(run, kind) for kind in slot.kinds]
             operands = x, cache, replace(inputs, slots=slots)
             if len(branches) == 1:

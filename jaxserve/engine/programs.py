@@ -32,6 +32,7 @@ from jaxserve.kernels.backend import AttentionShape, Target
 from jaxserve.kernels.cache import KVCacheShape, stored_dtype
 from jaxserve.kernels.registry import choose_backend
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.delta_net import recurrent_shape
 from jaxserve.models.matrix import DenseMatrix, Matrix, PanelMatrix, Parameter, abstract_taken, layouts_of, taken
 from jaxserve.models.registry import family_of
 from jaxserve.models.weights import Weight
@@ -96,8 +97,10 @@ class StepPrograms:
         self.kv_cache = KVCacheShape(
             self.forward.num_cache_layers, model_config.num_held_kv_heads, model_config.head_dim, config.block_size,
             cache_dtype,
+            recurrent_shape(model_config, self.forward.num_recurrent_layers, config.max_num_seqs, dtype),
         )  # fmt: skip
-        block_bytes, arrays = self.kv_cache.block_bytes, jax.tree.leaves(self._abstract_taken)
+        block_bytes = self.kv_cache.block_bytes
+        arrays = jax.tree.leaves(self._abstract_taken) + self.kv_cache.besides_pages(mesh)
         if beside is not None:
             block_bytes += beside.kv_cache.block_bytes
             arrays += jax.tree.leaves(beside._abstract_taken)

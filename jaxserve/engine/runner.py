@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from jaxserve.engine.sampler import TokenLogprobs
 from jaxserve.engine.startup import timed
 from jaxserve.engine.step import Step, StepLayout, StepOutputs, prompt_targets
 from jaxserve.engine.swapped import SwappedBlocks
-from jaxserve.errors import ModelError
+from jaxserve.errors import ConfigError, ModelError
 from jaxserve.models.loading.checkpoint import Checkpoint, OrbaxCheckpoint, open_checkpoint
 from jaxserve.models.matrix import Parameter
 from jaxserve.models.rope import longest_sequence
@@ -36,6 +37,8 @@ from jaxserve.scheduler.swap_space import Copy
 
 RUNS_OF_A_GRAPH = 3
 """XLA runs a program op by op at first, captures its CUDA graph the second time, and replays that from the third on."""
+
+logger = logging.getLogger(__name__)
 
 
 class Kind(IntEnum):
@@ -58,7 +61,18 @@ def prepare(config: EngineConfig) -> tuple[Checkpoint, ResolvedConfig]:
     use_persistent_cache(Path(config.compilation_cache or cache_dir() / "compiled"))
     checkpoint = open_checkpoint(config.model, config.load_format)
     max_len, on_gpu = longest_sequence(checkpoint.config), jax.default_backend() == "gpu"
-    return checkpoint, config.resolve(model_max_len=max_len, on_gpu=on_gpu)
+    resolved = config.resolve(model_max_len=max_len, on_gpu=on_gpu)
+    return checkpoint, resolved if checkpoint.config.delta_net is None else _without_going_back(resolved)
+
+
+def _without_going_back(config: ResolvedConfig) -> ResolvedConfig:
+    """For a model that cannot take up a sequence in its middle, as its memory is of all tokens. Raises ConfigError."""
+    for name, only in (("speculative", "off"), ("swap_space_bytes", 0)):
+        if (value := getattr(config, name)) != only:
+            raise ConfigError(f"{name} must be {only} for a model with linear attention, got {value}")
+    if config.enable_prefix_caching:
+        logger.info("no prefix cache: a model with linear attention remembers a sequence as a whole")
+    return dataclasses.replace(config, enable_prefix_caching=False)
 
 
 class ModelRunner:
@@ -78,6 +92,8 @@ class ModelRunner:
         draft_checkpoint, beside = None, None
         if config.draft_model is not None:
             draft_checkpoint = open_checkpoint(config.draft_model, config.load_format)
+            if draft_checkpoint.config.delta_net is not None:
+                raise ConfigError(f"draft_model must have no linear attention, got {config.draft_model!r}")
             least = dataclasses.replace(config, num_blocks=1 + config.blocks_per_seq)
             beside = StepPrograms(least, draft_checkpoint.config, mesh)
         self._programs = programs = StepPrograms(config, checkpoint.config, mesh, beside=beside)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxserve.engine.forward import SequenceState, rows_of
+from jaxserve.engine.forward import SequenceState, rows_of, segments_for
 from jaxserve.engine.step import Packer, StepLayout, plan_of
 from jaxserve.kernels.backend import CPU_TILING, Target
 from jaxserve.kernels.cache import KVCache, KVCacheShape
@@ -19,6 +19,7 @@ from jaxserve.kernels.inputs import AttentionInputs
 from jaxserve.kernels.plan import PlanLimits
 from jaxserve.kernels.xla import Xla
 from jaxserve.models.decoder import Decoder
+from jaxserve.models.delta_net import recurrent_shape
 from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.matrix import DenseMatrix, layouts_of, taken
 from jaxserve.models.registry import family_of
@@ -94,7 +95,10 @@ def _run(
     fields = layout.split(ints)
     lengths = jnp.full(len(history), history.shape[1], jnp.int32)
     rows = rows_of(fields, SequenceState(history, lengths), PAGE_SIZE)
-    inputs = AttentionInputs(rows.kv_slots, fields["block_tables"], plan_of(fields), layout.limits, XLA, mesh=None)
+    segments = segments_for(model.config, layout, fields["row_seqs"], rows)
+    inputs = AttentionInputs(
+        rows.kv_slots, fields["block_tables"], plan_of(fields), layout.limits, XLA, mesh=None, segments=segments
+    )
     hidden, cache = model(rows.token_ids, rows.positions, None, cache, inputs)
     return model.logits(hidden), cache
 
@@ -102,7 +106,11 @@ def _run(
 def paged_logits(model: Decoder, token_ids: list[int], chunk_sizes: Sequence[int]) -> np.ndarray:
     """``float32[len(token_ids), vocab]`` of a sequence computed in chunks of the given sizes."""
     config = model.config
-    shape = KVCacheShape(config.num_layers, config.num_kv_heads, config.head_dim, PAGE_SIZE, jnp.dtype("float32"))
+    dtype, num_recurrent = jnp.dtype("float32"), config.num_recurrent(config.num_layers)
+    recurrent = recurrent_shape(config, num_recurrent, 3, dtype)
+    shape = KVCacheShape(
+        config.num_layers - num_recurrent, config.num_kv_heads, config.head_dim, PAGE_SIZE, dtype, recurrent
+    )
     # Placed like the weights: otherwise the first step would be compiled for itself.
     cache = jax.device_put(shape.zeros(NUM_PAGES, make_mesh()), jax.devices()[0])
     blocks = BlockManager(NUM_PAGES, PAGE_SIZE, 3, max(len(token_ids), 17))

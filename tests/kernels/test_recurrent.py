@@ -1,0 +1,125 @@
+"""The gated delta rule over batches of any chunks, against the recurrence token by token in float64."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxserve.kernels.cache import RecurrentShape, RecurrentState
+from jaxserve.kernels.recurrent import gated_delta_rule, segments_of
+from jaxserve.sharding.mesh import make_mesh
+
+ROWS, SLOTS, LENGTH = 96, 3, 180
+SHAPE = RecurrentShape(2, SLOTS, 2, 2, 8, 4, 4, jnp.dtype("float32"))
+LAYER = 1
+
+
+class Inputs:
+    """Of a sequence, random ones."""
+
+    def __init__(self, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        heads = SHAPE.num_key_heads, SHAPE.values_per_key
+        self.mixed = random.normal(size=(LENGTH, SHAPE.num_key_heads, SHAPE.num_channels)).astype(np.float32)
+        self.decay = -random.exponential(0.3, (LENGTH, *heads)).astype(np.float32)
+        self.rate = random.uniform(size=(LENGTH, *heads)).astype(np.float32)
+
+
+KERNEL = np.random.default_rng(9).normal(size=(SHAPE.num_key_heads, SHAPE.num_channels, 4)).astype(np.float32)
+SEQUENCES = [Inputs(seed) for seed in range(SLOTS)]
+
+
+def recurrence(inputs: Inputs) -> np.ndarray:
+    """``float64[LENGTH, key_heads, values_per_key, value_dim]``, as the paper's first equation says it."""
+    mixed = np.concatenate([np.zeros((3, *inputs.mixed.shape[1:])), inputs.mixed])
+    x = np.stack([(mixed[t : t + 4] * KERNEL.transpose(2, 0, 1)).sum(axis=0) for t in range(LENGTH)])
+    x = x / (1 + np.exp(-x))
+    memory = np.zeros((2, 2, 8, 4))
+    out = np.zeros((LENGTH, 2, 2, 4))
+    for t in range(LENGTH):
+        for head in range(2):
+            query, key, values = x[t, head, :8], x[t, head, 8:16], x[t, head, 16:].reshape(2, 4)
+            query, key = (v / np.sqrt((v * v).sum() + 1e-6) for v in (query, key))
+            for i in range(2):
+                faded = memory[head, i] * np.exp(np.float64(inputs.decay[t, head, i]))
+                change = inputs.rate[t, head, i] * (values[i] - key @ faded)
+                memory[head, i] = faded + np.outer(key, change)
+                out[t, head, i] = query @ memory[head, i] / np.sqrt(8)
+    return out
+
+
+WANTED = [recurrence(inputs) for inputs in SEQUENCES]
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _step(tensor: int, state, seqs, positions, is_token, *rows):  # type: ignore[no-untyped-def]
+    segments = segments_of(seqs, positions, is_token, num_slots=SLOTS, reach=3)
+    mesh = make_mesh(tensor) if tensor > 1 else None
+    return gated_delta_rule(*rows, jnp.asarray(KERNEL), state, segments, jnp.int32(LAYER), mesh)
+
+
+def run(steps: list[dict[int, int]], tensor: int = 1) -> list[np.ndarray]:
+    """What each sequence reads where every step takes so many of its next rows, by slot."""
+    random = np.random.default_rng(0)
+    state = jax.tree.map(  # of owners before
+        lambda x: jax.device_put(random.normal(size=x.shape).astype(x.dtype), x.sharding),
+        SHAPE.abstract(make_mesh(tensor)),
+    )
+    done, read = dict.fromkeys(range(SLOTS), 0), [[] for _ in range(SLOTS)]
+    for step in steps:
+        seqs, positions = np.full(ROWS, -1, np.int32), np.zeros(ROWS, np.int32)
+        rows = [np.full((ROWS, *x.shape[1:]), np.nan, np.float32) for x in vars(SEQUENCES[0]).values()]
+        first, places = 0, {}
+        for slot, number in step.items():
+            number = min(number, LENGTH - done[slot], ROWS - first)
+            if number:
+                places[slot] = slice(first, first + number)
+                taken = slice(done[slot], done[slot] + number)
+                seqs[places[slot]], positions[places[slot]] = slot, np.arange(taken.start, taken.stop)
+                for row, x in zip(rows, vars(SEQUENCES[slot]).values(), strict=True):
+                    row[places[slot]] = x[taken]
+                done[slot], first = taken.stop, first + number
+        out, state = _step(tensor, state, seqs, positions, seqs >= 0, *rows)
+        for slot, place in places.items():
+            read[slot].append(np.asarray(out)[place])
+    return [np.concatenate(parts) if parts else np.zeros((0, 2, 2, 4)) for parts in read]
+
+
+def assert_right(read: list[np.ndarray]) -> None:
+    for found, wanted in zip(read, WANTED, strict=True):
+        np.testing.assert_allclose(found, wanted[: len(found)], atol=2e-5)
+
+
+STEPS = st.lists(
+    st.dictionaries(st.integers(0, SLOTS - 1), st.sampled_from([1, 1, 2, 3, 4, 63, 64, 65, 90]), min_size=1),
+    min_size=1, max_size=8,
+)  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(STEPS)
+def test_any_chunks(steps: list[dict[int, int]]) -> None:
+    assert_right(run(steps))
+
+
+def test_every_border() -> None:
+    """A prompt in two chunks, cut everywhere around a tile's end, then decodes beside another's chunk."""
+    for border in (*range(1, 6), *range(61, 68)):
+        assert_right(run([{0: border}, {0: 70, 1: 1}, {0: 1, 1: 60, 2: 1}, {0: 1, 2: 2}]))
+
+
+def test_heads_on_two_devices() -> None:
+    assert_right(run([{0: 70, 1: 3}, {0: 1, 1: 65}, {0: 1, 1: 1, 2: 4}], tensor=2))
+
+
+def test_bytes_of_a_sequence() -> None:
+    """Qwen3-Next's layers keep 32 value heads of 128 x 128 numbers, and 3 inputs of 8,192 channels."""
+    shape = RecurrentShape(36, 4, 16, 2, 128, 128, 4, jnp.dtype("bfloat16"))
+    found = shape.abstract(make_mesh())
+    assert isinstance(found, RecurrentState)
+    assert sum(x.size * x.dtype.itemsize for x in found) == 36 * 4 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)
