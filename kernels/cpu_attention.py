@@ -15,6 +15,7 @@ from jaxserve.kernels import native
 from jaxserve.kernels.backend import AttentionShape, Backend, Target
 from jaxserve.kernels.cache import KVCache
 from jaxserve.kernels.inputs import AttentionInputs, Rotation
+from jaxserve.kernels.recurrent import RuleRows, Segments
 
 NO_WINDOW = np.iinfo(np.int32).max
 """A window that every position lies in."""
@@ -51,6 +52,15 @@ class Native(Backend):
         call = jax.ffi.ffi_call(native.ROTATE_AND_WRITE, shapes, input_output_aliases={3: 1, 4: 2})
         q, k, v = call(qkv, cos, sin, cache.k, cache.v, inputs.slots, first_page.reshape(1))
         return q, cache._replace(k=k, v=v)
+
+    def run_delta_rule(
+        self, rows: RuleRows, memory: jax.Array, segments: Segments, layer: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """See kernels.recurrent.RunRows; cpu_recurrent.cc."""
+        made = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (rows.value, memory)]
+        call = jax.ffi.ffi_call(native.GATED_DELTA_RULE, made, input_output_aliases={5: 1})
+        out, memory = call(*rows, memory, segments.slots, segments.is_first, layer.reshape(1))
+        return out, memory
 
     def attend(
         self,

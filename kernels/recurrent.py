@@ -95,6 +95,8 @@ def gated_delta_rule(
     state: RecurrentState[jax.Array],
     segments: Segments,
     layer: jax.Array,
+    *,
+    run: RunRows,
     mesh: Mesh | AbstractMesh | None,
 ) -> tuple[jax.Array, RecurrentState[jax.Array]]:
     """What each row reads, ``float32[T, key_heads, values_per_key, value_dim]``, and the state with the rows in it.
@@ -102,8 +104,9 @@ def gated_delta_rule(
     mixed: ``[T, key_heads, channels]``, of each key head query, key and values before the convolution.
     decay, rate: ``float32[T, key_heads, values_per_key]``, log a and b above.
     kernel: ``[key_heads, channels, conv_width]``, the convolution's. layer: a scalar, the state's number.
+    run: a backend's; ``run_rows`` on any device.
     """
-    rule = _gated_delta_rule
+    rule = partial(_gated_delta_rule, run)
     if mesh is not None and mesh.shape["tensor"] > 1:
         specs = HEADS, HEADS, HEADS, KERNEL, STATE, REPLICATED, REPLICATED
         rule = jax.shard_map(rule, mesh=mesh, in_specs=specs, out_specs=(HEADS, STATE), check_vma=False)
@@ -111,6 +114,7 @@ def gated_delta_rule(
 
 
 def _gated_delta_rule(
+    run: RunRows,
     mixed: jax.Array,
     decay: jax.Array,
     rate: jax.Array,
@@ -123,21 +127,32 @@ def _gated_delta_rule(
     convolved, inputs = _convolve(mixed, kernel, state.inputs, segments, layer)
     query, key, value = jnp.split(jax.nn.silu(convolved), (key_dim, 2 * key_dim), axis=-1)
     value = value.reshape(*value.shape[:2], values_per_key, value_dim)
-    rows = _Rows(_unit(query) * key_dim**-0.5, _unit(key), value, decay, rate)
-    out = jnp.zeros(value.shape, jnp.float32)
-    memory, out = _run_tiles(rows, state.memory, out, segments, layer)
-    memory, out = _run_singles(rows, memory, out, segments, layer)
+    rows = RuleRows(_unit(query) * key_dim**-0.5, _unit(key), value, decay, rate)
+    out, memory = run(rows, state.memory, segments, layer)
     return out, RecurrentState(inputs, memory)
 
 
-class _Rows(NamedTuple):
-    """What rows bring, in float32: ``[T, key_heads, key_dim]``, then ``[T, key_heads, values_per_key]`` and on."""
+class RuleRows(NamedTuple):
+    """What rows bring to the rule, in float32: ``[T, key_heads, key_dim]``, then ``[T, key_heads, values_per_key]``, of
+    values with another axis."""
 
     query: jax.Array
     key: jax.Array
     value: jax.Array
     decay: jax.Array
     rate: jax.Array
+
+
+RunRows = Callable[[RuleRows, jax.Array, Segments, jax.Array], tuple[jax.Array, jax.Array]]
+"""Rows, the memory of all layers, the rows' chunks and the layer's number -> what the rows read, and the memory."""
+
+
+def run_rows(rows: RuleRows, memory: jax.Array, segments: Segments, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """See RunRows; on any device."""
+    out = jnp.zeros(rows.value.shape, jnp.float32)
+    memory, out = _run_tiles(rows, memory, out, segments, layer)
+    memory, out = _run_singles(rows, memory, out, segments, layer)
+    return out, memory
 
 
 def _convolve(
@@ -155,20 +170,19 @@ def _convolve(
         earlier = jnp.where(is_first[:, None, None], 0, kept)
         return jnp.where((place >= back)[:, None, None], here, earlier)
 
-    def convolved(inputs_before: Callable[[int], jax.Array]) -> jax.Array:
-        products = [inputs_before(back).astype(jnp.float32) * weights[..., width - 1 - back] for back in range(width)]
-        return jnp.stack(products).sum(axis=0)
-
-    # Most rows have all they need above them; what the roll brings to the others is replaced.
-    at_edges = convolved(partial(input_before, segments.edges))
-    y = convolved(lambda back: jnp.roll(x, back, axis=0)).at[segments.edges].set(at_edges, mode="drop")
+    # Most rows have all they need above them; what the roll brings to the others is replaced. One sum serves all, so it
+    # does not depend on where a prompt is cut.
+    edges = segments.edges
+    taken = [x, *(jnp.roll(x, n, axis=0).at[edges].set(input_before(edges, n), mode="drop") for n in range(1, width))]
+    products = [x.astype(jnp.float32) * weights[..., width - 1 - back] for back, x in enumerate(taken)]
+    y = jnp.stack(products).sum(axis=0)
     last = jnp.stack([input_before(segments.ends, back) for back in reversed(range(width - 1))], axis=-1)
     owners = segments.slots.at[segments.ends].get(mode="fill", fill_value=num_slots)
     return y, inputs.at[layer, owners].set(last, mode="drop")
 
 
 def _run_tiles(
-    rows: _Rows, memory: jax.Array, out: jax.Array, segments: Segments, layer: jax.Array
+    rows: RuleRows, memory: jax.Array, out: jax.Array, segments: Segments, layer: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The memory with all tiles in it, and ``out`` with what their rows read."""
     total = len(out)
@@ -187,7 +201,9 @@ def _run_tiles(
         first, num_rows = segments.tiles[number]
         slot = segments.slots[first]
         is_row = jnp.arange(size) < num_rows
-        mine = jax.tree.map(lambda x: jnp.where(_beside(is_row, x), x, 0), _Rows(*(cut(x, first) for x in everything)))
+        mine = jax.tree.map(
+            lambda x: jnp.where(_beside(is_row, x), x, 0), RuleRows(*(cut(x, first) for x in everything))
+        )
         is_new = segments.is_first[first] & (segments.places[first] == 0)
         read, after = _tile(mine, jnp.where(is_new, 0, memory[layer, slot]))
         read = jnp.where(_beside(is_row, read), read, cut(out, first))
@@ -197,7 +213,7 @@ def _run_tiles(
     return memory, out[:total]
 
 
-def _tile(rows: _Rows, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _tile(rows: RuleRows, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What consecutive tokens of a sequence read, and the memory behind the last; those that are none change nothing.
 
     With G the decay up to a token, the changes D of all tokens solve (I + L) D = B V - B exp(G) K M, where L is below
@@ -226,7 +242,7 @@ def _tile(rows: _Rows, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _run_singles(
-    rows: _Rows, memory: jax.Array, out: jax.Array, segments: Segments, layer: jax.Array
+    rows: RuleRows, memory: jax.Array, out: jax.Array, segments: Segments, layer: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The memory with the rows in it that are alone in their chunk, and ``out`` with what they read."""
     num_slots, at_once = memory.shape[1], min(STEP_ROWS, len(segments.singles))

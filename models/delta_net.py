@@ -61,8 +61,9 @@ class GatedDeltaNet(nnx.Module):
         assert cache.recurrent is not None
         assert inputs.segments is not None
         read, recurrent = gated_delta_rule(
-            mixed, decay, jax.nn.sigmoid(rate), self.kernel[...], cache.recurrent, inputs.segments, layer, inputs.mesh
-        )
+            mixed, decay, jax.nn.sigmoid(rate), self.kernel[...], cache.recurrent, inputs.segments, layer,
+            run=inputs.backend.run_delta_rule, mesh=inputs.mesh,
+        )  # fmt: skip
         y = self._gated_norm(read, gates.reshape(read.shape)).astype(x.dtype)
         return self.out.get_value().multiply(y.reshape(len(x), -1), rows), cache._replace(recurrent=recurrent)
 
