@@ -311,6 +311,7 @@ class Engine:
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self._held.pop(request.request_id, None)
         self._edited.discard(request)
+        self._suggester.discard(request)
         self.scheduler.finish(request, reason)
         request.metrics.finished_seconds = self._clock()
         del self._streams[request.request_id]

@@ -64,7 +64,7 @@ def speculating() -> Iterator[LLM]:
         patch.setattr(Profiler, "draft_times", lambda _: FLAT)
         with LLM(
             model="smollm2-135m", token_budget=16, max_num_seqs=4, max_model_len=128, block_size=8, num_blocks=40,
-            speculative="ngram", show_progress=False,
+            speculative="suffix", show_progress=False,
         ) as llm:  # fmt: skip
             yield llm
 
