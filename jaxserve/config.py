@@ -23,7 +23,7 @@ KV_CACHE_DTYPES = ("auto", "fp8_e4m3")
 GEMM_BACKENDS = ("auto", "no_split_k", "cublaslt")
 GENERATION_CONFIGS = ("auto", "none")
 LOAD_FORMATS = ("auto", "dummy")
-SPECULATIVE = ("off", "ngram", "draft")
+SPECULATIVE = ("off", "ngram", "suffix", "draft")
 AUTO_TOKEN_BUDGET = 2048
 """The largest that token_budget auto tries: the paper's budget under relaxed objectives."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -129,10 +129,14 @@ class EngineConfig:
     speculative: str = option(
         "off",
         "guess the next tokens and verify them in rows that a step has free, which changes no output; ngram: what "
-        "followed the last tokens before; draft: what draft_model draws",
+        "followed the last tokens before; suffix: the same, also in the outputs of other requests; draft: what "
+        "draft_model draws",
         SPECULATIVE,
     )
     num_speculative_tokens: int = option(7, "most guesses of one sequence in a step")
+    suffix_decoding_max_cached_tokens: int = option(
+        100_000, "of outputs that speculative suffix keeps in the host's memory, some 500 bytes each"
+    )
     draft_model: str | None = option(None, "as model, a smaller one with its vocabulary, which speculative draft needs")
     tensor_parallel: int = option(1, "devices that share every layer: heads, MLPs and the vocabulary are divided")
     pipeline_parallel: int = option(
@@ -150,7 +154,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in (
             "max_model_len", "token_budget", "max_num_seqs", "tensor_parallel", "pipeline_parallel", "block_size",
-            "num_blocks", "num_speculative_tokens",
+            "num_blocks", "num_speculative_tokens", "suffix_decoding_max_cached_tokens",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is None or (name == "token_budget" and value == "auto"):

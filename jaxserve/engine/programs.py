@@ -24,7 +24,15 @@ from jaxserve.engine.forward import (
 from jaxserve.engine.logits import EditLayout, edited
 from jaxserve.engine.memory import choose_num_blocks
 from jaxserve.engine.sampler import SamplingInputs, TokenLogprobs, optional_logprobs, sample, token_logprobs
-from jaxserve.engine.speculation import PROPOSERS, SequenceState, draw_places, verify, with_drafts
+from jaxserve.engine.speculation import (
+    PROPOSERS,
+    SequenceState,
+    draw_places,
+    most_suggested,
+    suggested,
+    verify,
+    with_drafts,
+)
 from jaxserve.engine.step import StepLayout, StepOutputs, step_layouts
 from jaxserve.errors import ConfigError
 from jaxserve.kernels import native
@@ -180,6 +188,12 @@ class StepPrograms:
         """Of the sequences' state (donated) and ``int32[2 + max_model_len]``: slot, number of tokens, tokens."""
         arguments = self.abstract_sequences(), self._ints(2 + self.config.max_model_len)
         return self._lower(_admit, *arguments, donate_argnums=0, out_shardings=self.replicated)
+
+    def lower_suggest(self) -> jax.stages.Lowered:
+        """Of the sequences' state (donated) and ``int32[max_num_seqs, 2 + N]``, what the host suggests to them."""
+        most = self.config.max_seq_drafts
+        arguments = self.abstract_sequences(), self._ints(self.config.max_num_seqs, 2 + most_suggested(most))
+        return self._lower(partial(suggested, most), *arguments, donate_argnums=0, out_shardings=self.replicated)
 
     def lower_score(self, rows: int) -> jax.stages.Lowered:
         """Of the parameters outside the layers, a step's hidden states and target tokens ``int32[rows]``."""

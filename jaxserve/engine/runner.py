@@ -25,6 +25,7 @@ from jaxserve.engine.forward import Drawn
 from jaxserve.engine.memory import claim_gpu_memory
 from jaxserve.engine.programs import SWAP_BLOCKS, StepPrograms
 from jaxserve.engine.sampler import TokenLogprobs
+from jaxserve.engine.speculation import no_suggestions
 from jaxserve.engine.startup import timed
 from jaxserve.engine.step import Step, StepLayout, StepOutputs, prompt_targets
 from jaxserve.engine.swapped import SwappedBlocks
@@ -53,6 +54,7 @@ class Kind(IntEnum):
     SWAP_IN = 6
     DRAFT_FORWARD = 7
     PROPOSE = 8
+    SUGGEST = 9
 
 
 def prepare(config: EngineConfig) -> tuple[Checkpoint, ResolvedConfig]:
@@ -113,6 +115,8 @@ class ModelRunner:
         common |= {(Kind.SAMPLE, draws): partial(programs.lower_sample, draws) for draws in programs.draw_layouts}
         if config.swap_space_bytes:
             common |= {(Kind.SWAP_OUT, 0): programs.lower_swap_out, (Kind.SWAP_IN, 0): programs.lower_swap_in}
+        if config.max_seq_drafts:
+            common[Kind.SUGGEST, 0] = programs.lower_suggest
         if self.draft is not None:
             common |= {(Kind.DRAFT_FORWARD, rows): partial(self.draft.lower_forward, rows) for rows in self.buckets}
             common[Kind.PROPOSE, 0] = self.draft.lower_propose
@@ -165,6 +169,8 @@ class ModelRunner:
             for earlier in list(self._in_stages)[:-1]:
                 earlier.disown(slot)
             self.run(Kind.ADMIT, 0, self._admission(slot, token_ids))
+        if step.suggestions is not None:
+            self.run(Kind.SUGGEST, 0, step.suggestions)
         self._in_stages.appendleft(step)
         layout, last = max((one.layout for one in self._in_stages), key=attrgetter("num_rows")), self._in_stages[-1]
         ints = np.stack([one.packed_for(layout) for one in self._in_stages])
@@ -232,6 +238,7 @@ class ModelRunner:
             Kind.SWAP_IN: self._swap_in,
             Kind.DRAFT_FORWARD: self._draft_forward,
             Kind.PROPOSE: self._propose,
+            Kind.SUGGEST: self._suggest,
         }
         return starts[kind](size, array)
 
@@ -243,6 +250,8 @@ class ModelRunner:
         graphs = self._programs.uses_graphs
         for _ in range(RUNS_OF_A_GRAPH if graphs else 1):
             self.run(Kind.ADMIT, 0, np.zeros(2 + self.config.max_model_len, np.int32))
+            if self.config.max_seq_drafts:
+                self.run(Kind.SUGGEST, 0, no_suggestions(self.config.max_num_seqs, self.config.max_seq_drafts))
             if self.config.swap_space_bytes:
                 self.copy_blocks([Copy(0, 0, is_out=True), Copy(0, 0, is_out=False)])
         for rows, layout in self._layouts.items():
@@ -297,6 +306,10 @@ class ModelRunner:
         assert self.draft is not None
         packed = _put(ints.reshape(1, -1), self._programs.staged)
         self._sequences = self.draft.propose(self._compiled[Kind.PROPOSE, size], self._sequences, packed)
+
+    def _suggest(self, size: int, suggestions: np.ndarray) -> None:
+        packed = self._put(suggestions.reshape(self.config.max_num_seqs, -1))
+        self._sequences = self._compiled[Kind.SUGGEST, size](self._sequences, packed)
 
     def _admit(self, size: int, admission: np.ndarray) -> None:
         self._sequences = self._compiled[Kind.ADMIT, size](self._sequences, self._put(admission))

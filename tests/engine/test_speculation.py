@@ -339,8 +339,12 @@ def test_outputs_have_the_models_distribution() -> None:
     [
         ({"speculative": "draft"}, "draft_model must be given with speculative draft .*got None with draft"),
         ({"draft_model": "x"}, "draft_model must be given with speculative draft .*got 'x' with off"),
-        ({"speculative": "medusa"}, "speculative must be one of off, ngram, draft, got 'medusa'"),
+        ({"speculative": "medusa"}, "speculative must be one of off, ngram, suffix, draft, got 'medusa'"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens must be an integer of at least 1, got 0"),
+        (
+            {"suffix_decoding_max_cached_tokens": 0},
+            "suffix_decoding_max_cached_tokens must be an integer of at least 1",
+        ),
         ({"speculative": "ngram", "pipeline_parallel": 2}, "pipeline_parallel must be 1 with speculative ngram.*got 2"),
     ],
 )
