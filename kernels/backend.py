@@ -85,11 +85,11 @@ class Backend(ABC):
     ) -> tuple[jax.Array, KVCache[jax.Array]]:
         """See kernels.attention.rotate_and_write."""
 
-    def run_delta_rule(
-        self, rows: RuleRows, memory: jax.Array, segments: Segments, layer: jax.Array
+    def recur(
+        self, rows: RuleRows, memory: jax.Array, segments: Segments, layer: jax.Array, corrects: bool
     ) -> tuple[jax.Array, jax.Array]:
         """See kernels.recurrent.RunRows."""
-        return run_rows(rows, memory, segments, layer)
+        return run_rows(rows, memory, segments, layer, corrects)
 
     @abstractmethod
     def attend(

@@ -53,13 +53,15 @@ class Native(Backend):
         q, k, v = call(qkv, cos, sin, cache.k, cache.v, inputs.slots, first_page.reshape(1))
         return q, cache._replace(k=k, v=v)
 
-    def run_delta_rule(
-        self, rows: RuleRows, memory: jax.Array, segments: Segments, layer: jax.Array
+    def recur(
+        self, rows: RuleRows, memory: jax.Array, segments: Segments, layer: jax.Array, corrects: bool
     ) -> tuple[jax.Array, jax.Array]:
         """See kernels.recurrent.RunRows; cpu_recurrent.cc."""
         made = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (rows.value, memory)]
-        call = jax.ffi.ffi_call(native.GATED_DELTA_RULE, made, input_output_aliases={5: 1})
-        out, memory = call(*rows, memory, segments.slots, segments.is_first, layer.reshape(1))
+        call = jax.ffi.ffi_call(native.RECUR, made, input_output_aliases={5: 1})
+        out, memory = call(
+            *rows, memory, segments.slots, segments.is_first, layer.reshape(1), corrects=np.bool_(corrects)
+        )
         return out, memory
 
     def attend(

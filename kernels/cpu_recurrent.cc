@@ -1,5 +1,5 @@
-// The gated delta rule on a CPU, token by token: the native twin of recurrent.run_rows. A head's memory fits into a
-// core's own cache, so a token costs two passes over it and no tiles are needed; sums have one order, so outputs do not
+// Recurrent layers on a CPU, token by token: the native twin of recurrent.run_rows. A head's memory fits into a core's
+// own cache, so a token costs a pass or two over it and no tiles are needed; sums have one order, so outputs do not
 // depend on how a prompt is cut.
 
 #include <cmath>
@@ -17,11 +17,12 @@ struct Chunk {
 
 // One token on some columns of a head's memory, [key_dim, value_dim].
 template <int kVectors>
-void step(const float* query, const float* key, const float* value, float fading, float rate, int64_t key_dim,
-          int64_t value_dim, float* memory, float* out) {
+void step(const float* query, const float* key, const float* value, float fading, float rate, bool corrects,
+          int64_t key_dim, int64_t value_dim, float* memory, float* out) {
   Vec known[kVectors] = {};
-  for (int64_t d = 0; d < key_dim; ++d)
-    for (int i = 0; i < kVectors; ++i) known[i] += key[d] * load(memory + d * value_dim + i * kLanes);
+  if (corrects)
+    for (int64_t d = 0; d < key_dim; ++d)
+      for (int i = 0; i < kVectors; ++i) known[i] += key[d] * load(memory + d * value_dim + i * kLanes);
   Vec change[kVectors], read[kVectors] = {};
   for (int i = 0; i < kVectors; ++i) change[i] = rate * (load(value + i * kLanes) - fading * known[i]);
   for (int64_t d = 0; d < key_dim; ++d) {
@@ -36,11 +37,12 @@ void step(const float* query, const float* key, const float* value, float fading
 }
 
 // The same on columns that fill no vector.
-void step_rest(const float* query, const float* key, const float* value, float fading, float rate, int64_t key_dim,
-               int64_t value_dim, int64_t count, float* memory, float* out) {
+void step_rest(const float* query, const float* key, const float* value, float fading, float rate, bool corrects,
+               int64_t key_dim, int64_t value_dim, int64_t count, float* memory, float* out) {
   for (int64_t i = 0; i < count; ++i) {
     float known = 0, read = 0;
-    for (int64_t d = 0; d < key_dim; ++d) known += key[d] * memory[d * value_dim + i];
+    if (corrects)
+      for (int64_t d = 0; d < key_dim; ++d) known += key[d] * memory[d * value_dim + i];
     const float change = rate * (value[i] - fading * known);
     for (int64_t d = 0; d < key_dim; ++d) {
       float& place = memory[d * value_dim + i];
@@ -51,10 +53,10 @@ void step_rest(const float* query, const float* key, const float* value, float f
   }
 }
 
-ffi::Error GatedDeltaRule(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::Buffer<ffi::F32> key,
+ffi::Error Recur(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::Buffer<ffi::F32> key,
                           ffi::Buffer<ffi::F32> value, ffi::Buffer<ffi::F32> decay, ffi::Buffer<ffi::F32> rate,
                           ffi::Buffer<ffi::F32> memory, ffi::Buffer<ffi::S32> slots, ffi::Buffer<ffi::PRED> is_first,
-                          ffi::Buffer<ffi::S32> layer, ffi::Result<ffi::Buffer<ffi::F32>> out,
+                          ffi::Buffer<ffi::S32> layer, bool corrects, ffi::Result<ffi::Buffer<ffi::F32>> out,
                           ffi::Result<ffi::Buffer<ffi::F32>> new_memory) {
   const auto dims = memory.dimensions();
   const int64_t num_slots = dims[1], key_heads = dims[2], each = dims[3], key_dim = dims[4], value_dim = dims[5];
@@ -80,10 +82,10 @@ ffi::Error GatedDeltaRule(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi
       const float fading = std::exp(decay.typed_data()[row * heads + head]), b = rate.typed_data()[row * heads + head];
       int64_t i = 0;
       for (; i + kColumns * kLanes <= value_dim; i += kColumns * kLanes)
-        step<kColumns>(q, k, v + i, fading, b, key_dim, value_dim, mine + i, read + i);
+        step<kColumns>(q, k, v + i, fading, b, corrects, key_dim, value_dim, mine + i, read + i);
       for (; i + kLanes <= value_dim; i += kLanes)
-        step<1>(q, k, v + i, fading, b, key_dim, value_dim, mine + i, read + i);
-      step_rest(q, k, v + i, fading, b, key_dim, value_dim, value_dim - i, mine + i, read + i);
+        step<1>(q, k, v + i, fading, b, corrects, key_dim, value_dim, mine + i, read + i);
+      step_rest(q, k, v + i, fading, b, corrects, key_dim, value_dim, value_dim - i, mine + i, read + i);
     }
   });
   return ffi::Error::Success();
@@ -91,7 +93,7 @@ ffi::Error GatedDeltaRule(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_gated_delta_rule, GatedDeltaRule,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_recur, Recur,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()   // query
@@ -103,5 +105,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_gated_delta_rule, GatedDeltaRule,
                                   .Arg<ffi::Buffer<ffi::S32>>()   // slots
                                   .Arg<ffi::Buffer<ffi::PRED>>()  // is_first
                                   .Arg<ffi::Buffer<ffi::S32>>()   // layer
+                                  .Attr<bool>("corrects")
                                   .Ret<ffi::Buffer<ffi::F32>>()   // what is read
                                   .Ret<ffi::Buffer<ffi::F32>>());  // memory, in place

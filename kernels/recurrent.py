@@ -1,34 +1,34 @@
-"""The gated delta rule (arXiv 2412.06464) over a hybrid batch: layers whose memory of a sequence does not grow.
+"""Layers whose memory of a sequence does not grow, over a hybrid batch.
 
 Of each sequence such a layer has a matrix M per value head, ``[key_dim, value_dim]``, and the last few inputs of a
 short convolution, both in the sequence's slot. A token with query q, key k, value v, decay a and rate b makes
 
-    M <- a M;  M <- M + k (b (v - k M));  output q M
+    M <- a M;  M <- M + k (b v)            of state spaces (Mamba-2, arXiv 2405.21060), or
+    M <- a M;  M <- M + k (b (v - k M))    by the gated delta rule (arXiv 2412.06464), which corrects what M has of k
 
-Tokens that are alone in their step, decodes, do that. A prompt's chunk is cut into tiles, and what its tokens change is
-solved for all of a tile at once (section 3.3 of the paper, its WY form), so that a tile is a few products and M is read
-and written once. Whoever comes first in a sequence finds M empty, whatever the slot's last owner has left there.
+and reads q M. Tokens that are alone in their step, decodes, do that. A prompt's chunk is cut into tiles, and what its
+tokens change is found for all of a tile at once (section 3.3 of the latter, its WY form), so that a tile is a few
+products and M is read and written once. Whoever comes first in a sequence finds M empty, whatever the slot's last owner
+has left there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from jaxserve.kernels.cache import RecurrentState, recurrent_specs
+from jaxserve.kernels.cache import recurrent_specs
 
 TILE_ROWS = 64
 """Of a chunk, that are solved at once: the paper's choice, too."""
 STEP_ROWS = 16
 """Decodes that are computed at once."""
-UNIT_EPS = 1e-6
-"""As in the models' own code."""
 
 
 class Segments(NamedTuple):
@@ -83,53 +83,8 @@ def segments_of(seqs: jax.Array, positions: jax.Array, is_token: jax.Array, *, n
 
 
 REPLICATED, HEADS, KERNEL = PartitionSpec(), PartitionSpec(None, "tensor"), PartitionSpec("tensor")
-STATE = recurrent_specs(tensor="tensor")
+STATE = recurrent_specs(tensor="tensor").memory
 """How arrays lie on a mesh: key heads are divided, and value heads with them."""
-
-
-def gated_delta_rule(
-    mixed: jax.Array,
-    decay: jax.Array,
-    rate: jax.Array,
-    kernel: jax.Array,
-    state: RecurrentState[jax.Array],
-    segments: Segments,
-    layer: jax.Array,
-    *,
-    run: RunRows,
-    mesh: Mesh | AbstractMesh | None,
-) -> tuple[jax.Array, RecurrentState[jax.Array]]:
-    """What each row reads, ``float32[T, key_heads, values_per_key, value_dim]``, and the state with the rows in it.
-
-    mixed: ``[T, key_heads, channels]``, of each key head query, key and values before the convolution.
-    decay, rate: ``float32[T, key_heads, values_per_key]``, log a and b above.
-    kernel: ``[key_heads, channels, conv_width]``, the convolution's. layer: a scalar, the state's number.
-    run: a backend's; ``run_rows`` on any device.
-    """
-    rule = partial(_gated_delta_rule, run)
-    if mesh is not None and mesh.shape["tensor"] > 1:
-        specs = HEADS, HEADS, HEADS, KERNEL, STATE, REPLICATED, REPLICATED
-        rule = jax.shard_map(rule, mesh=mesh, in_specs=specs, out_specs=(HEADS, STATE), check_vma=False)
-    return rule(mixed, decay, rate, kernel, state, segments, layer)
-
-
-def _gated_delta_rule(
-    run: RunRows,
-    mixed: jax.Array,
-    decay: jax.Array,
-    rate: jax.Array,
-    kernel: jax.Array,
-    state: RecurrentState[jax.Array],
-    segments: Segments,
-    layer: jax.Array,
-) -> tuple[jax.Array, RecurrentState[jax.Array]]:
-    values_per_key, key_dim, value_dim = state.memory.shape[3:]
-    convolved, inputs = _convolve(mixed, kernel, state.inputs, segments, layer)
-    query, key, value = jnp.split(jax.nn.silu(convolved), (key_dim, 2 * key_dim), axis=-1)
-    value = value.reshape(*value.shape[:2], values_per_key, value_dim)
-    rows = RuleRows(_unit(query) * key_dim**-0.5, _unit(key), value, decay, rate)
-    out, memory = run(rows, state.memory, segments, layer)
-    return out, RecurrentState(inputs, memory)
 
 
 class RuleRows(NamedTuple):
@@ -140,18 +95,72 @@ class RuleRows(NamedTuple):
     key: jax.Array
     value: jax.Array
     decay: jax.Array
+    """log a"""
     rate: jax.Array
 
 
-RunRows = Callable[[RuleRows, jax.Array, Segments, jax.Array], tuple[jax.Array, jax.Array]]
-"""Rows, the memory of all layers, the rows' chunks and the layer's number -> what the rows read, and the memory."""
+class RunRows(Protocol):
+    """Runs a rule on one device's heads."""
+
+    def __call__(
+        self, rows: RuleRows, memory: jax.Array, segments: Segments, layer: jax.Array, corrects: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """What the rows read, ``float32[T, key_heads, values_per_key, value_dim]``, and the memory with them in it.
+
+        memory: of all layers, as RecurrentState has it; ``layer``: a scalar, the number of this one. corrects: whether
+        the rule is the gated delta rule.
+        """
+        ...
 
 
-def run_rows(rows: RuleRows, memory: jax.Array, segments: Segments, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+def recur(
+    run: RunRows,
+    rows: RuleRows,
+    memory: jax.Array,
+    segments: Segments,
+    layer: jax.Array,
+    *,
+    corrects: bool,
+    mesh: Mesh | AbstractMesh | None,
+) -> tuple[jax.Array, jax.Array]:
+    """``run`` of a backend, on each device's own heads."""
+    specs = HEADS, STATE, REPLICATED, REPLICATED
+    function = _per_shard(partial(run, corrects=corrects), mesh, specs, (HEADS, STATE))
+    return function(rows, memory, segments, layer)
+
+
+def convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    inputs: jax.Array,
+    segments: Segments,
+    layer: jax.Array,
+    *,
+    mesh: Mesh | AbstractMesh | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Each channel's causal convolution over its sequence, ``float32[T, key_heads, channels]``, and the new inputs.
+
+    x: ``[T, key_heads, channels]``; kernel: ``[key_heads, channels, conv_width]``; inputs: as RecurrentState has them.
+    """
+    specs = HEADS, KERNEL, STATE, REPLICATED, REPLICATED
+    return _per_shard(_convolve, mesh, specs, (HEADS, STATE))(x, kernel, inputs, segments, layer)
+
+
+def _per_shard[**P, R](
+    function: Callable[P, R], mesh: Mesh | AbstractMesh | None, in_specs: object, out_specs: object
+) -> Callable[P, R]:
+    if mesh is None or mesh.shape["tensor"] == 1:
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def run_rows(
+    rows: RuleRows, memory: jax.Array, segments: Segments, layer: jax.Array, corrects: bool
+) -> tuple[jax.Array, jax.Array]:
     """See RunRows; on any device."""
     out = jnp.zeros(rows.value.shape, jnp.float32)
-    memory, out = _run_tiles(rows, memory, out, segments, layer)
-    memory, out = _run_singles(rows, memory, out, segments, layer)
+    memory, out = _run_tiles(rows, memory, out, segments, layer, corrects)
+    memory, out = _run_singles(rows, memory, out, segments, layer, corrects)
     return out, memory
 
 
@@ -182,7 +191,7 @@ def _convolve(
 
 
 def _run_tiles(
-    rows: RuleRows, memory: jax.Array, out: jax.Array, segments: Segments, layer: jax.Array
+    rows: RuleRows, memory: jax.Array, out: jax.Array, segments: Segments, layer: jax.Array, corrects: bool
 ) -> tuple[jax.Array, jax.Array]:
     """The memory with all tiles in it, and ``out`` with what their rows read."""
     total = len(out)
@@ -205,7 +214,7 @@ def _run_tiles(
             lambda x: jnp.where(_beside(is_row, x), x, 0), RuleRows(*(cut(x, first) for x in everything))
         )
         is_new = segments.is_first[first] & (segments.places[first] == 0)
-        read, after = _tile(mine, jnp.where(is_new, 0, memory[layer, slot]))
+        read, after = _tile(mine, jnp.where(is_new, 0, memory[layer, slot]), corrects)
         read = jnp.where(_beside(is_row, read), read, cut(out, first))
         return memory.at[layer, slot].set(after), jax.lax.dynamic_update_slice_in_dim(out, read, first, axis=0)
 
@@ -213,36 +222,33 @@ def _run_tiles(
     return memory, out[:total]
 
 
-def _tile(rows: RuleRows, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What consecutive tokens of a sequence read, and the memory behind the last; those that are none change nothing.
-
-    With G the decay up to a token, the changes D of all tokens solve (I + L) D = B V - B exp(G) K M, where L is below
-    the diagonal and has how much of a token's key is in the later ones.
-    """
+def _tile(rows: RuleRows, memory: jax.Array, corrects: bool) -> tuple[jax.Array, jax.Array]:
+    """What consecutive tokens of a sequence read, and the memory behind the last; rows of zeros change nothing."""
     query, key, value, decay, rate = rows
     size = len(query)
-    decayed = jnp.cumsum(decay, axis=0).transpose(1, 2, 0)[..., None]  # [heads, values, rows, 1]
+    decayed = jnp.cumsum(decay, axis=0).transpose(1, 2, 0)[..., None]  # [key heads, values, rows, 1], up to each row
     rates, values = rate.transpose(1, 2, 0)[..., None], value.transpose(1, 2, 0, 3)
-    between = decayed - decayed.swapaxes(-1, -2)
+    keys, queries = key.swapaxes(0, 1)[:, None], query.swapaxes(0, 1)[:, None]  # [key heads, 1, rows, key_dim]
     is_causal = jnp.tril(jnp.ones((size, size), bool))
-    fading = jnp.exp(jnp.where(is_causal, between, -jnp.inf))
-    overlap = _einsum("ihd,jhd->hij", key, key)[:, None] * fading * rates
-    keys, queries = key.swapaxes(0, 1)[:, None], query.swapaxes(0, 1)[:, None]  # [heads, 1, rows, key_dim]
-    wanted = jnp.concatenate((rates * values, rates * jnp.exp(decayed) * keys), axis=-1)
-    # Of the matrix the part below the diagonal is read, which is 1.
-    solved = solve_triangular(overlap, wanted, lower=True, unit_diagonal=True)
-    of_values, of_keys = jnp.split(solved, (values.shape[-1],), axis=-1)
-    changes = of_values - _einsum("hvtk,hvkd->hvtd", of_keys, memory)
+    fading = jnp.exp(jnp.where(is_causal, decayed - decayed.swapaxes(-1, -2), -jnp.inf))
+    changes = rates * values
+    if corrects:
+        # The changes D of all tokens solve (I + L) D = B V - B exp(G) K M: below its diagonal, L has how much of a
+        # token's key is in the later ones. Of the matrix that part is read.
+        overlap = _einsum("ihd,jhd->hij", key, key)[:, None] * fading * rates
+        wanted = jnp.concatenate((changes, rates * jnp.exp(decayed) * keys), axis=-1)
+        solved = solve_triangular(overlap, wanted, lower=True, unit_diagonal=True)
+        of_values, of_keys = jnp.split(solved, (values.shape[-1],), axis=-1)
+        changes = of_values - _einsum("hvtk,hvkd->hvtd", of_keys, memory)
     seen = _einsum("ihd,jhd->hij", query, key)[:, None] * fading
     read = _einsum("hvtk,hvkd->hvtd", queries * jnp.exp(decayed), memory) + _einsum("hvij,hvjd->hvid", seen, changes)
     last = decayed[:, :, -1:]
-    kept = keys * jnp.exp(last - decayed)
-    after = memory * jnp.exp(last) + _einsum("hvtk,hvtd->hvkd", kept, changes)
+    after = memory * jnp.exp(last) + _einsum("hvtk,hvtd->hvkd", keys * jnp.exp(last - decayed), changes)
     return read.transpose(2, 0, 1, 3), after
 
 
 def _run_singles(
-    rows: RuleRows, memory: jax.Array, out: jax.Array, segments: Segments, layer: jax.Array
+    rows: RuleRows, memory: jax.Array, out: jax.Array, segments: Segments, layer: jax.Array, corrects: bool
 ) -> tuple[jax.Array, jax.Array]:
     """The memory with the rows in it that are alone in their chunk, and ``out`` with what they read."""
     num_slots, at_once = memory.shape[1], min(STEP_ROWS, len(segments.singles))
@@ -255,17 +261,13 @@ def _run_singles(
         slots = segments.slots.at[picked].get(mode="fill", fill_value=num_slots)
         found = memory[layer, slots]
         before = jnp.where(_beside(segments.is_first[picked], found), 0, found) * jnp.exp(decay)[..., None, None]
-        changes = rate[..., None] * (value - _einsum("nhk,nhvkd->nhvd", key, before))
+        known = _einsum("nhk,nhvkd->nhvd", key, before) if corrects else 0
+        changes = rate[..., None] * (value - known)
         after = before + _einsum("nhk,nhvd->nhvkd", key, changes)
         out = out.at[picked].set(_einsum("nhk,nhvkd->nhvd", query, after), mode="drop")
         return memory.at[layer, slots].set(after, mode="drop"), out
 
     return jax.lax.fori_loop(0, -(-segments.num_singles // at_once), run, (memory, out))
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    """Vectors of length 1."""
-    return x * jax.lax.rsqrt((x * x).sum(axis=-1, keepdims=True) + UNIT_EPS)
 
 
 def _beside(mask: jax.Array, x: jax.Array) -> jax.Array:

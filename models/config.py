@@ -47,27 +47,40 @@ class Experts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeltaNet:
-    """Layers with the gated delta rule in place of attention (kernels/recurrent.py)."""
+class Recurrent:
+    """Layers whose memory of a sequence does not grow, in place of attention (kernels/recurrent.py)."""
 
+    kind: str
+    """One of models/hybrid.py's."""
     num_key_heads: int
     num_value_heads: int
     key_dim: int
     value_dim: int
     conv_width: int
     layers: tuple[int, ...]
+    conv_bias: bool = False
 
     def __post_init__(self) -> None:
         if self.num_value_heads % self.num_key_heads:
             raise ModelError(
-                f"linear_num_value_heads must be a multiple of linear_num_key_heads, got {self.num_value_heads} and "
-                f"{self.num_key_heads}"
+                f"value heads of recurrent layers must be a multiple of their key heads, got {self.num_value_heads} "
+                f"and {self.num_key_heads}"
             )
 
     @property
     def values_per_key(self) -> int:
         """Value heads that share a key head."""
         return self.num_value_heads // self.num_key_heads
+
+    @property
+    def value_rows(self) -> int:
+        """Of a key head, the width of all its values."""
+        return self.values_per_key * self.value_dim
+
+    @property
+    def num_channels(self) -> int:
+        """Of a key head, what goes through the convolution: query, key and values."""
+        return 2 * self.key_dim + self.value_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +118,7 @@ class ModelConfig:
     attention_softcap: float | None = None
     attention_gate: bool = False
     """Whether what a head reads is multiplied by the sigmoid of a projection of its own."""
-    delta_net: DeltaNet | None = None
+    recurrent: Recurrent | None = None
     logits_softcap: float | None = None
     embedding_scale: float = 1.0
     experts: Experts | None = None
@@ -157,7 +170,7 @@ class ModelConfig:
 
     def is_recurrent(self, layer: int) -> bool:
         """Whether a layer's memory of a sequence is a state, and not keys and values."""
-        return self.delta_net is not None and layer in self.delta_net.layers
+        return self.recurrent is not None and layer in self.recurrent.layers
 
     def cache_layer(self, layer: int) -> int:
         """The number of a layer among those that keep the same of a sequence."""

@@ -1,23 +1,22 @@
-"""Layers with the gated delta rule (arXiv 2412.06464) instead of attention, as Qwen3-Next has them among its layers."""
+"""Layers with the gated delta rule (arXiv 2412.06464), as Qwen3-Next has them among its layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from jaxserve.kernels.cache import KVCache, RecurrentShape
+from jaxserve.kernels.cache import KVCache, RecurrentState
 from jaxserve.kernels.inputs import AttentionInputs, Rotation
-from jaxserve.kernels.recurrent import gated_delta_rule
-from jaxserve.models.config import DeltaNet, ModelConfig
-from jaxserve.models.decoder import Decoder, DecoderLayer
+from jaxserve.kernels.recurrent import RuleRows, convolve, recur
+from jaxserve.models.config import ModelConfig, Recurrent
 from jaxserve.models.layers import matrix, parameter
 from jaxserve.models.matrix import MatrixLayout
-from jaxserve.models.weights import Part, Weight, whole
+from jaxserve.models.reshape import by_head, convolution
+from jaxserve.models.weights import Weight, whole
+
+UNIT_EPS = 1e-6
+"""As in the models' own code."""
 
 
 class GatedDeltaNet(nnx.Module):
@@ -28,14 +27,14 @@ class GatedDeltaNet(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        assert config.delta_net is not None
-        self.net, self.eps = config.delta_net, config.norm_eps
+        assert config.recurrent is not None
+        self.net, self.eps = config.recurrent, config.norm_eps
         heads, values, hidden = self.net.num_key_heads, self.net.values_per_key, config.hidden_size
-        self.num_channels = num_channels(self.net)
-        width, layout = self.num_channels + values * self.net.value_dim, MatrixLayout(num_outputs=2)
+        width, layout = self.net.num_channels + self.net.value_rows, MatrixLayout(num_outputs=2)
+        channels = (heads, self.net.num_channels, self.net.conv_width)
         self.mixed = matrix((heads, width, hidden), ("kv_heads", None, "embed"), dtype, rngs, layout)
         self.rates = matrix((heads, 2 * values, hidden), ("kv_heads", None, "embed"), dtype, rngs, layout)
-        self.kernel = parameter((heads, self.num_channels, self.net.conv_width), ("kv_heads", None, None), dtype, rngs)
+        self.kernel = parameter(channels, ("kv_heads", None, None), dtype, rngs)
         self.decay = parameter((heads, values), ("kv_heads", None), dtype, rngs)
         self.decay_bias = parameter((heads, values), ("kv_heads", None), dtype, rngs)
         self.norm = nnx.Param(jnp.ones((self.net.value_dim,), dtype), axes=(None,))
@@ -51,101 +50,70 @@ class GatedDeltaNet(nnx.Module):
         layer: jax.Array,
     ) -> tuple[jax.Array, KVCache[jax.Array]]:
         """As Attention's, with the recurrent part of the cache."""
-        heads = self.net.num_key_heads
-        mixed = self.mixed.get_value().multiply(x, rows).reshape(len(x), heads, -1)
-        mixed, gates = jnp.split(mixed, (self.num_channels,), axis=-1)
+        net, state, segments, mesh = self.net, cache.recurrent, inputs.segments, inputs.mesh
+        assert state is not None
+        assert segments is not None
+        mixed = self.mixed.get_value().multiply(x, rows).reshape(len(x), net.num_key_heads, -1)
+        mixed, gates = jnp.split(mixed, (net.num_channels,), axis=-1)
         rates = self.rates.get_value().multiply(x, rows, jnp.dtype("float32"))
-        rate, fading = jnp.split(rates.reshape(len(x), heads, -1), 2, axis=-1)
+        rate, fading = jnp.split(rates.reshape(len(x), net.num_key_heads, -1), 2, axis=-1)
         steps = jax.nn.softplus(fading + self.decay_bias[...].astype(jnp.float32))
         decay = -jnp.exp(self.decay[...].astype(jnp.float32)) * steps
-        assert cache.recurrent is not None
-        assert inputs.segments is not None
-        read, recurrent = gated_delta_rule(
-            mixed, decay, jax.nn.sigmoid(rate), self.kernel[...], cache.recurrent, inputs.segments, layer,
-            run=inputs.backend.run_delta_rule, mesh=inputs.mesh,
-        )  # fmt: skip
+
+        mixed, last = convolve(mixed, self.kernel[...], state.inputs, segments, layer, mesh=mesh)
+        query, key, value = jnp.split(jax.nn.silu(mixed), (net.key_dim, 2 * net.key_dim), axis=-1)
+        value = value.reshape(*decay.shape, -1)
+        taken = RuleRows(_unit(query) * net.key_dim**-0.5, _unit(key), value, decay, jax.nn.sigmoid(rate))
+        read, memory = recur(inputs.backend.recur, taken, state.memory, segments, layer, corrects=True, mesh=mesh)
         y = self._gated_norm(read, gates.reshape(read.shape)).astype(x.dtype)
-        return self.out.get_value().multiply(y.reshape(len(x), -1), rows), cache._replace(recurrent=recurrent)
+        cache = cache._replace(recurrent=RecurrentState(last, memory))
+        return self.out.get_value().multiply(y.reshape(len(x), -1), rows), cache
 
     def _gated_norm(self, read: jax.Array, gates: jax.Array) -> jax.Array:
         normed = read * jax.lax.rsqrt(jnp.mean(read * read, axis=-1, keepdims=True) + self.eps)
         return normed * self.norm[...].astype(jnp.float32) * jax.nn.silu(gates.astype(jnp.float32))
 
 
-class HybridLayer(DecoderLayer):
-    """With attention or the gated delta rule, by its number."""
-
-    def make_attention(self, config: ModelConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
-        if config.is_recurrent(layer):
-            return GatedDeltaNet(config, dtype, rngs)
-        return super().make_attention(config, layer, dtype, rngs)
+def _unit(x: jax.Array) -> jax.Array:
+    """Vectors of length 1."""
+    return x * jax.lax.rsqrt((x * x).sum(axis=-1, keepdims=True) + UNIT_EPS)
 
 
-class HybridDecoder(Decoder):
-    """Layers of both kinds."""
-
-    layer_class = HybridLayer
-
-
-def num_channels(net: DeltaNet) -> int:
-    """Of a key head, what goes through the convolution: query, key and values."""
-    return 2 * net.key_dim + net.values_per_key * net.value_dim
+def _mixed_pieces(net: Recurrent) -> list[tuple[int, int, int]]:
+    """Where all queries, then all keys, then all values go; see by_head."""
+    keys = net.num_key_heads * net.key_dim
+    return [(0, net.key_dim, 0), (keys, net.key_dim, net.key_dim), (2 * keys, net.value_rows, 2 * net.key_dim)]
 
 
-def recurrent_shape(config: ModelConfig, num_layers: int, num_slots: int, dtype: jnp.dtype) -> RecurrentShape | None:
-    """What ``num_layers`` of a model that computes in ``dtype`` keep of ``num_slots`` sequences, in no pages."""
-    net = config.delta_net
-    if net is None:
-        return None
-    return RecurrentShape(
-        num_layers, num_slots, net.num_key_heads, net.values_per_key, net.key_dim, net.value_dim, net.conv_width, dtype
-    )
+def delta_net_weights(net: Recurrent, ours: str, theirs: str) -> dict[str, Weight]:
+    """Of a GatedDeltaNet at ``ours`` whose projections are tensors of their own, as Qwen3.5's are."""
+    heads, theirs = net.num_key_heads, f"{theirs}.linear_attn"
+    mixed = by_head(f"{theirs}.in_proj_qkv.weight", heads, _mixed_pieces(net))
+    gates = by_head(f"{theirs}.in_proj_z.weight", heads, [(0, net.value_rows, net.num_channels)])
+    rate = by_head(f"{theirs}.in_proj_b.weight", heads, [(0, net.values_per_key, 0)])
+    decay = by_head(f"{theirs}.in_proj_a.weight", heads, [(0, net.values_per_key, net.values_per_key)])
+    return _weights(net, ours, theirs, mixed + gates, rate + decay)
 
 
-View = Callable[[np.ndarray], np.ndarray]
+def fused_delta_net_weights(net: Recurrent, ours: str, theirs: str) -> dict[str, Weight]:
+    """The same of tensors that are ordered by key head already, as Qwen3-Next's are."""
+    heads, theirs = net.num_key_heads, f"{theirs}.linear_attn"
+    mixed = by_head(f"{theirs}.in_proj_qkvz.weight", heads, [(0, net.num_channels + net.value_rows, 0)])
+    rates = by_head(f"{theirs}.in_proj_ba.weight", heads, [(0, 2 * net.values_per_key, 0)])
+    return _weights(net, ours, theirs, mixed, rates)
 
 
-def _by_key_head(net: DeltaNet, rows: slice, each: int, tensor: np.ndarray) -> np.ndarray:
-    """Some rows of a tensor, ``each`` of them to a key head."""
-    return tensor[rows].reshape(net.num_key_heads, each, *tensor.shape[1:])
-
-
-def separate_rows(net: DeltaNet, tensor: str, start: int = 0) -> tuple[Part, ...]:
-    """Query, key and values of each key head, from a tensor of all queries, then all keys, then all values."""
-    keys, values = net.num_key_heads * net.key_dim, net.num_value_heads * net.value_dim
-    value_rows = net.values_per_key * net.value_dim
-    bounds = ((0, keys, net.key_dim), (keys, 2 * keys, net.key_dim), (2 * keys, 2 * keys + values, value_rows))
-    parts, place = [], start
-    for begin, end, each in bounds:
-        parts.append(Part(tensor, partial(_by_key_head, net, slice(begin, end), each), (0, place)))
-        place += each
-    return tuple(parts)
-
-
-def delta_net_weights(config: ModelConfig, ours: str, theirs: str, mixed: Weight, rates: Weight) -> dict[str, Weight]:
-    """Of a GatedDeltaNet at ``ours``; families differ in how they store ``mixed`` and ``rates``."""
-    net = config.delta_net
-    assert net is not None
-    theirs += ".linear_attn"
-    convolved = [
-        Part(part.name, partial(_without_group, part.view), part.start)
-        for part in separate_rows(net, f"{theirs}.conv1d.weight")
-    ]
-    by_head: View = lambda tensor: tensor.reshape(net.num_key_heads, -1)  # noqa: E731
+def _weights(net: Recurrent, ours: str, theirs: str, mixed: Weight, rates: Weight) -> dict[str, Weight]:
+    heads = net.num_key_heads
     return {
         f"{ours}.mixed": mixed,
         f"{ours}.rates": rates,
-        f"{ours}.kernel": tuple(convolved),
-        f"{ours}.decay": whole(f"{theirs}.A_log", by_head),
-        f"{ours}.decay_bias": whole(f"{theirs}.dt_bias", by_head),
+        f"{ours}.kernel": convolution(f"{theirs}.conv1d.weight", heads, _mixed_pieces(net)),
+        f"{ours}.decay": by_head(f"{theirs}.A_log", heads, [(0, net.values_per_key, 0)]),
+        f"{ours}.decay_bias": by_head(f"{theirs}.dt_bias", heads, [(0, net.values_per_key, 0)]),
         f"{ours}.norm": whole(f"{theirs}.norm.weight"),
         f"{ours}.out": whole(
             f"{theirs}.out_proj.weight",
-            lambda tensor: tensor.reshape(-1, net.num_key_heads, net.values_per_key, net.value_dim),
+            lambda tensor: tensor.reshape(-1, heads, net.values_per_key, net.value_dim),
         ),
     }
-
-
-def _without_group(view: View, tensor: np.ndarray) -> np.ndarray:
-    """Of a grouped convolution, whose filters see one channel each: ``[channels, 1, width]``."""
-    return view(tensor[:, 0])

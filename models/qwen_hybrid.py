@@ -5,16 +5,15 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from jaxserve.errors import ModelError
 from jaxserve.models import llama
-from jaxserve.models.config import DeltaNet, ModelConfig
-from jaxserve.models.delta_net import HybridDecoder, delta_net_weights, separate_rows
+from jaxserve.models.config import ModelConfig, Recurrent
+from jaxserve.models.delta_net import delta_net_weights
 from jaxserve.models.family import Family
 from jaxserve.models.hf_config import RawConfig
+from jaxserve.models.hybrid import HybridDecoder
 from jaxserve.models.reshape import norm_weights, query_gate, separate_qkv, split_heads
-from jaxserve.models.weights import Part, Weight, whole
+from jaxserve.models.weights import Weight, whole
 
 DEFAULTS = llama.DEFAULTS | {
     "max_position_embeddings": 32768, "num_attention_heads": 16, "head_dim": 256, "linear_conv_kernel_dim": 4,
@@ -36,7 +35,8 @@ def _delta_layers(raw: RawConfig) -> tuple[int, ...]:
 
 def read(raw: RawConfig, **differences: Any) -> ModelConfig:
     """A config.json of either."""
-    net = DeltaNet(
+    net = Recurrent(
+        kind="delta_net",
         num_key_heads=raw.count("linear_num_key_heads"),
         num_value_heads=raw.count("linear_num_value_heads"),
         key_dim=raw.size("linear_key_head_dim"),
@@ -44,7 +44,7 @@ def read(raw: RawConfig, **differences: Any) -> ModelConfig:
         conv_width=raw.integer("linear_conv_kernel_dim", low=2, high=64),
         layers=_delta_layers(raw),
     )
-    return llama.read(raw, qk_norm=True, norm="rms_plus_one", attention_gate=True, delta_net=net, **differences)
+    return llama.read(raw, qk_norm=True, norm="rms_plus_one", attention_gate=True, recurrent=net, **differences)
 
 
 def _attention_weights(config: ModelConfig, ours: str, theirs: str) -> dict[str, Weight]:
@@ -58,30 +58,10 @@ def _attention_weights(config: ModelConfig, ours: str, theirs: str) -> dict[str,
     }
 
 
-def _separate(net: DeltaNet, theirs: str) -> tuple[Weight, Weight]:
-    """Qwen3.5 has queries, keys and values one after the other, and all else in tensors of its own."""
-    width = 2 * net.key_dim + net.values_per_key * net.value_dim
-
-    def by_head(tensor: np.ndarray) -> np.ndarray:
-        return tensor.reshape(net.num_key_heads, -1, tensor.shape[-1])
-
-    mixed = (
-        *separate_rows(net, f"{theirs}.linear_attn.in_proj_qkv.weight"),
-        Part(f"{theirs}.linear_attn.in_proj_z.weight", by_head, (0, width)),
-    )
-    rates = (
-        Part(f"{theirs}.linear_attn.in_proj_b.weight", by_head),
-        Part(f"{theirs}.linear_attn.in_proj_a.weight", by_head, (0, net.values_per_key)),
-    )
-    return mixed, rates
-
-
 def _attention_or_delta(config: ModelConfig, layer: int, ours: str, theirs: str) -> dict[str, Weight]:
-    net = config.delta_net
-    assert net is not None
-    if not config.is_recurrent(layer):
+    if config.recurrent is None or not config.is_recurrent(layer):
         return _attention_weights(config, ours, theirs)
-    return delta_net_weights(config, ours, theirs, *_separate(net, theirs))
+    return delta_net_weights(config.recurrent, ours, theirs)
 
 
 QWEN3_5 = Family(

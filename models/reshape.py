@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -118,3 +118,26 @@ def _by_head(num_heads: int, head_dim: int, rows: np.ndarray) -> np.ndarray:
 
 def _grouped(num_groups: int, heads: np.ndarray) -> np.ndarray:
     return heads.reshape(num_groups, -1, *heads.shape[1:])
+
+
+Piece = tuple[int, int, int]
+"""Rows of a tensor by heads: where they begin, how many each head has, and where they begin in the parameter's."""
+
+
+def by_head(name: str, num_heads: int, pieces: Sequence[Piece]) -> Weight:
+    """Parts of a parameter ``[heads, rows, ...]``, from a tensor ``[rows, ...]`` that has rows of one kind, the first
+    head's first, and behind all heads' those of the next kind."""
+
+    def view(first: int, each: int, tensor: np.ndarray) -> np.ndarray:
+        return tensor[first : first + num_heads * each].reshape(num_heads, each, *tensor.shape[1:])
+
+    return tuple(Part(name, partial(view, first, each), (0, place)) for first, each, place in pieces)
+
+
+def convolution(name: str, num_heads: int, pieces: Sequence[Piece]) -> Weight:
+    """The same of a convolution's filters, which see one channel each: ``[channels, 1, width]``."""
+
+    def view(part: Part, tensor: np.ndarray) -> np.ndarray:
+        return part.view(tensor[:, 0])
+
+    return tuple(Part(name, partial(view, part), part.start) for part in by_head(name, num_heads, pieces))

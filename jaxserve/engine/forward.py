@@ -313,7 +313,7 @@ def _attention_inputs(
 
 def segments_for(config: ModelConfig, layout: StepLayout, row_seqs: jax.Array, rows: Rows) -> Segments | None:
     """The rows as chunks, for the layers that take them so, if the model has any."""
-    if config.delta_net is None:
+    if config.recurrent is None:
         return None
-    num_slots, reach = layout.limits.max_num_seqs, config.delta_net.conv_width - 1
+    num_slots, reach = layout.limits.max_num_seqs, config.recurrent.conv_width - 1
     return segments_of(row_seqs, rows.positions, rows.is_token, num_slots=num_slots, reach=reach)

@@ -40,7 +40,7 @@ from jaxserve.kernels.backend import AttentionShape, Target
 from jaxserve.kernels.cache import KVCacheShape, stored_dtype
 from jaxserve.kernels.registry import choose_backend
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.delta_net import recurrent_shape
+from jaxserve.models.hybrid import recurrent_shape
 from jaxserve.models.matrix import DenseMatrix, Matrix, PanelMatrix, Parameter, abstract_taken, layouts_of, taken
 from jaxserve.models.registry import family_of
 from jaxserve.models.weights import Weight

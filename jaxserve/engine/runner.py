@@ -64,16 +64,16 @@ def prepare(config: EngineConfig) -> tuple[Checkpoint, ResolvedConfig]:
     checkpoint = open_checkpoint(config.model, config.load_format)
     max_len, on_gpu = longest_sequence(checkpoint.config), jax.default_backend() == "gpu"
     resolved = config.resolve(model_max_len=max_len, on_gpu=on_gpu)
-    return checkpoint, resolved if checkpoint.config.delta_net is None else _without_going_back(resolved)
+    return checkpoint, resolved if checkpoint.config.recurrent is None else _without_going_back(resolved)
 
 
 def _without_going_back(config: ResolvedConfig) -> ResolvedConfig:
     """For a model that cannot take up a sequence in its middle, as its memory is of all tokens. Raises ConfigError."""
     for name, only in (("speculative", "off"), ("swap_space_bytes", 0)):
         if (value := getattr(config, name)) != only:
-            raise ConfigError(f"{name} must be {only} for a model with linear attention, got {value}")
+            raise ConfigError(f"{name} must be {only} for a model with recurrent layers, got {value}")
     if config.enable_prefix_caching:
-        logger.info("no prefix cache: a model with linear attention remembers a sequence as a whole")
+        logger.info("no prefix cache: a model with recurrent layers remembers a sequence as a whole")
     return dataclasses.replace(config, enable_prefix_caching=False)
 
 
@@ -94,8 +94,8 @@ class ModelRunner:
         draft_checkpoint, beside = None, None
         if config.draft_model is not None:
             draft_checkpoint = open_checkpoint(config.draft_model, config.load_format)
-            if draft_checkpoint.config.delta_net is not None:
-                raise ConfigError(f"draft_model must have no linear attention, got {config.draft_model!r}")
+            if draft_checkpoint.config.recurrent is not None:
+                raise ConfigError(f"draft_model must have no recurrent layers, got {config.draft_model!r}")
             least = dataclasses.replace(config, num_blocks=1 + config.blocks_per_seq)
             beside = StepPrograms(least, draft_checkpoint.config, mesh)
         self._programs = programs = StepPrograms(config, checkpoint.config, mesh, beside=beside)

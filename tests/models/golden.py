@@ -19,7 +19,7 @@ from jaxserve.kernels.inputs import AttentionInputs
 from jaxserve.kernels.plan import PlanLimits
 from jaxserve.kernels.xla import Xla
 from jaxserve.models.decoder import Decoder
-from jaxserve.models.delta_net import recurrent_shape
+from jaxserve.models.hybrid import recurrent_shape
 from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.matrix import DenseMatrix, layouts_of, taken
 from jaxserve.models.registry import family_of

@@ -24,7 +24,7 @@ def make(tokenizer: Path, **settings: Any) -> LLM:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"num_blocks": 13}, {"tensor_parallel": 2}, {"pipeline_parallel": 2}],
+    [{"num_blocks": 11}, {"tensor_parallel": 2}, {"pipeline_parallel": 2}],
     ids=["preempted", "two devices", "two stages"],
 )
 def test_company_does_not_matter(tiny_tokenizer: Path, settings: dict[str, Any]) -> None:
@@ -45,8 +45,8 @@ def test_company_does_not_matter(tiny_tokenizer: Path, settings: dict[str, Any])
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"speculative": "ngram"}, "speculative must be off for a model with linear attention, got ngram"),
-        ({"swap_space_bytes": 2**20}, "swap_space_bytes must be 0 for a model with linear attention, got 1048576"),
+        ({"speculative": "ngram"}, "speculative must be off for a model with recurrent layers, got ngram"),
+        ({"swap_space_bytes": 2**20}, "swap_space_bytes must be 0 for a model with recurrent layers, got 1048576"),
     ],
 )
 def test_what_would_go_back(tiny_tokenizer: Path, settings: dict[str, Any], message: str) -> None:
