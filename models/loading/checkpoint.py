@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
@@ -9,19 +10,34 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxserve.errors import ModelError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.fields import Fields
-from jaxserve.models.loading import assemble, eos, generation, gguf_tokenizer, head, hf, hf_tokenizer, orbax
+from jaxserve.models.loading import (
+    assemble,
+    eos,
+    generation,
+    gguf_tokenizer,
+    head,
+    hf,
+    hf_tokenizer,
+    kv_scales,
+    orbax,
+)
 from jaxserve.models.loading.dummy import random_parameters
 from jaxserve.models.loading.files import read_json
 from jaxserve.models.loading.gguf import GGUFSource
 from jaxserve.models.loading.hub import resolve
+from jaxserve.models.loading.quantised.detect import quantisation
+from jaxserve.models.loading.quantised.source import QuantisedSource, named_by_module
 from jaxserve.models.presets import PRESETS
 from jaxserve.models.registry import family_of, read_config
 from jaxserve.models.weights import Weight
 from jaxserve.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpoint(ABC):
@@ -35,6 +51,14 @@ class Checkpoint(ABC):
     def eos_token_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Ids that end an output unless the request ignores them."""
         return eos.union(self.path, self.declared_eos, tokenizer, self.config.vocab_size)
+
+    @property
+    def kv_scales(self) -> np.ndarray | None:
+        """``float32[layers, 2]``, of an fp8 KV cache's keys and values, where the files have some; see KVCache.scales.
+
+        Raises ModelError.
+        """
+        return None
 
     @property
     @abstractmethod
@@ -66,6 +90,9 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.path = folder
         raw = read_json(folder / "config.json")
         self.config = read_config(raw, str(folder / "config.json"))
+        self._format = quantisation(folder, raw)
+        if self._format is not None:
+            logger.info("quantization: %s; dequantised as it is loaded", self._format)
         if self.config.tie_word_embeddings:
             self.config = head.settle(self._source, self.config, family_of(self.config.architecture))
         self.declared_eos = _declared_eos(folder, raw)
@@ -77,9 +104,25 @@ class HuggingFaceCheckpoint(Checkpoint):
     def tokenizer(self) -> Tokenizer:
         return hf_tokenizer.load(self.path)
 
+    @property
+    def kv_scales(self) -> np.ndarray | None:
+        return self._opened[1]
+
+    @property
+    def _source(self) -> head.EditableSource:
+        return self._opened[0]
+
     @cached_property
-    def _source(self) -> hf.SafetensorsSource:
-        return hf.SafetensorsSource(self.path, family_of(self.config.architecture).names_for(self.config))
+    def _opened(self) -> tuple[head.EditableSource, np.ndarray | None]:
+        """The weights, and the scales of a KV cache."""
+        name_of = family_of(self.config.architecture).names_for(self.config)
+        if self._format is None:
+            tensors = hf.SafetensorsSource(self.path, name_of)
+            return tensors, kv_scales.take(tensors, self.config.num_layers)
+        tensors = hf.SafetensorsSource(self.path, named_by_module(name_of, self._format.suffixes), hf.DTYPES)
+        # Before modules are put together, for some of these scales have a name of theirs.
+        scales = kv_scales.take(tensors, self.config.num_layers)
+        return QuantisedSource(tensors, self._format), scales
 
     def check(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> None:
         assemble.check(self.path, self._source, abstract, weights)
@@ -118,6 +161,10 @@ class OrbaxCheckpoint(Checkpoint):
         self.path = folder
         self.config, self.declared_eos = orbax.read_config(folder)
         family_of(self.config.architecture)
+
+    @property
+    def kv_scales(self) -> np.ndarray | None:
+        return orbax.kv_scales(self.path, self.config.num_layers)
 
     @property
     def sampling_defaults(self) -> Mapping[str, Any]:
