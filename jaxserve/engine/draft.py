@@ -58,7 +58,7 @@ class DraftModel:
         self._checkpoint.check(programs.abstract_parameters, weights)
         loaded = self._checkpoint.load(programs.abstract_parameters, weights)
         self._parameters = jax.block_until_ready(programs.take(loaded))
-        self._state = programs.new_state()
+        self._state = programs.new_state(self._checkpoint.kv_scales)
 
     def arrays(self) -> list[jax.Array]:
         """All that it has on the devices."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxserve.config import ResolvedConfig
@@ -37,7 +39,7 @@ from jaxserve.engine.step import StepLayout, StepOutputs, step_layouts
 from jaxserve.errors import ConfigError
 from jaxserve.kernels import native
 from jaxserve.kernels.backend import AttentionShape, Target
-from jaxserve.kernels.cache import KVCacheShape, stored_dtype
+from jaxserve.kernels.cache import KVCacheShape, is_quantised, stored_dtype
 from jaxserve.kernels.registry import choose_backend
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.matrix import DenseMatrix, Matrix, PanelMatrix, Parameter, abstract_taken, layouts_of, taken
@@ -45,6 +47,8 @@ from jaxserve.models.registry import family_of
 from jaxserve.models.weights import Weight
 from jaxserve.sharding.rows import over_rows
 from jaxserve.sharding.rules import abstract_model, divided
+
+logger = logging.getLogger(__name__)
 
 SWAP_BLOCKS = 8
 """Blocks that are copied at once between the KV cache and the host's memory."""
@@ -102,7 +106,7 @@ class StepPrograms:
         self._matrices = layouts_of(state)
         self._abstract_taken = abstract_taken(self.abstract_parameters, self._matrices, self._kind)
         self.kv_cache = KVCacheShape(
-            self.forward.num_cache_layers, model_config.num_held_kv_heads, model_config.head_dim, config.block_size,
+            len(self.forward.cache_layers), model_config.num_held_kv_heads, model_config.head_dim, config.block_size,
             cache_dtype,
         )  # fmt: skip
         block_bytes, arrays = self.kv_cache.block_bytes, jax.tree.leaves(self._abstract_taken)
@@ -143,9 +147,16 @@ class StepPrograms:
         cache = self.kv_cache.abstract(self.num_blocks, self.mesh)
         return ModelState(cache, self.forward.abstract_activations(self.buckets[-1]))
 
-    def new_state(self) -> ModelState[jax.Array]:
+    def new_state(self, kv_scales: np.ndarray | None = None) -> ModelState[jax.Array]:
+        """kv_scales: ``float32[layers, 2]``, see KVCache.scales; used where that is quantised, 1 by default."""
         activations = self.abstract_state().activations
-        cache = self.kv_cache.zeros(self.num_blocks, self.mesh)
+        if is_quantised(self.kv_cache.dtype) and kv_scales is None:
+            logger.warning(
+                "kv_cache_dtype %s: the checkpoint has no scales for keys and values; without, they are less precise",
+                self.config.kv_cache_dtype,
+            )
+        scales = None if kv_scales is None else kv_scales[list(self.forward.cache_layers)]
+        cache = self.kv_cache.zeros(self.num_blocks, self.mesh, scales)
         return ModelState(cache, None if activations is None else zeros(activations))
 
     def new_sequences(self) -> SequenceState[jax.Array]:

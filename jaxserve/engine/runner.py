@@ -125,7 +125,7 @@ class ModelRunner:
 
         _, self.loading_seconds = timed(load_and_compile)
         self._outside = programs.forward.outside(self._parameters)
-        self._state, self._sequences = programs.new_state(), programs.new_sequences()
+        self._state, self._sequences = programs.new_state(checkpoint.kv_scales), programs.new_sequences()
         self._swapped = SwappedBlocks(programs.abstract_block)
         self.block_bytes = programs.kv_cache.block_bytes
         """Of a block of the KV cache, on all devices of the mesh together."""
