@@ -82,10 +82,10 @@ class ModelRunner:
             draft_checkpoint = open_checkpoint(config.draft_model, config.load_format)
             least = dataclasses.replace(config, num_blocks=1 + config.blocks_per_seq)
             beside = StepPrograms(least, draft_checkpoint.config, mesh)
-        self._programs = programs = StepPrograms(config, checkpoint.config, mesh, beside=beside)
+        plan_codes = checkpoint.planned_codes if config.quantization == "codes" else None
+        self._programs = programs = StepPrograms(config, checkpoint.config, mesh, beside=beside, plan_codes=plan_codes)
         self.model_config = programs.model_config
-        weights = programs.weights()
-        checkpoint.check(programs.abstract_parameters, weights)
+        programs.check(checkpoint)
         self._layouts, self.buckets, self.edits = programs.layouts, list(programs.layouts), programs.edits
         self.num_blocks, self.skips_padding = programs.num_blocks, programs.skips_padding
         self.config = dataclasses.replace(config, num_blocks=self.num_blocks)
@@ -110,8 +110,7 @@ class ModelRunner:
         def load() -> list[Parameter]:
             if self.draft is not None:
                 self.draft.load()
-            loaded = checkpoint.load(programs.abstract_parameters, weights)
-            return jax.block_until_ready(programs.take(loaded))
+            return programs.load(checkpoint)
 
         def load_and_compile() -> None:
             with ThreadPoolExecutor(max_workers=1) as pool:

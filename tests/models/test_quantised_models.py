@@ -60,20 +60,24 @@ def test_whole_models(golden: str, case: str, tmp_path: Path) -> None:
     assert np.ptp(expected) > 1
 
 
-def test_divided_among_devices(tmp_path: Path) -> None:
-    drawn: dict[str, Drawn] = {}
+def written(folder: Path, case: Case) -> tuple[Path, Path]:
+    """Folders of test_hf's model with quantised projections, and with what they stand for."""
     stored: Tensors = {}
+    dense: Tensors = {}
     for seed, (name, tensor) in enumerate(test_hf.tensors(test_hf.RAW).items()):
-        if not name.endswith("_proj.weight"):
-            stored[name] = tensor
-            continue
-        drawn[name], encoded = CASES["awq"].encode(tensor.shape, seed)
-        stored |= {f"{name.removesuffix('weight')}{suffix}": value for suffix, value in encoded.items()}
-    quantised = test_hf.write(
-        tmp_path / "quantised", stored, test_hf.RAW | {"quantization_config": CASES["awq"].config}, shards=2
-    )
-    plain = {name: tensor for name, tensor in stored.items() if tensor.dtype == np.float32}
-    dense = test_hf.write(tmp_path / "dense", plain | {name: one.truth for name, one in drawn.items()})
+        if name.endswith("_proj.weight"):
+            drawn, encoded = case.encode(tensor.shape, seed)
+            prefix = name.removesuffix("weight")
+            stored |= {f"{prefix}{suffix}": np.ascontiguousarray(value) for suffix, value in encoded.items()}
+            dense[name] = drawn.truth
+        else:
+            stored[name] = dense[name] = tensor
+    config = test_hf.RAW | {"quantization_config": case.config}
+    return test_hf.write(folder / "quantised", stored, config, shards=2), test_hf.write(folder / "dense", dense)
+
+
+def test_divided_among_devices(tmp_path: Path) -> None:
+    quantised, dense = written(tmp_path, CASES["awq"])
     expected = test_hf.load(dense)
     for name, found in test_hf.load(quantised, tensor=2).items():
         np.testing.assert_array_equal(found, expected[name])

@@ -9,7 +9,7 @@ import numpy as np
 from jaxserve.models.fields import LARGEST_SIZE, Fields
 from jaxserve.models.loading.quantised.format import SCALE_TYPES, Tensors, expect, num_groups
 from jaxserve.models.loading.quantised.packing import unpack
-from jaxserve.models.loading.quantised.tensor import QuantisedTensor
+from jaxserve.models.loading.quantised.tensor import Encoding, QuantisedTensor
 
 _BITS, _CODES_EACH = 4, 8
 _PLACES = np.array((0, 4, 1, 5, 2, 6, 3, 7))
@@ -32,7 +32,7 @@ class AWQ:
     def is_quantised(self, tensors: Tensors) -> bool:
         return "qweight" in tensors
 
-    def shape(self, module: str, tensors: Tensors) -> tuple[int, int]:
+    def encoding(self, module: str, tensors: Tensors) -> Encoding:
         inputs, words = expect(module, tensors, "qweight", ["int32"], [None, None]).shape
         group = self._group(inputs)
         groups, outputs, why = (
@@ -41,8 +41,8 @@ class AWQ:
             f" ({inputs} inputs in groups of {group})",
         )
         expect(module, tensors, "qzeros", ["int32"], [groups, words], why)
-        expect(module, tensors, "scales", SCALE_TYPES, [groups, outputs], why)
-        return outputs, inputs
+        scales = expect(module, tensors, "scales", SCALE_TYPES, [groups, outputs], why)
+        return Encoding((outputs, inputs), _BITS, False, scales.dtype, group, None)
 
     def decode(self, module: str, tensors: Tensors) -> QuantisedTensor:
         codes, zeros = (_columns(tensors[suffix]) for suffix in ("qweight", "qzeros"))

@@ -13,7 +13,7 @@ from jaxserve.models.fields import LARGEST_SIZE, Fields
 from jaxserve.models.loading.quantised.format import Tensors, column_order, expect, num_groups, refuse_excluded
 from jaxserve.models.loading.quantised.packing import num_words, unpack
 from jaxserve.models.loading.quantised.scaled import FLOAT8, PER_CHANNEL, PER_TENSOR, Blocks, blocks_of, by_row
-from jaxserve.models.loading.quantised.tensor import QuantisedTensor
+from jaxserve.models.loading.quantised.tensor import Encoding, QuantisedTensor
 
 _PACKED = "pack-quantized"
 _FORMATS = (_PACKED, "int-quantized", "float-quantized", "naive-quantized")
@@ -34,6 +34,11 @@ class Scheme:
     blocks: Blocks
     where: str
 
+    @property
+    def stored_bits(self) -> int:
+        """Of a code: those that are not packed are a byte each."""
+        return self.bits if self.is_packed else 8
+
 
 @dataclass(frozen=True)
 class CompressedTensors:
@@ -52,7 +57,7 @@ class CompressedTensors:
     def is_quantised(self, tensors: Tensors) -> bool:
         return "weight_packed" in tensors or ("weight" in tensors and tensors["weight"].dtype.name in ("int8", FLOAT8))
 
-    def shape(self, module: str, tensors: Tensors) -> tuple[int, int]:
+    def encoding(self, module: str, tensors: Tensors) -> Encoding:
         scheme = self._scheme_of(module)
         why = f" ({scheme.where})"
         if scheme.is_packed:
@@ -69,22 +74,28 @@ class CompressedTensors:
             expect(module, tensors, "weight_zero_point", ["int8"], tensors["weight_scale"].shape, why)
         if "weight_g_idx" in tensors:
             expect(module, tensors, "weight_g_idx", ["int32"], [inputs])
-        return outputs, inputs
+        order = column_order(f"{module}.weight_g_idx", tensors.get("weight_g_idx"), group)
+        zero = 0 if scheme.is_float else 1 << (scheme.stored_bits - 1)
+        return Encoding(
+            (outputs, inputs), scheme.stored_bits, scheme.is_float, tensors["weight_scale"].dtype, group,
+            zero if scheme.symmetric else None, order=order,
+        )  # fmt: skip
 
     def decode(self, module: str, tensors: Tensors) -> QuantisedTensor:
-        scheme, shape = self._scheme_of(module), self.shape(module, tensors)
-        blocks = blocks_of(module, tensors, "weight_scale", shape, scheme.blocks)
-        scales, group = by_row(tensors["weight_scale"], shape, blocks), blocks[1]
+        scheme, found = self._scheme_of(module), self.encoding(module, tensors)
+        blocks = blocks_of(module, tensors, "weight_scale", found.shape, scheme.blocks)
+        scales = by_row(tensors["weight_scale"], found.shape, blocks)
         if not scheme.is_packed:
-            zeros = None if scheme.symmetric else by_row(tensors["weight_zero_point"], shape, blocks)
-            return QuantisedTensor(tensors["weight"], scales, zeros, group)
-        outputs, inputs = shape
+            zeros = None if scheme.symmetric else by_row(tensors["weight_zero_point"], found.shape, blocks)
+            return QuantisedTensor(tensors["weight"], scales, zeros, found.group)
+        outputs, inputs = found.shape
         codes = unpack(tensors["weight_packed"], scheme.bits, inputs)
-        zeros = np.array([[1 << (scheme.bits - 1)]], np.uint8)
-        if not scheme.symmetric:
+        if found.zero is not None:
+            zeros = np.array([[found.zero]], np.uint8)
+        else:
             zeros = unpack(tensors["weight_zero_point"].T, scheme.bits, outputs).T
-        order = column_order(f"{module}.weight_g_idx", tensors.get("weight_g_idx"), group)
-        return QuantisedTensor(codes if order is None else codes[:, order], scales, zeros, group, order)
+        codes = codes if found.order is None else codes[:, found.order]
+        return QuantisedTensor(codes, scales, zeros, found.group, found.order)
 
     def _scheme_of(self, module: str) -> Scheme:
         if _matches(module, self.ignored):

@@ -8,7 +8,7 @@ from typing import NoReturn, Protocol
 import numpy as np
 
 from jaxserve.errors import ModelError
-from jaxserve.models.loading.quantised.tensor import QuantisedTensor
+from jaxserve.models.loading.quantised.tensor import Encoding, QuantisedTensor
 
 Tensors = Mapping[str, np.ndarray]
 """Of one module ``X``, such as a linear layer: its tensors ``X.suffix``, by suffix."""
@@ -24,13 +24,13 @@ class Format(Protocol):
 
     def is_quantised(self, tensors: Tensors) -> bool: ...
 
-    def shape(self, module: str, tensors: Tensors) -> tuple[int, int]:
-        """Of the module's weight, ``[out, in]``. Raises ModelError for tensors that do not fit the configuration or one
-        another; reads no large tensor."""
+    def encoding(self, module: str, tensors: Tensors) -> Encoding:
+        """Of the module's weight. Raises ModelError for tensors that do not fit the configuration or one another; reads
+        no large tensor."""
         ...
 
     def decode(self, module: str, tensors: Tensors) -> QuantisedTensor:
-        """The weight of a module whose ``shape`` was fine. Raises ModelError for values that make no sense."""
+        """The weight of a module whose ``encoding`` was fine. Raises ModelError for values that make no sense."""
         ...
 
     def __str__(self) -> str:

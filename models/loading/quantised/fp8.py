@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from jaxserve.models.fields import LARGEST_SIZE, Fields
 from jaxserve.models.loading.quantised.format import Tensors, expect
 from jaxserve.models.loading.quantised.scaled import FLOAT8, PER_CHANNEL, PER_TENSOR, Blocks, blocks_of, by_row
-from jaxserve.models.loading.quantised.tensor import QuantisedTensor
+from jaxserve.models.loading.quantised.tensor import Encoding, QuantisedTensor
 
 _MODELOPT_BLOCKS: dict[str, Blocks] = {
     "fp8": PER_TENSOR,
@@ -37,15 +37,16 @@ class FP8:
     def is_quantised(self, tensors: Tensors) -> bool:
         return "weight" in tensors and tensors["weight"].dtype.name == FLOAT8
 
-    def shape(self, module: str, tensors: Tensors) -> tuple[int, int]:
+    def encoding(self, module: str, tensors: Tensors) -> Encoding:
         outputs, inputs = expect(module, tensors, "weight", [FLOAT8], [None, None]).shape
-        blocks_of(module, tensors, _scales(tensors), (outputs, inputs), self.blocks)
-        return outputs, inputs
+        name = _scales(tensors)
+        _, group = blocks_of(module, tensors, name, (outputs, inputs), self.blocks)
+        return Encoding((outputs, inputs), 8, True, tensors[name].dtype, group, 0)
 
     def decode(self, module: str, tensors: Tensors) -> QuantisedTensor:
-        shape, scales = self.shape(module, tensors), _scales(tensors)
-        blocks = blocks_of(module, tensors, scales, shape, self.blocks)
-        return QuantisedTensor(tensors["weight"], by_row(tensors[scales], shape, blocks), None, blocks[1])
+        shape, name = tensors["weight"].shape, _scales(tensors)
+        blocks = blocks_of(module, tensors, name, shape, self.blocks)
+        return QuantisedTensor(tensors["weight"], by_row(tensors[name], shape, blocks), None, blocks[1])
 
     def __str__(self) -> str:
         return self.name

@@ -22,7 +22,7 @@ from jaxserve.models.loading.quantised.format import (
     refuse_excluded,
 )
 from jaxserve.models.loading.quantised.packing import WORD_BITS, num_words, unpack
-from jaxserve.models.loading.quantised.tensor import QuantisedTensor
+from jaxserve.models.loading.quantised.tensor import Encoding, QuantisedTensor
 
 _BITS = (2, 3, 4, 8)
 _FORMATS = ("gptq", "gptq_v2")
@@ -73,7 +73,7 @@ class GPTQ:
     def is_quantised(self, tensors: Tensors) -> bool:
         return "qweight" in tensors
 
-    def shape(self, module: str, tensors: Tensors) -> tuple[int, int]:
+    def encoding(self, module: str, tensors: Tensors) -> Encoding:
         scheme = self._scheme_of(module)
         bits, why = scheme.bits, f" ({scheme.bits} bits)"
         words, outputs = expect(module, tensors, "qweight", ["int32"], [None, None]).shape
@@ -83,24 +83,25 @@ class GPTQ:
         group = inputs if scheme.group_size == -1 else scheme.group_size
         groups, why = num_groups(inputs, group), f"{why}, {inputs} inputs in groups of {group}"
         expect(module, tensors, "qweight", ["int32"], [num_words(inputs, bits), outputs], why)
-        expect(module, tensors, "scales", SCALE_TYPES, [groups, outputs], why)
+        scales = expect(module, tensors, "scales", SCALE_TYPES, [groups, outputs], why)
         if not scheme.symmetric:
             expect(module, tensors, "qzeros", ["int32"], [groups, num_words(outputs, bits)], why)
-        return outputs, inputs
+        order = column_order(f"{module}.g_idx", tensors.get("g_idx"), group)
+        zero = 1 << (bits - 1) if scheme.symmetric else None
+        return Encoding((outputs, inputs), bits, False, scales.dtype, group, zero, order=order)
 
     def decode(self, module: str, tensors: Tensors) -> QuantisedTensor:
-        scheme, (outputs, inputs) = self._scheme_of(module), self.shape(module, tensors)
-        bits, group = scheme.bits, inputs if scheme.group_size == -1 else scheme.group_size
+        found = self.encoding(module, tensors)
+        (outputs, inputs), bits = found.shape, found.bits
         codes = unpack(np.ascontiguousarray(tensors["qweight"].T), bits, inputs)
-        if scheme.symmetric:
-            zeros = np.array([[1 << (bits - 1)]], np.uint8)
+        if found.zero is not None:
+            zeros = np.array([[found.zero]], np.uint8)
         else:
             zeros = unpack(tensors["qzeros"], bits, outputs).T
             if self.zeros_from_one:
                 zeros = (zeros + np.uint8(1)) & np.uint8((1 << bits) - 1)
-        order = column_order(f"{module}.g_idx", tensors.get("g_idx"), group)
-        codes = codes if order is None else codes[:, order]
-        return QuantisedTensor(codes, tensors["scales"].T, zeros, group, order)
+        codes = codes if found.order is None else codes[:, found.order]
+        return QuantisedTensor(codes, tensors["scales"].T, zeros, found.group, found.order)
 
     def _scheme_of(self, module: str) -> Scheme:
         for rule in self.rules:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxserve.errors import ModelError
 from jaxserve.models.loading.hf import FLOATS, SafetensorsSource
 from jaxserve.models.loading.quantised.format import Format, Tensors
-from jaxserve.models.loading.quantised.tensor import QuantisedTensor
+from jaxserve.models.loading.quantised.tensor import Encoding, QuantisedTensor
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class _Module:
     name: str
     """In the file."""
     tensors: Tensors
-    shape: tuple[int, int]
+    encoding: Encoding
 
 
 class QuantisedSource:
@@ -39,7 +39,7 @@ class QuantisedSource:
             some = next(iter(found))
             stored = tensors.stored_as(f"{name}.{some}").removesuffix(f".{some}")
             try:
-                self._modules[f"{name}.weight"] = _Module(stored, found, format.shape(stored, found))
+                self._modules[f"{name}.weight"] = _Module(stored, found, format.encoding(stored, found))
             except ModelError as error:
                 problems.append(str(error))
             for suffix in found:
@@ -60,10 +60,13 @@ class QuantisedSource:
         return self._tensors.names() | self._modules.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._modules[name].shape if name in self._modules else self._tensors.shape(name)
+        return self._modules[name].encoding.shape if name in self._modules else self._tensors.shape(name)
 
     def read(self, name: str) -> np.ndarray:
         return self.quantised(name).dequantised() if name in self._modules else self._tensors.read(name)
+
+    def encoding(self, name: str) -> Encoding | None:
+        return self._modules[name].encoding if name in self._modules else None
 
     def quantised(self, name: str) -> QuantisedTensor:
         module = self._modules[name]

@@ -1,8 +1,8 @@
-"""A quantised matrix as its file has it, whatever the format."""
+"""A quantised matrix, whatever the format of its file."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -14,8 +14,24 @@ _VALUES = {dtype: np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32) 
 
 
 @dataclass(frozen=True, eq=False)
+class Encoding:
+    """What a QuantisedTensor is going to be, before its codes are read; codes and zeros as ``unsigned`` has them."""
+
+    shape: tuple[int, int]
+    bits: int
+    """Of a code at most."""
+    is_float: bool
+    scale_type: np.dtype
+    group: int
+    zero: int | None
+    """None: zeros differ."""
+    has_minima: bool = False
+    order: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class QuantisedTensor:
-    """``(codes - zeros) * scales``, ``[out, in]``; a row is cut into groups of inputs that share scale and zero."""
+    """``(codes - zeros) * scales + minima``, ``[out, in]``; a row's groups of inputs share scale, zero and minimum."""
 
     codes: np.ndarray
     """``uint8``, ``int8`` or a float of 8 bits, ``[out, in]``."""
@@ -26,7 +42,18 @@ class QuantisedTensor:
     group: int
     """Inputs of a group; the last one may have fewer."""
     order: np.ndarray | None = None
-    """``int[in]``: the matrix's column ``order[c]`` is column c of ``codes``, so that groups are contiguous."""
+    """``int32[in]``: the matrix's column ``order[c]`` is column c of ``codes``, so that groups are contiguous."""
+    minima: np.ndarray | None = None
+    """Floats ``[out, G]``."""
+
+    def unsigned(self) -> QuantisedTensor:
+        """The same with integers, if it has such codes, as ``uint8``."""
+        if self.codes.dtype != np.int8:
+            return self
+        zeros = np.zeros((1, 1), np.int8) if self.zeros is None else self.zeros
+        # Adding 128, as flipping the sign's bit.
+        codes, zeros = (signed.view(np.uint8) ^ np.uint8(128) for signed in (self.codes, zeros))
+        return replace(self, codes=codes, zeros=zeros)
 
     def dequantised(self) -> np.ndarray:
         """The matrix, a new ``float32[out, in]``."""
@@ -64,3 +91,5 @@ class QuantisedTensor:
             if zeros is not None:
                 grouped -= zeros[:, numbers, None]
             grouped *= scales[:, numbers, None]
+            if self.minima is not None:
+                grouped += self.minima[rows, numbers, None].astype(np.float32)
