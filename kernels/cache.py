@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import dynamic_index_in_dim
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -103,11 +104,15 @@ class KVCacheShape:
     def _by_layer(self, pages: jax.Array) -> jax.Array:
         return pages.reshape(self.num_layers, -1, *pages.shape[1:])
 
-    def zeros(self, num_pages: int, mesh: Mesh) -> KVCache[jax.Array]:
-        """The same without keys and values, made on the devices: the host may not have as much memory. Scales are 1."""
-        k, v, scales = self.abstract(num_pages, mesh)
+    def zeros(self, num_pages: int, mesh: Mesh, scales: np.ndarray | None = None) -> KVCache[jax.Array]:
+        """The same without keys and values, made on the devices: the host may not have as much memory.
+
+        scales: ``float32[layers, 2]``; 1 by default.
+        """
+        k, v, placed = self.abstract(num_pages, mesh)
+        values = np.ones(placed.shape, np.float32) if scales is None else scales
         return KVCache(
             k=jnp.zeros(k.shape, k.dtype, device=k.sharding),
             v=jnp.zeros(v.shape, v.dtype, device=v.sharding),
-            scales=jnp.ones(scales.shape, scales.dtype, device=scales.sharding),
+            scales=jax.make_array_from_callback(placed.shape, placed.sharding, lambda index: values[index]),
         )

@@ -60,11 +60,9 @@ class DraftModel:
 
     def load(self) -> None:
         """Raises ModelError."""
-        programs, weights = self._programs, self._programs.weights()
-        self._checkpoint.check(programs.abstract_parameters, weights)
-        loaded = self._checkpoint.load(programs.abstract_parameters, weights)
-        self._parameters = jax.block_until_ready(programs.take(loaded))
-        self._state = programs.new_state()
+        self._programs.check(self._checkpoint)
+        self._parameters = self._programs.load(self._checkpoint)
+        self._state = self._programs.new_state(self._checkpoint.kv_scales)
 
     def arrays(self) -> list[jax.Array]:
         """All that it has on the devices."""

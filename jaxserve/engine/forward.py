@@ -86,8 +86,8 @@ class Forward(Protocol):
 
     abstract_parameters: dict[str, jax.ShapeDtypeStruct]
     """By path, as they are loaded, in the order in which the programs take them."""
-    num_cache_layers: int
-    """Of all stages together."""
+    cache_layers: Sequence[int]
+    """Of which layers the KV cache is, in its order; a pipeline's unused places have a copy of a layer."""
 
     def assembled(self, weights: Mapping[str, Weight]) -> Mapping[str, Weight]:
         """How the parameters are assembled, from how the whole model's are."""
@@ -144,7 +144,7 @@ class WholeForward:
         self._skips_padding = skips_padding
         self._graph, self._tree = graph, jax.tree.structure(state)
         self.abstract_parameters = abstract_parameters(state, mesh)
-        self.num_cache_layers = config.num_layers
+        self.cache_layers: Sequence[int] = range(config.num_layers)
         model = nnx.merge(graph, state)
         model.layers = nnx.List([])
         self._head_graph, head_state = nnx.split(model)
@@ -211,7 +211,7 @@ class StagedForward:
         self._model = StagedModel(graph, state, mesh)
         self._num_stages = mesh.shape["pipe"]
         self.abstract_parameters = self._model.abstract_parameters
-        self.num_cache_layers = self._num_stages * self._model.stages.num_slots
+        self.cache_layers: Sequence[int] = self._model.stages.all_layers()
 
     def assembled(self, weights: Mapping[str, Weight]) -> Mapping[str, Weight]:
         return self._model.stack(weights)

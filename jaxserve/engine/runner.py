@@ -84,10 +84,10 @@ class ModelRunner:
             draft_checkpoint = open_checkpoint(config.draft_model, config.load_format)
             least = dataclasses.replace(config, num_blocks=1 + config.blocks_per_seq)
             beside = StepPrograms(least, draft_checkpoint.config, mesh)
-        self._programs = programs = StepPrograms(config, checkpoint.config, mesh, beside=beside)
+        plan_codes = checkpoint.planned_codes if config.quantization == "codes" else None
+        self._programs = programs = StepPrograms(config, checkpoint.config, mesh, beside=beside, plan_codes=plan_codes)
         self.model_config = programs.model_config
-        weights = programs.weights()
-        checkpoint.check(programs.abstract_parameters, weights)
+        programs.check(checkpoint)
         self._layouts, self.buckets, self.edits = programs.layouts, list(programs.layouts), programs.edits
         self.num_blocks, self.skips_padding = programs.num_blocks, programs.skips_padding
         self.config = dataclasses.replace(config, num_blocks=self.num_blocks)
@@ -115,8 +115,7 @@ class ModelRunner:
         def load() -> list[Parameter]:
             if self.draft is not None:
                 self.draft.load()
-            loaded = checkpoint.load(programs.abstract_parameters, weights)
-            return jax.block_until_ready(programs.take(loaded))
+            return programs.load(checkpoint)
 
         def load_and_compile() -> None:
             with ThreadPoolExecutor(max_workers=1) as pool:
@@ -130,7 +129,7 @@ class ModelRunner:
 
         _, self.loading_seconds = timed(load_and_compile)
         self._outside = programs.forward.outside(self._parameters)
-        self._state, self._sequences = programs.new_state(), programs.new_sequences()
+        self._state, self._sequences = programs.new_state(checkpoint.kv_scales), programs.new_sequences()
         self._swapped = SwappedBlocks(programs.abstract_block)
         self.block_bytes = programs.kv_cache.block_bytes
         """Of a block of the KV cache, that of a draft model included, on all devices of the mesh together."""

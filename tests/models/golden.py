@@ -76,14 +76,18 @@ def names() -> list[str]:
     return sorted(folders) + sorted(path.stem for path in (FOLDER / "gguf").glob("*.gguf"))
 
 
-def load(path: Path, max_len: int, tensor: int = 1) -> Decoder:
+def load(path: Path, max_len: int, tensor: int = 1, codes: bool = False) -> Decoder:
+    """codes: with quantised matrices as such."""
     checkpoint = open_checkpoint(str(path))
     family = family_of(checkpoint.config.architecture)
     graph, state = abstract_model(family.model, checkpoint.config, max_len=max_len, dtype=jnp.dtype("float32"))
-    abstract = abstract_parameters(state, make_mesh(tensor))
-    loaded = checkpoint.load(abstract, family.weights(checkpoint.config))
-    parameters = taken({name: loaded[name] for name in abstract}, layouts_of(state), DenseMatrix)
-    return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), parameters))
+    abstract, weights = abstract_parameters(state, make_mesh(tensor)), family.weights(checkpoint.config)
+    layouts = layouts_of(state)
+    planned = checkpoint.planned_codes(abstract, weights, layouts) if codes else {}
+    dense = {name: spec for name, spec in abstract.items() if name not in planned}
+    parameters = taken(checkpoint.load(dense, weights), layouts, DenseMatrix)
+    parameters |= checkpoint.load_codes(planned, weights) if planned else {}
+    return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), [parameters[name] for name in abstract]))
 
 
 # Compiling is most of what a golden costs.
