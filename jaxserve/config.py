@@ -21,6 +21,7 @@ from jaxserve.scheduler.speculation import most_step_drafts
 ATTENTION_BACKENDS = ("auto", "xla", "native", "triton", "pod", "mosaic")
 KV_CACHE_DTYPES = ("auto", "fp8_e4m3")
 GEMM_BACKENDS = ("auto", "no_split_k", "cublaslt")
+QUANTIZATION = ("none", "codes")
 GENERATION_CONFIGS = ("auto", "none")
 LOAD_FORMATS = ("auto", "dummy")
 SPECULATIVE = ("off", "ngram", "suffix", "draft")
@@ -72,6 +73,11 @@ class EngineConfig:
     tokenizer: str | None = option(None, "folder or hub id of the tokenizer; the model's own by default")
     chat_template: str | None = option(None, "file of a chat template (Jinja) in place of the tokenizer's own")
     dtype: str = option("auto", "weights and activations; auto: float32 on CPUs, bfloat16 on GPUs", DTYPES)
+    quantization: str = option(
+        "none",
+        "quantised weights in memory; none: as dtype, codes: as they are stored, which takes less memory and is slower",
+        QUANTIZATION,
+    )
     max_model_len: int | None = option(None, "longest prompt + output; the model's own limit by default")
     generation_config: str = option(
         "auto",
@@ -175,6 +181,7 @@ class EngineConfig:
             ("load_format", LOAD_FORMATS),
             ("scheduler", tuple(POLICIES)),
             ("dtype", DTYPES),
+            ("quantization", QUANTIZATION),
             ("attention_backend", ATTENTION_BACKENDS),
             ("gemm_backend", GEMM_BACKENDS),
             ("kv_cache_dtype", KV_CACHE_DTYPES),
@@ -198,6 +205,8 @@ class EngineConfig:
                 f"pipeline_parallel must be 1 with speculative {self.speculative}: only a pipeline's last stage knows "
                 f"how far a request has come, got {self.pipeline_parallel}"
             )
+        if self.quantization == "codes" and self.pipeline_parallel > 1:
+            raise ConfigError(f"pipeline_parallel must be 1 with quantization codes, got {self.pipeline_parallel}")
         for policy in POLICIES.values():
             policy.check_options(self)
         if not 0.1 <= self.gpu_memory_utilization <= 1.0:

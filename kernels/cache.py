@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import dynamic_index_in_dim
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -160,7 +161,13 @@ class KVCacheShape:
     def _by_layer(self, pages: jax.Array) -> jax.Array:
         return pages.reshape(self.num_layers, -1, *pages.shape[1:])
 
-    def zeros(self, num_pages: int, mesh: Mesh) -> KVCache[jax.Array]:
-        """The same of no sequences, made on the devices: the host may not have as much memory. Scales are 1."""
-        made = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), self.abstract(num_pages, mesh))
-        return made._replace(scales=jnp.ones_like(made.scales))
+    def zeros(self, num_pages: int, mesh: Mesh, scales: np.ndarray | None = None) -> KVCache[jax.Array]:
+        """The same of no sequences, made on the devices: the host may not have as much memory.
+
+        scales: ``float32[layers, 2]``; 1 by default.
+        """
+        abstract = self.abstract(num_pages, mesh)
+        made = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), abstract)
+        values = np.ones(abstract.scales.shape, np.float32) if scales is None else scales
+        placed = jax.make_array_from_callback(values.shape, abstract.scales.sharding, lambda index: values[index])
+        return made._replace(scales=placed)

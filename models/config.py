@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -176,9 +176,12 @@ class ModelConfig:
         """The number of a layer among those that keep the same of a sequence."""
         return sum(self.is_recurrent(earlier) == self.is_recurrent(layer) for earlier in range(layer))
 
-    def num_recurrent(self, num_layers: int) -> int:
-        """Of the first layers, how many are recurrent."""
-        return sum(map(self.is_recurrent, range(num_layers)))
+    def by_memory(self, layers: Iterable[int]) -> tuple[list[int], list[int]]:
+        """The recurrent ones of some layers, and the others."""
+        found: tuple[list[int], list[int]] = [], []
+        for layer in layers:
+            found[not self.is_recurrent(layer)].append(layer)
+        return found
 
     def layer_window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None

@@ -54,11 +54,5 @@ def read_config(values: Mapping[str, Any], where: str = "config.json") -> ModelC
     if found is None or len(found) != 1:
         raise top.error("architectures", "a list of one name")
     family = family_of(found[0])
-    quantization = top.fields("quantization_config")
-    if quantization.values:
-        method = quantization.text("quant_method", "unknown")
-        raise ModelError(
-            f"{where}: quantization_config: quantization {method!r} is not supported; supported: F32, F16, BF16"
-        )
     inner = top if family.nested is None else top.fields(family.nested)
     return family.read(RawConfig({**inner.values, "architectures": found}, family.defaults, where, inner.prefix))

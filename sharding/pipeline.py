@@ -58,6 +58,10 @@ class Stages:
     def layers(self, slot: int) -> list[int]:
         return [self.layer(stage, slot) for stage in range(self.num_stages)]
 
+    def all_layers(self) -> list[int]:
+        """What the first stage has in its slots, then the second, and so on."""
+        return [self.layer(stage, slot) for stage in range(self.num_stages) for slot in range(self.num_slots)]
+
 
 @dataclass(frozen=True)
 class _Kind:

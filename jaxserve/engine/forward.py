@@ -87,10 +87,10 @@ class Forward(Protocol):
 
     abstract_parameters: dict[str, jax.ShapeDtypeStruct]
     """By path, as they are loaded, in the order in which the programs take them."""
-    num_cache_layers: int
-    """Those with keys and values, of all stages together."""
-    num_recurrent_layers: int
-    """The others."""
+    cache_layers: Sequence[int]
+    """Of which layers the KV cache is, in its order; a pipeline's unused places have a copy of a layer."""
+    recurrent_layers: Sequence[int]
+    """The same of layers that have none (kernels/recurrent.py)."""
 
     def assembled(self, weights: Mapping[str, Weight]) -> Mapping[str, Weight]:
         """How the parameters are assembled, from how the whole model's are."""
@@ -147,8 +147,7 @@ class WholeForward:
         self._skips_padding = skips_padding
         self._graph, self._tree = graph, jax.tree.structure(state)
         self.abstract_parameters = abstract_parameters(state, mesh)
-        self.num_recurrent_layers = config.num_recurrent(config.num_layers)
-        self.num_cache_layers = config.num_layers - self.num_recurrent_layers
+        self.recurrent_layers, self.cache_layers = config.by_memory(range(config.num_layers))
         model = nnx.merge(graph, state)
         model.layers = nnx.List([])
         self._head_graph, head_state = nnx.split(model)
@@ -215,9 +214,7 @@ class StagedForward:
         self._model = StagedModel(graph, state, mesh)
         self._num_stages = mesh.shape["pipe"]
         self.abstract_parameters = self._model.abstract_parameters
-        num_slots = self._model.stages.num_slots  # the same on every stage, and the first one's are the first layers
-        self.num_recurrent_layers = self._num_stages * config.num_recurrent(num_slots)
-        self.num_cache_layers = self._num_stages * num_slots - self.num_recurrent_layers
+        self.recurrent_layers, self.cache_layers = config.by_memory(self._model.stages.all_layers())
 
     def assembled(self, weights: Mapping[str, Weight]) -> Mapping[str, Weight]:
         return self._model.stack(weights)
@@ -250,7 +247,7 @@ class StagedForward:
         # The partitioner divides a stage over the axis ``tensor``, as it divides a model without stages.
         manual = frozenset(axis for axis, size in self._mesh.shape.items() if axis == "pipe" or size == 1)
         divided = cache_specs(pipe="pipe")
-        if self.num_recurrent_layers:
+        if self.recurrent_layers:
             divided = divided._replace(recurrent=recurrent_specs(pipe="pipe"))
         run = jax.shard_map(
             partial(self._run_stage, layout),

@@ -55,6 +55,8 @@ class Kind(IntEnum):
     DRAFT_FORWARD = 7
     PROPOSE = 8
     SUGGEST = 9
+    DRAFT_SWAP_OUT = 10
+    DRAFT_SWAP_IN = 11
 
 
 def prepare(config: EngineConfig) -> tuple[Checkpoint, ResolvedConfig]:
@@ -98,10 +100,10 @@ class ModelRunner:
                 raise ConfigError(f"draft_model must have no recurrent layers, got {config.draft_model!r}")
             least = dataclasses.replace(config, num_blocks=1 + config.blocks_per_seq)
             beside = StepPrograms(least, draft_checkpoint.config, mesh)
-        self._programs = programs = StepPrograms(config, checkpoint.config, mesh, beside=beside)
+        plan_codes = checkpoint.planned_codes if config.quantization == "codes" else None
+        self._programs = programs = StepPrograms(config, checkpoint.config, mesh, beside=beside, plan_codes=plan_codes)
         self.model_config = programs.model_config
-        weights = programs.weights()
-        checkpoint.check(programs.abstract_parameters, weights)
+        programs.check(checkpoint)
         self._layouts, self.buckets, self.edits = programs.layouts, list(programs.layouts), programs.edits
         self.num_blocks, self.skips_padding = programs.num_blocks, programs.skips_padding
         self.config = dataclasses.replace(config, num_blocks=self.num_blocks)
@@ -120,14 +122,16 @@ class ModelRunner:
         if self.draft is not None:
             common |= {(Kind.DRAFT_FORWARD, rows): partial(self.draft.lower_forward, rows) for rows in self.buckets}
             common[Kind.PROPOSE, 0] = self.draft.lower_propose
+            if config.swap_space_bytes:
+                common[Kind.DRAFT_SWAP_OUT, 0] = self.draft.lower_swap_out
+                common[Kind.DRAFT_SWAP_IN, 0] = self.draft.lower_swap_in
         self._rare, self._compiled = rare, CompiledPrograms(common | rare)
         ahead = [*common, *(rare if programs.uses_graphs else ())] if config.warmup else []
 
         def load() -> list[Parameter]:
             if self.draft is not None:
                 self.draft.load()
-            loaded = checkpoint.load(programs.abstract_parameters, weights)
-            return jax.block_until_ready(programs.take(loaded))
+            return programs.load(checkpoint)
 
         def load_and_compile() -> None:
             with ThreadPoolExecutor(max_workers=1) as pool:
@@ -141,10 +145,12 @@ class ModelRunner:
 
         _, self.loading_seconds = timed(load_and_compile)
         self._outside = programs.forward.outside(self._parameters)
-        self._state, self._sequences = programs.new_state(), programs.new_sequences()
+        self._state, self._sequences = programs.new_state(checkpoint.kv_scales), programs.new_sequences()
         self._swapped = SwappedBlocks(programs.abstract_block)
         self.block_bytes = programs.kv_cache.block_bytes
-        """Of a block of the KV cache, on all devices of the mesh together."""
+        """Of a block of the KV cache, that of a draft model included, on all devices of the mesh together."""
+        if self.draft is not None:
+            self.block_bytes += self.draft.block_bytes
         self._drawn: Drawn
         """By the last forward pass."""
         smallest = self._layouts[self.buckets[0]]
@@ -274,6 +280,8 @@ class ModelRunner:
             if not array.is_deleted():
                 array.block_until_ready().delete()
         self._swapped.clear()
+        if self.draft is not None:
+            self.draft.close()
         self._compiled.close()
 
     def _forward(self, rows: int, ints: np.ndarray) -> jax.Array:
@@ -315,20 +323,23 @@ class ModelRunner:
         self._sequences = self._compiled[Kind.ADMIT, size](self._sequences, self._put(admission))
 
     def _swap_out(self, size: int, copies: np.ndarray) -> None:
-        """copies: ``int32[n, 2]``, blocks and places."""
-        numbers, places = copies.reshape(-1, 2).T
-        program = self._compiled[Kind.SWAP_OUT, size]
-        self._swapped.keep(places.tolist(), program(self._state.cache, self._put_numbers(numbers)))
+        numbers, places = self._blocks_of(copies)
+        self._swapped.keep(places, self._compiled[Kind.SWAP_OUT, size](self._state.cache, numbers))
+        if self.draft is not None:
+            self.draft.swap_out(self._compiled[Kind.DRAFT_SWAP_OUT, size], numbers, places)
 
     def _swap_in(self, size: int, copies: np.ndarray) -> None:
-        numbers, places = copies.reshape(-1, 2).T
-        blocks = self._swapped.fetch(places.tolist(), SWAP_BLOCKS)
-        cache = self._compiled[Kind.SWAP_IN, size](self._state.cache, self._put_numbers(numbers), blocks)
+        numbers, places = self._blocks_of(copies)
+        blocks = self._swapped.fetch(places, SWAP_BLOCKS)
+        cache = self._compiled[Kind.SWAP_IN, size](self._state.cache, numbers, blocks)
         self._state = self._state._replace(cache=cache)
+        if self.draft is not None:
+            self.draft.swap_in(self._compiled[Kind.DRAFT_SWAP_IN, size], numbers, places)
 
-    def _put_numbers(self, numbers: np.ndarray) -> jax.Array:
-        """Of blocks, and of the dummy one for those that are missing."""
-        return self._put(np.pad(numbers, (0, SWAP_BLOCKS - len(numbers))))
+    def _blocks_of(self, copies: np.ndarray) -> tuple[jax.Array, list[int]]:
+        """Numbers of blocks, that of the dummy one for those that are missing, and places. copies: ``int32[n, 2]``"""
+        numbers, places = copies.reshape(-1, 2).T
+        return self._put(np.pad(numbers, (0, SWAP_BLOCKS - len(numbers)))), places.tolist()
 
     def _score(self, rows: int, targets: np.ndarray) -> TokenLogprobs[jax.Array]:
         return self._compiled[Kind.SCORE, rows](self._outside, self._drawn.hidden, self._put(targets))

@@ -77,14 +77,18 @@ def names() -> list[str]:
     return sorted(folders) + sorted(path.stem for path in (FOLDER / "gguf").glob("*.gguf"))
 
 
-def load(path: Path, max_len: int, tensor: int = 1) -> Decoder:
+def load(path: Path, max_len: int, tensor: int = 1, codes: bool = False) -> Decoder:
+    """codes: with quantised matrices as such."""
     checkpoint = open_checkpoint(str(path))
     family = family_of(checkpoint.config.architecture)
     graph, state = abstract_model(family.model, checkpoint.config, max_len=max_len, dtype=jnp.dtype("float32"))
-    abstract = abstract_parameters(state, make_mesh(tensor))
-    loaded = checkpoint.load(abstract, family.weights(checkpoint.config))
-    parameters = taken({name: loaded[name] for name in abstract}, layouts_of(state), DenseMatrix)
-    return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), parameters))
+    abstract, weights = abstract_parameters(state, make_mesh(tensor)), family.weights(checkpoint.config)
+    layouts = layouts_of(state)
+    planned = checkpoint.planned_codes(abstract, weights, layouts) if codes else {}
+    dense = {name: spec for name, spec in abstract.items() if name not in planned}
+    parameters = taken(checkpoint.load(dense, weights), layouts, DenseMatrix)
+    parameters |= checkpoint.load_codes(planned, weights) if planned else {}
+    return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), [parameters[name] for name in abstract]))
 
 
 # Compiling is most of what a golden costs.
@@ -106,11 +110,10 @@ def _run(
 def paged_logits(model: Decoder, token_ids: list[int], chunk_sizes: Sequence[int]) -> np.ndarray:
     """``float32[len(token_ids), vocab]`` of a sequence computed in chunks of the given sizes."""
     config = model.config
-    dtype, num_recurrent = jnp.dtype("float32"), config.num_recurrent(config.num_layers)
-    recurrent = recurrent_shape(config, num_recurrent, 3, dtype)
-    shape = KVCacheShape(
-        config.num_layers - num_recurrent, config.num_kv_heads, config.head_dim, PAGE_SIZE, dtype, recurrent
-    )
+    dtype = jnp.dtype("float32")
+    recurrent, others = config.by_memory(range(config.num_layers))
+    kept = recurrent_shape(config, len(recurrent), 3, dtype)
+    shape = KVCacheShape(len(others), config.num_kv_heads, config.head_dim, PAGE_SIZE, dtype, kept)
     # Placed like the weights: otherwise the first step would be compiled for itself.
     cache = jax.device_put(shape.zeros(NUM_PAGES, make_mesh()), jax.devices()[0])
     blocks = BlockManager(NUM_PAGES, PAGE_SIZE, 3, max(len(token_ids), 17))
