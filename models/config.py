@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -176,7 +176,7 @@ class ModelConfig:
         """The number of a layer among those that keep the same of a sequence."""
         return sum(self.is_recurrent(earlier) == self.is_recurrent(layer) for earlier in range(layer))
 
-    def by_memory(self, layers: Iterable[int]) -> tuple[list[int], list[int]]:
+    def by_memory(self, layers: Iterable[int]) -> tuple[Sequence[int], Sequence[int]]:
         """The recurrent ones of some layers, and the others."""
         found: tuple[list[int], list[int]] = [], []
         for layer in layers:
