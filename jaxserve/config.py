@@ -21,9 +21,10 @@ from jaxserve.scheduler.speculation import most_step_drafts
 ATTENTION_BACKENDS = ("auto", "xla", "native", "triton", "pod", "mosaic")
 KV_CACHE_DTYPES = ("auto", "fp8_e4m3")
 GEMM_BACKENDS = ("auto", "no_split_k", "cublaslt")
+QUANTIZATION = ("none", "codes")
 GENERATION_CONFIGS = ("auto", "none")
 LOAD_FORMATS = ("auto", "dummy")
-SPECULATIVE = ("off", "ngram", "draft")
+SPECULATIVE = ("off", "ngram", "suffix", "draft")
 AUTO_TOKEN_BUDGET = 2048
 """The largest that token_budget auto tries: the paper's budget under relaxed objectives."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -72,6 +73,11 @@ class EngineConfig:
     tokenizer: str | None = option(None, "folder or hub id of the tokenizer; the model's own by default")
     chat_template: str | None = option(None, "file of a chat template (Jinja) in place of the tokenizer's own")
     dtype: str = option("auto", "weights and activations; auto: float32 on CPUs, bfloat16 on GPUs", DTYPES)
+    quantization: str = option(
+        "none",
+        "quantised weights in memory; none: as dtype, codes: as they are stored, which takes less memory and is slower",
+        QUANTIZATION,
+    )
     max_model_len: int | None = option(None, "longest prompt + output; the model's own limit by default")
     generation_config: str = option(
         "auto",
@@ -129,10 +135,14 @@ class EngineConfig:
     speculative: str = option(
         "off",
         "guess the next tokens and verify them in rows that a step has free, which changes no output; ngram: what "
-        "followed the last tokens before; draft: what draft_model draws",
+        "followed the last tokens before; suffix: the same, also in the outputs of other requests; draft: what "
+        "draft_model draws",
         SPECULATIVE,
     )
     num_speculative_tokens: int = option(7, "most guesses of one sequence in a step")
+    suffix_decoding_max_cached_tokens: int = option(
+        100_000, "of outputs that speculative suffix keeps in the host's memory, some 500 bytes each"
+    )
     draft_model: str | None = option(None, "as model, a smaller one with its vocabulary, which speculative draft needs")
     tensor_parallel: int = option(1, "devices that share every layer: heads, MLPs and the vocabulary are divided")
     pipeline_parallel: int = option(
@@ -150,7 +160,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in (
             "max_model_len", "token_budget", "max_num_seqs", "tensor_parallel", "pipeline_parallel", "block_size",
-            "num_blocks", "num_speculative_tokens",
+            "num_blocks", "num_speculative_tokens", "suffix_decoding_max_cached_tokens",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is None or (name == "token_budget" and value == "auto"):
@@ -171,6 +181,7 @@ class EngineConfig:
             ("load_format", LOAD_FORMATS),
             ("scheduler", tuple(POLICIES)),
             ("dtype", DTYPES),
+            ("quantization", QUANTIZATION),
             ("attention_backend", ATTENTION_BACKENDS),
             ("gemm_backend", GEMM_BACKENDS),
             ("kv_cache_dtype", KV_CACHE_DTYPES),
@@ -194,6 +205,8 @@ class EngineConfig:
                 f"pipeline_parallel must be 1 with speculative {self.speculative}: only a pipeline's last stage knows "
                 f"how far a request has come, got {self.pipeline_parallel}"
             )
+        if self.quantization == "codes" and self.pipeline_parallel > 1:
+            raise ConfigError(f"pipeline_parallel must be 1 with quantization codes, got {self.pipeline_parallel}")
         for policy in POLICIES.values():
             policy.check_options(self)
         if not 0.1 <= self.gpu_memory_utilization <= 1.0:

@@ -122,6 +122,12 @@ class Matcher:
         self._matcher, self._eos_token_ids = matcher, eos_token_ids
         self._has_ended = False
 
+    def copy(self) -> Matcher:
+        """For a look ahead: what is done to either does not change the other."""
+        copied = Matcher(self._matcher.deep_copy(), self._eos_token_ids)
+        copied._has_ended = self._has_ended
+        return copied
+
     def fill(self, mask: np.ndarray) -> None:
         """Write which tokens may come next: int32[ceil(vocab_size / 32)], contiguous, a bit for each id, the lowest
         first. Raises RequestError where the grammar takes more work for it than it may.

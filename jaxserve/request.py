@@ -8,6 +8,7 @@ from enum import StrEnum
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+from jaxserve.drafting import Acceptance, Suggestion
 from jaxserve.html_view import table_of
 from jaxserve.sampling_params import SamplingParams
 
@@ -106,32 +107,6 @@ class RequestMetrics:
         return self.first_scheduled_seconds - self.arrival_seconds
 
 
-@dataclass(slots=True)
-class Acceptance:
-    """How likely a request's next draft is to hold, by the latest of them."""
-
-    num_held: float = 0.0
-    num_tried: float = 0.0
-    """Drafts that held, and these with those that were the first not to: each step's count less than the next one's."""
-
-    @property
-    def rate(self) -> float:
-        """Half, while nothing is known."""
-        return (self.num_held + 0.5) / (self.num_tried + 1.0)
-
-    def note(self, num_drafts: int, num_held: int) -> None:
-        """What became of a step's drafts; none tell nothing."""
-        if num_drafts:
-            self.fade(0.8)
-            self.num_held += num_held
-            self.num_tried += num_held + (num_held < num_drafts)
-
-    def fade(self, factor: float = 0.9) -> None:
-        """Know less: a text changes, so who gets no drafts is tried again some time."""
-        self.num_held *= factor
-        self.num_tried *= factor
-
-
 @dataclass(eq=False, slots=True)
 class Request:
     """One request inside the engine.
@@ -159,6 +134,8 @@ class Request:
     num_unverified_tokens: int = 0
     """Drafts in steps that the host has not read: so many tokens more there may be, with their keys and values."""
     acceptance: Acceptance = field(default_factory=Acceptance)
+    suggestion: Suggestion | None = None
+    """None where the device alone guesses what comes next, if anyone does."""
     num_unsampled_tokens: int = 0
     """Of a pipeline: the pending ones whose step has not left the last stage, so that not even the device has them."""
     num_computed_tokens: int = 0
@@ -210,9 +187,18 @@ class Request:
 
     @property
     def may_draft(self) -> bool:
-        """Whether its tokens may be guessed: not while what is allowed depends on tokens that the host has to read."""
+        """Whether its tokens may be guessed: by the host alone where what is allowed depends on the tokens before."""
         params = self.params
-        return not params.masks_by_tokens and self.num_tokens - self.num_prompt_tokens >= params.min_tokens
+        known = self.suggestion is not None or not params.masks_by_tokens
+        return known and self.num_tokens - self.num_prompt_tokens >= params.min_tokens
+
+    @property
+    def suggested_token_ids(self) -> Sequence[int]:
+        """What the host suggests behind the tokens that it knows by now."""
+        if self.suggestion is None:
+            return ()
+        start = self.suggestion.start
+        return self.suggestion.left_after(self.known_token_ids(start, self.num_known_tokens))
 
     def known_token_ids(self, start: int, stop: int) -> list[int]:
         """Tokens ``[start, stop)`` as far as the host knows them: a pending one is missing at the end."""

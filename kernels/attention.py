@@ -41,7 +41,8 @@ def rotate_and_write(
     """
     specs = HEADS, REPLICATED, CACHE, REPLICATED, REPLICATED
     write = _per_shard(inputs.backend.rotate_and_write, inputs.mesh, specs, (HEADS, CACHE))
-    return write(qkv, rotation, cache, inputs, layer)
+    q, written = write(qkv, rotation, cache._replace(recurrent=None), inputs, layer)
+    return q, written._replace(recurrent=cache.recurrent)
 
 
 def paged_attention(
@@ -68,4 +69,4 @@ def paged_attention(
     """
     attend = partial(inputs.backend.attend, scale=scale, reach=Reach(window, chunk), softcap=softcap)
     specs = HEADS, CACHE, REPLICATED, REPLICATED, SINKS
-    return _per_shard(attend, inputs.mesh, specs, HEADS)(q, cache, inputs, layer, sinks)
+    return _per_shard(attend, inputs.mesh, specs, HEADS)(q, cache._replace(recurrent=None), inputs, layer, sinks)

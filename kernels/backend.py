@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxserve.kernels.cache import KVCache
 from jaxserve.kernels.plan import Tiling
 from jaxserve.kernels.reach import Reach
+from jaxserve.kernels.recurrent import RuleRows, Segments, run_rows
 
 if TYPE_CHECKING:  # a step's inputs say which backend they are cut for
     from jaxserve.kernels.inputs import AttentionInputs, Rotation
@@ -84,6 +85,12 @@ class Backend(ABC):
         self, qkv: jax.Array, rotation: Rotation, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array
     ) -> tuple[jax.Array, KVCache[jax.Array]]:
         """See kernels.attention.rotate_and_write."""
+
+    def recur(
+        self, rows: RuleRows, memory: jax.Array, segments: Segments, layer: jax.Array, corrects: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """See kernels.recurrent.RunRows."""
+        return run_rows(rows, memory, segments, layer, corrects)
 
     @abstractmethod
     def attend(

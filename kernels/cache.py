@@ -1,4 +1,4 @@
-"""The paged KV cache: its shape, type and bytes, how it lies on a mesh, and how it begins."""
+"""What the devices keep of sequences: its shape, type and bytes, how it lies on a mesh, and how it begins."""
 
 from __future__ import annotations
 
@@ -9,8 +9,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import dynamic_index_in_dim
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+class RecurrentState[Array](NamedTuple):
+    """Of the layers whose memory of a sequence does not grow, by layer and sequence slot (kernels/recurrent.py)."""
+
+    inputs: Array
+    """``[layers, S, key_heads, channels, conv_width - 1]``: the convolution's last inputs, oldest first."""
+    memory: Array
+    """``float32[layers, S, key_heads, values_per_key, key_dim, value_dim]``"""
 
 
 class KVCache[Array](NamedTuple):
@@ -25,6 +35,8 @@ class KVCache[Array](NamedTuple):
     scales: Array
     """``float32[layers, 2]``: what a layer's stored keys and values stand for is so many times as large. Read where
     ``is_quantised``."""
+    recurrent: RecurrentState[Array] | None = None
+    """Of the other layers, where a model has layers that have no keys and values."""
 
 
 def is_quantised(stored: jnp.dtype) -> bool:
@@ -38,9 +50,48 @@ def stored_dtype(kv_cache_dtype: str, dtype: jnp.dtype) -> jnp.dtype:
 
 
 def cache_specs(*, pipe: str | None = None, tensor: str | None = None) -> KVCache[PartitionSpec]:
-    """How a cache is divided: layers over the mesh axis ``pipe``, KV heads over ``tensor``."""
+    """How pages are divided: layers over the mesh axis ``pipe``, KV heads over ``tensor``."""
     pages = PartitionSpec(pipe, None, tensor)
     return KVCache(k=pages, v=pages, scales=PartitionSpec(pipe))
+
+
+def recurrent_specs(*, pipe: str | None = None, tensor: str | None = None) -> RecurrentState[PartitionSpec]:
+    """The same of what is in no page: layers and key heads."""
+    state = PartitionSpec(pipe, None, tensor)
+    return RecurrentState(state, state)
+
+
+@dataclass(frozen=True)
+class RecurrentShape:
+    """What a layer keeps of a sequence; all numbers are those of all devices together."""
+
+    num_layers: int
+    num_slots: int
+    num_key_heads: int
+    values_per_key: int
+    """Value heads that share a key head."""
+    key_dim: int
+    value_dim: int
+    conv_width: int
+    dtype: jnp.dtype
+    """Of the convolution's inputs."""
+
+    @property
+    def num_channels(self) -> int:
+        """Of a key head: query, key and values."""
+        return 2 * self.key_dim + self.values_per_key * self.value_dim
+
+    def abstract(self, mesh: Mesh) -> RecurrentState[jax.ShapeDtypeStruct]:
+        """The state, divided over ``mesh`` as the cache is."""
+        pipe = "pipe" if mesh.shape["pipe"] > 1 else None
+        sharding = NamedSharding(mesh, recurrent_specs(pipe=pipe, tensor="tensor").memory)
+        lead = self.num_layers, self.num_slots, self.num_key_heads
+        inputs = (*lead, self.num_channels, self.conv_width - 1)
+        memory = (*lead, self.values_per_key, self.key_dim, self.value_dim)
+        return RecurrentState(
+            jax.ShapeDtypeStruct(inputs, self.dtype, sharding=sharding),
+            jax.ShapeDtypeStruct(memory, jnp.float32, sharding=sharding),
+        )
 
 
 @dataclass(frozen=True)
@@ -53,6 +104,7 @@ class KVCacheShape:
     page_size: int
     dtype: jnp.dtype
     """As stored."""
+    recurrent: RecurrentShape | None = None
 
     @property
     def block_bytes(self) -> int:
@@ -69,13 +121,19 @@ class KVCacheShape:
         A stage has the pages of its own layers, as if there were no others.
         """
         pipe = "pipe" if mesh.shape["pipe"] > 1 else None
-        k, v, scales = (NamedSharding(mesh, spec) for spec in cache_specs(pipe=pipe, tensor="tensor"))
+        specs = cache_specs(pipe=pipe, tensor="tensor")
+        k, v, scales = (NamedSharding(mesh, spec) for spec in (specs.k, specs.v, specs.scales))
         shape = self.pages_shape(num_pages)
         return KVCache(
             k=jax.ShapeDtypeStruct(shape, self.dtype, sharding=k),
             v=jax.ShapeDtypeStruct(shape, self.dtype, sharding=v),
             scales=jax.ShapeDtypeStruct((self.num_layers, 2), jnp.float32, sharding=scales),
+            recurrent=None if self.recurrent is None else self.recurrent.abstract(mesh),
         )
+
+    def besides_pages(self, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
+        """What takes memory whatever the number of pages."""
+        return [] if self.recurrent is None else list(self.recurrent.abstract(mesh))
 
     def abstract_block(self, mesh: Mesh) -> jax.ShapeDtypeStruct:
         """Of a block by itself, ``[2, layers, page_size, kv_heads, head_dim]``: keys, then values."""
@@ -103,11 +161,13 @@ class KVCacheShape:
     def _by_layer(self, pages: jax.Array) -> jax.Array:
         return pages.reshape(self.num_layers, -1, *pages.shape[1:])
 
-    def zeros(self, num_pages: int, mesh: Mesh) -> KVCache[jax.Array]:
-        """The same without keys and values, made on the devices: the host may not have as much memory. Scales are 1."""
-        k, v, scales = self.abstract(num_pages, mesh)
-        return KVCache(
-            k=jnp.zeros(k.shape, k.dtype, device=k.sharding),
-            v=jnp.zeros(v.shape, v.dtype, device=v.sharding),
-            scales=jnp.ones(scales.shape, scales.dtype, device=scales.sharding),
-        )
+    def zeros(self, num_pages: int, mesh: Mesh, scales: np.ndarray | None = None) -> KVCache[jax.Array]:
+        """The same of no sequences, made on the devices: the host may not have as much memory.
+
+        scales: ``float32[layers, 2]``; 1 by default.
+        """
+        abstract = self.abstract(num_pages, mesh)
+        made = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), abstract)
+        values = np.ones(abstract.scales.shape, np.float32) if scales is None else scales
+        placed = jax.make_array_from_callback(values.shape, abstract.scales.sharding, lambda index: values[index])
+        return made._replace(scales=placed)

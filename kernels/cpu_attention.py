@@ -16,6 +16,7 @@ from jaxserve.kernels.backend import AttentionShape, Backend, Target
 from jaxserve.kernels.cache import KVCache
 from jaxserve.kernels.inputs import AttentionInputs, Rotation
 from jaxserve.kernels.reach import Reach
+from jaxserve.kernels.recurrent import RuleRows, Segments
 
 NO_WINDOW = np.iinfo(np.int32).max
 """A window that every position lies in."""
@@ -52,6 +53,17 @@ class Native(Backend):
         call = jax.ffi.ffi_call(native.ROTATE_AND_WRITE, shapes, input_output_aliases={3: 1, 4: 2})
         q, k, v = call(qkv, cos, sin, cache.k, cache.v, inputs.slots, first_page.reshape(1))
         return q, cache._replace(k=k, v=v)
+
+    def recur(
+        self, rows: RuleRows, memory: jax.Array, segments: Segments, layer: jax.Array, corrects: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """See kernels.recurrent.RunRows; cpu_recurrent.cc."""
+        made = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (rows.value, memory)]
+        call = jax.ffi.ffi_call(native.RECUR, made, input_output_aliases={5: 1})
+        out, memory = call(
+            *rows, memory, segments.slots, segments.is_first, layer.reshape(1), corrects=np.bool_(corrects)
+        )
+        return out, memory
 
     def attend(
         self,

@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxserve.kernels.backend import Backend
 from jaxserve.kernels.plan import AttentionPlan, PlanLimits
+from jaxserve.kernels.recurrent import Segments
 
 Rotation = tuple[jax.Array, jax.Array] | None
 """cos and sin ``float32[T, rotated dims / 2]`` of the rows' positions; None for models without rotary embeddings."""
@@ -30,3 +31,5 @@ class AttentionInputs:
     backend: Backend = field(metadata={"static": True})
     mesh: Mesh | AbstractMesh | None = field(metadata={"static": True})
     """Its axis ``tensor`` divides the heads; None: there is one device."""
+    segments: Segments | None = None
+    """The rows as layers take them whose memory of a sequence does not grow, where there are any."""

@@ -25,12 +25,13 @@ logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 HEADER = "cpu_common.h"
-SOURCES = "cpu_attention.cc", "cpu_gemm.cc", "cpu_rotate.cc"
-ATTENTION, PACK, MULTIPLY, ROTATE_AND_WRITE = TARGETS = (
+SOURCES = "cpu_attention.cc", "cpu_gemm.cc", "cpu_recurrent.cc", "cpu_rotate.cc"
+ATTENTION, PACK, MULTIPLY, ROTATE_AND_WRITE, RECUR = TARGETS = (
     "jaxserve_paged_attention",
     "jaxserve_pack",
     "jaxserve_multiply",
     "jaxserve_rotate_and_write",
+    "jaxserve_recur",
 )
 COMPILERS = ("c++", "g++", "clang++")
 # Sums keep their order, so that they do not depend on the number of rows; ISO mode alone would not fuse them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,6 +116,43 @@ class Experts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recurrent:
+    """Layers whose memory of a sequence does not grow, in place of attention (kernels/recurrent.py)."""
+
+    kind: str
+    """One of models/hybrid.py's."""
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_width: int
+    layers: tuple[int, ...]
+    conv_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_value_heads % self.num_key_heads:
+            raise ModelError(
+                f"value heads of recurrent layers must be a multiple of their key heads, got {self.num_value_heads} "
+                f"and {self.num_key_heads}"
+            )
+
+    @property
+    def values_per_key(self) -> int:
+        """Value heads that share a key head."""
+        return self.num_value_heads // self.num_key_heads
+
+    @property
+    def value_rows(self) -> int:
+        """Of a key head, the width of all its values."""
+        return self.values_per_key * self.value_dim
+
+    @property
+    def num_channels(self) -> int:
+        """Of a key head, what goes through the convolution: query, key and values."""
+        return 2 * self.key_dim + self.value_rows
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Dimensions and kinds of a decoder-only transformer; names follow Hugging Face's config.json where it has one."""
 
@@ -160,6 +197,9 @@ class ModelConfig:
     attention_softcap: float | None = None
     attention_sinks: bool = False
     """Every head has the score of a key without a value that all queries see (kernels/attention.py)."""
+    attention_gate: bool = False
+    """Whether what a head reads is multiplied by the sigmoid of a projection of its own."""
+    recurrent: Recurrent | None = None
     logits_softcap: float | None = None
     logits_scale: float = 1.0
     head_bias: bool = False
@@ -217,6 +257,21 @@ class ModelConfig:
         """The widest attention window when every layer has one, else None: keys further back are never read again."""
         found = [window for window in self.windows if window is not None]
         return max(found) if found and len(found) == self.num_layers else None
+
+    def is_recurrent(self, layer: int) -> bool:
+        """Whether a layer's memory of a sequence is a state, and not keys and values."""
+        return self.recurrent is not None and layer in self.recurrent.layers
+
+    def cache_layer(self, layer: int) -> int:
+        """The number of a layer among those that keep the same of a sequence."""
+        return sum(self.is_recurrent(earlier) == self.is_recurrent(layer) for earlier in range(layer))
+
+    def by_memory(self, layers: Iterable[int]) -> tuple[Sequence[int], Sequence[int]]:
+        """The recurrent ones of some layers, and the others."""
+        found: tuple[list[int], list[int]] = [], []
+        for layer in layers:
+            found[not self.is_recurrent(layer)].append(layer)
+        return found
 
     def layer_window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None

@@ -31,11 +31,15 @@ class DecoderLayer(nnx.Module):
         before, after = config.norm_places != "after", config.norm_places != "before"
         self.residual_scale = config.residual_scale
         self.attention_norm = make_norm(config, dtype) if before else None
-        self.attention = Attention(config, layer, dtype, rngs)
+        self.attention = self.make_attention(config, layer, dtype, rngs)
         self.attention_post_norm = make_norm(config, dtype) if after else None
         self.mlp_norm = make_norm(config, dtype) if before else None
         self.mlp = make_mlp(config, layer, dtype, rngs)
         self.mlp_post_norm = make_norm(config, dtype) if after else None
+
+    def make_attention(self, config: ModelConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
+        """What mixes the rows of layer number ``layer``, called as Attention is."""
+        return Attention(config, layer, dtype, rngs)
 
     def __call__(
         self,
@@ -107,7 +111,7 @@ class Decoder(nnx.Module):
         # Unrolled: a scan would copy each layer's weights and, on GPUs, break the CUDA graph. Traced once all the same:
         # layers of one structure reuse the first one's trace, and XLA inlines the calls.
         for index, layer in enumerate(self.layers):
-            x, cache = run_layer(layer, x, rows, taken, cache, inputs, jnp.int32(index))
+            x, cache = run_layer(layer, x, rows, taken, cache, inputs, jnp.int32(self.config.cache_layer(index)))
         return self.norm(x), cache
 
     def embed(self, token_ids: jax.Array, positions: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from jaxserve.errors import ModelError
@@ -95,6 +95,13 @@ class Fields:
         if value is not None and not isinstance(value, str):
             raise self.error(key, "a string")
         return value
+
+    def choice(self, key: str, supported: Sequence[str], default: str | None = None) -> str:
+        """A string that is one of ``supported``, whatever its case."""
+        found = self.text(key, default)
+        if found is None or found.lower() not in supported:
+            raise self.error(key, f"one of {', '.join(supported)}")
+        return found.lower()
 
     def texts(self, key: str) -> list[str] | None:
         """A list of strings, or None where the key is missing or null."""

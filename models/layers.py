@@ -83,6 +83,13 @@ class Attention(nnx.Module):
         )
         self.out_bias = parameter((hidden,), ("embed",), dtype, rngs) if config.out_bias else None
         self.sinks = parameter((kv, group), ("kv_heads", None), dtype, rngs) if config.attention_sinks else None
+        self.gate = (
+            matrix(
+                (kv, group, dim, hidden), ("kv_heads", None, None, "embed"), dtype, rngs, MatrixLayout(num_outputs=3)
+            )
+            if config.attention_gate
+            else None
+        )
         self.q_norm, self.k_norm = make_head_norms(config, layer, dtype)
 
     def __call__(
@@ -114,8 +121,10 @@ class Attention(nnx.Module):
             scale=c.attention_scale or c.head_dim**-0.5, window=self.window, softcap=c.attention_softcap,
             chunk=c.chunk_tokens if self.rotates else None,
             sinks=None if self.sinks is None else self.sinks[...].reshape(-1).astype(jnp.float32),
-        )  # fmt: skip
-        y = self.out.get_value().multiply(attended.reshape(len(x), -1), rows)
+        ).reshape(len(x), -1)  # fmt: skip
+        if self.gate is not None:
+            attended = attended * jax.nn.sigmoid(self.gate.get_value().multiply(x, rows))
+        y = self.out.get_value().multiply(attended, rows)
         return (y if self.out_bias is None else y + self.out_bias[...]), cache
 
     def _rotation(self, positions: Positions) -> Rotation:

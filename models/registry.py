@@ -17,6 +17,7 @@ from jaxserve.models.glm import GLM4, GLM4_MOE
 from jaxserve.models.gpt2 import GPT2
 from jaxserve.models.gpt_oss import GPT_OSS
 from jaxserve.models.granite import GRANITE
+from jaxserve.models.granite_hybrid import GRANITE_HYBRID
 from jaxserve.models.hf_config import RawConfig
 from jaxserve.models.internlm import INTERNLM, INTERNLM2
 from jaxserve.models.llama import LLAMA, MISTRAL
@@ -26,6 +27,7 @@ from jaxserve.models.mixtral import MIXTRAL, PHIMOE
 from jaxserve.models.olmo import EXAONE4, OLMO2, OLMO3
 from jaxserve.models.phi3 import PHI3
 from jaxserve.models.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from jaxserve.models.qwen_hybrid import QWEN3_5
 from jaxserve.models.seed_oss import SEED_OSS
 from jaxserve.models.smollm3 import SMOLLM3
 
@@ -44,6 +46,7 @@ FAMILIES: dict[str, Family] = {
     "Glm4ForCausalLM": GLM4,
     "Glm4MoeForCausalLM": GLM4_MOE,
     "GraniteForCausalLM": GRANITE,
+    "GraniteMoeHybridForCausalLM": GRANITE_HYBRID,
     "SeedOssForCausalLM": SEED_OSS,
     "Cohere2ForCausalLM": COHERE2,
     "InternLMForCausalLM": INTERNLM,
@@ -52,6 +55,7 @@ FAMILIES: dict[str, Family] = {
     "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Qwen3ForCausalLM": QWEN3,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
+    "Qwen3_5ForCausalLM": QWEN3_5,
     "FalconForCausalLM": FALCON,
     "GemmaForCausalLM": GEMMA,
     "Gemma2ForCausalLM": GEMMA2,
@@ -64,9 +68,6 @@ FAMILIES: dict[str, Family] = {
     "GPT2LMHeadModel": GPT2,
 }
 
-QUANTIZATIONS = ("mxfp4",)
-"""Of config.json's ``quant_method``, those that models/loading decodes."""
-
 
 def family_of(architecture: str) -> Family:
     """What serves ``architecture``; ModelError names the one with the nearest name and lists all."""
@@ -78,12 +79,6 @@ def family_of(architecture: str) -> Family:
     return FAMILIES[architecture]
 
 
-def quantization_of(config: Fields) -> str | None:
-    """What a config.json says of its weights, None where they are floats. Raises ModelError."""
-    quantization = config.fields("quantization_config")
-    return quantization.text("quant_method", "unknown") if quantization.values else None
-
-
 def read_config(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     """The object of a config.json as ModelConfig. Raises ModelError, naming the key."""
     top = Fields(values, where)
@@ -91,10 +86,5 @@ def read_config(values: Mapping[str, Any], where: str = "config.json") -> ModelC
     if found is None or len(found) != 1:
         raise top.error("architectures", "a list of one name")
     family = family_of(found[0])
-    if (method := quantization_of(top)) not in (None, *QUANTIZATIONS):
-        raise ModelError(
-            f"{where}: quantization_config: quantization {method!r} is not supported; supported: F32, F16, BF16, "
-            + ", ".join(QUANTIZATIONS)
-        )
     inner = top if family.nested is None else top.fields(family.nested)
     return family.read(RawConfig({**inner.values, "architectures": found}, family.defaults, where, inner.prefix))

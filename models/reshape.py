@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -54,9 +54,26 @@ def head_norm_weights(config: ModelConfig, ours: str, theirs: str) -> dict[str, 
 
 
 def separate_qkv(config: ModelConfig, prefix: str, kind: str = "weight") -> Weight:
-    """Attention.qkv, or its bias, from ``{prefix}.q_proj``, ``k_proj`` and ``v_proj``."""
-    names = (f"{prefix}.{part}_proj.{kind}" for part in "qkv")
-    return _qkv(config, *((name, unchanged) for name in names))
+    """Attention.qkv, or its bias, from ``{prefix}.q_proj``, ``k_proj`` and ``v_proj``.
+
+    Where attention has a gate, q_proj has of each head its query and then its gate."""
+    q_rows = partial(_query_or_gate, config, 0) if config.attention_gate else unchanged
+    q, k, v = (f"{prefix}.{part}_proj.{kind}" for part in "qkv")
+    return _qkv(config, (q, q_rows), (k, unchanged), (v, unchanged))
+
+
+def query_gate(config: ModelConfig, name: str) -> Weight:
+    """Attention.gate from a q_proj."""
+
+    def gates(tensor: np.ndarray) -> np.ndarray:
+        heads = _by_head(config.num_heads, config.head_dim, _query_or_gate(config, 1, tensor))
+        return _grouped(config.num_held_kv_heads, heads)
+
+    return whole(name, gates)
+
+
+def _query_or_gate(config: ModelConfig, which: int, tensor: np.ndarray) -> np.ndarray:
+    return tensor.reshape(config.num_heads, 2, config.head_dim, *tensor.shape[1:])[:, which]
 
 
 def consecutive_qkv(config: ModelConfig, name: str, outputs_last: bool = False) -> Weight:
@@ -140,8 +157,32 @@ def by_kv_head(config: ModelConfig, tensor: np.ndarray) -> np.ndarray:
 
 
 def _by_head(num_heads: int, head_dim: int, rows: np.ndarray) -> np.ndarray:
-    return rows.reshape(num_heads, head_dim, *rows.shape[1:])
+    """Of rows, or of what has them by head already."""
+    return rows.reshape(num_heads, head_dim, *rows.shape[1:][-1:])
 
 
 def _grouped(num_groups: int, heads: np.ndarray) -> np.ndarray:
     return heads.reshape(num_groups, -1, *heads.shape[1:])
+
+
+Piece = tuple[int, int, int]
+"""Rows of a tensor by heads: where they begin, how many each head has, and where they begin in the parameter's."""
+
+
+def by_head(name: str, num_heads: int, pieces: Sequence[Piece]) -> Weight:
+    """Parts of a parameter ``[heads, rows, ...]``, from a tensor ``[rows, ...]`` that has rows of one kind, the first
+    head's first, and behind all heads' those of the next kind."""
+
+    def view(first: int, each: int, tensor: np.ndarray) -> np.ndarray:
+        return tensor[first : first + num_heads * each].reshape(num_heads, each, *tensor.shape[1:])
+
+    return tuple(Part(name, partial(view, first, each), (0, place)) for first, each, place in pieces)
+
+
+def convolution(name: str, num_heads: int, pieces: Sequence[Piece]) -> Weight:
+    """The same of a convolution's filters, which see one channel each: ``[channels, 1, width]``."""
+
+    def view(part: Part, tensor: np.ndarray) -> np.ndarray:
+        return part.view(tensor[:, 0])
+
+    return tuple(Part(name, partial(view, part), part.start) for part in by_head(name, num_heads, pieces))

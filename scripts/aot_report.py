@@ -118,7 +118,7 @@ def report(config: EngineConfig, args: argparse.Namespace, folder: Path) -> int:
             "device": device._asdict(),
             "versions": {name: importlib.metadata.version(name) for name in ("jax", "triton", "jax-triton")},
             "hosts": [[device.process_index for device in stage] for stage in mesh.devices],
-            "settings": vars(resolved) | {"num_blocks": programs.num_blocks},
+            "settings": vars(resolved) | {"num_blocks": programs.num_blocks, "max_drafts": resolved.max_drafts},
             "programs": [dataclasses.asdict(r) | {"launches": r.launches._asdict()} for r in reports],
             "kernels": [r._asdict() for r in resources],
         }

@@ -91,8 +91,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--endpoint",
         metavar="URL",
-        help="send to a server that speaks OpenAI's API, such as http://127.0.0.1:8000, instead of an engine here; its "
-        "key is the variable JAXSERVE_API_KEY",
+        help="send to a server instead of an engine here: http://127.0.0.1:8000, to any that speaks OpenAI's API, or "
+        "grpc://127.0.0.1:50051, to jaxserve's; its key is the variable JAXSERVE_API_KEY",
     )
     made.add_argument("--concurrency", type=int, default=64, help="lines that --endpoint gets at once (default: 64)")
     return made

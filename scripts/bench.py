@@ -44,7 +44,15 @@ from jaxserve.evaluation.front_end import FrontEndConfig, measure_front_end
 from jaxserve.evaluation.front_end import rows as front_end_rows
 from jaxserve.evaluation.latency import Objective
 from jaxserve.evaluation.loading import measure_load, write_synthetic
-from jaxserve.evaluation.report import Series, capacity_rows, check_can_report, summary_row, text_table, write_report
+from jaxserve.evaluation.report import (
+    Series,
+    capacity_rows,
+    check_can_report,
+    draft_rows,
+    summary_row,
+    text_table,
+    write_report,
+)
 from jaxserve.evaluation.serving import ObjectiveConfig, compare_capacity, run_engine, run_server
 from jaxserve.evaluation.soak import SoakConfig
 from jaxserve.evaluation.soak import soak as run_soak
@@ -53,11 +61,11 @@ from jaxserve.evaluation.throughput import measure_throughput, random_prompts
 from jaxserve.evaluation.tiny_model import tiny_config, write_tiny_model
 from jaxserve.evaluation.workload import WorkloadConfig
 from jaxserve.scheduler import POLICIES
-from jaxserve.server.process import ServerProcess, ServerProcessError, running_process, running_server
+from jaxserve.server.process import ServerProcess, ServerProcessError, running_process
 
 SERVER = Path(__file__).with_name("serve.py")
 SERVER_SECONDS = 3600.0
-"""After which a server that soaks is taken to hang."""
+"""After which a server under a benchmark is taken to hang."""
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 
@@ -131,11 +139,14 @@ def load(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 def serve(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--target", help="host:port of a running server; one of its own is started by default")
+    parser.add_argument("--metrics-url", help="where the running server shows its metrics, to count its drafts")
     parser.add_argument("--in-process", action="store_true", help="drive the engine directly, without gRPC")
     parser.add_argument("--report", metavar="FILE.html", help="write a report, and its numbers beside it as .json")
     config, workload, limits, args = parse_config(parser, argv, EngineConfig, WorkloadConfig, ObjectiveConfig)
     if args.report:
         check_can_report(args.report)
+    if args.metrics_url and not args.target:
+        parser.error(f"--metrics-url is that of --target, got {args.metrics_url!r} without")
     objective = limits.objective(math.nan) if limits.tbt_seconds else None
     if args.in_process:
         engine = Engine(config)
@@ -143,12 +154,14 @@ def serve(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         run = run_engine(engine, workload)
         engine.close()
     elif args.target:
-        run = run_server(args.target, workload)
+        run = run_server(args.target, workload, metrics_url=args.metrics_url)
     else:
-        with running_server([sys.executable, str(SERVER), "--port", "0", *as_flags(config)]) as address:
-            run = run_server(address, workload)
+        with server_of(config) as server:
+            run = run_server(server.address, workload, metrics_url=f"{server.url}/metrics")
     result = Series(args.target or config.scheduler, run, workload.mean_rate)
     print(text_table([summary_row(result, objective)]))
+    if drafts := draft_rows([result]):
+        print(f"\n{text_table(drafts)}")
     if args.report:
         settings = {"engine": vars(config)} if not args.target else {"server": {"target": args.target}}
         finish_report(args.report, "jaxserve under load", [result], objective, settings | {"workload": vars(workload)})

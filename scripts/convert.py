@@ -33,6 +33,7 @@ def convert(source: str, destination: Path, dtype: str, tensor: int) -> None:
         config,
         eos_token_ids=eos_token_ids,
         sampling_defaults=sampling_defaults,
+        kv_scales=checkpoint.kv_scales,
         tokenizer=tokenizer,
     )
 

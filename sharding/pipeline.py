@@ -59,6 +59,10 @@ class Stages:
     def layers(self, slot: int) -> list[int]:
         return [self.layer(stage, slot) for stage in range(self.num_stages)]
 
+    def all_layers(self) -> list[int]:
+        """What the first stage has in its slots, then the second, and so on."""
+        return [self.layer(stage, slot) for stage in range(self.num_stages) for slot in range(self.num_slots)]
+
 
 @dataclass(frozen=True)
 class _Kind:
@@ -144,7 +148,7 @@ class StagedModel:
             used = stage < num_used
             # What an unused slot computes goes to the dummy page, and its rows pass it by.
             slots = inputs.slots if num_used == num_stages else jnp.where(used, inputs.slots, 0)
-            run = partial(_run_kind, mine, taken, jnp.int32(number))
+            run = partial(_run_kind, mine, taken, jnp.int32(model.config.cache_layer(number)))
             branches = [partial(run, kind) for kind in slot.kinds]
             operands = x, cache, replace(inputs, slots=slots)
             if len(branches) == 1:

@@ -113,8 +113,6 @@ class EngineServer:
         if line.endpoint is None or line.error is not None:
             raise RequestError(line.error)
         ask = line.endpoint.parse(line.body, self._model)
-        if ask.stream:
-            raise RequestError("stream must be false in a batch, got true")
         return replace(ask, prompts=[self._model.rendered(prompt) for prompt in ask.prompts])
 
     def _asked(self, line: BatchLine, ask: Ask) -> _Asked:

@@ -165,5 +165,8 @@ def _parse_line(line_id: str, raw: bytes) -> BatchLine:
         "url": (endpoint is not None, " or ".join(endpoint.path for endpoint in ENDPOINTS)),
         "body": (isinstance(body, dict), "a JSON object"),
     }
-    wrong = (f"{name} must be {what}, got {entry.get(name)!r:.80}" for name, (ok, what) in checks.items() if not ok)
-    return BatchLine(line_id, custom_id if isinstance(custom_id, str) else None, endpoint, body, next(wrong, None))
+    wrong = [f"{name} must be {what}, got {entry.get(name)!r:.80}" for name, (ok, what) in checks.items() if not ok]
+    if isinstance(body, dict) and body.get("stream") not in (None, False):
+        wrong.append(f"stream must be false in a batch, got {json.dumps(body['stream']):.80}")
+    fault = wrong[0] if wrong else None
+    return BatchLine(line_id, custom_id if isinstance(custom_id, str) else None, endpoint, body, fault)

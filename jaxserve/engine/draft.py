@@ -8,6 +8,8 @@ model's, that of their seed and position, so that the two agree about as often a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +17,11 @@ from jax.sharding import Mesh
 
 from jaxserve.config import ResolvedConfig
 from jaxserve.engine.forward import ModelState
-from jaxserve.engine.programs import StepPrograms
+from jaxserve.engine.programs import SWAP_BLOCKS, StepPrograms
 from jaxserve.engine.sampler import SamplingInputs, sample
 from jaxserve.engine.speculation import SequenceState
 from jaxserve.engine.step import Step
+from jaxserve.engine.swapped import SwappedBlocks
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.loading.checkpoint import Checkpoint
@@ -49,16 +52,17 @@ class DraftModel:
         rows = bucket_of(min(config.max_num_seqs, config.token_budget), programs.buckets)
         self.layout = programs.layouts[rows]
         """Of the rows that drafts are made from: one for each sequence."""
+        self.block_bytes = programs.kv_cache.block_bytes
+        """Of a block of its KV cache, on all devices of the mesh together."""
+        self._swapped = SwappedBlocks(programs.abstract_block)
         self._parameters: list[Parameter]
         self._state: ModelState[jax.Array]
 
     def load(self) -> None:
         """Raises ModelError."""
-        programs, weights = self._programs, self._programs.weights()
-        self._checkpoint.check(programs.abstract_parameters, weights)
-        loaded = self._checkpoint.load(programs.abstract_parameters, weights)
-        self._parameters = jax.block_until_ready(programs.take(loaded))
-        self._state = programs.new_state()
+        self._programs.check(self._checkpoint)
+        self._parameters = self._programs.load(self._checkpoint)
+        self._state = self._programs.new_state(self._checkpoint.kv_scales)
 
     def arrays(self) -> list[jax.Array]:
         """All that it has on the devices."""
@@ -80,6 +84,19 @@ class DraftModel:
         self._state, sequences = program(self._parameters, self._state, sequences, ints)
         return sequences
 
+    def swap_out(self, program: jax.stages.Compiled, numbers: jax.Array, places: Sequence[int]) -> None:
+        """Copy blocks to these places of the swap space. numbers: ``int32[SWAP_BLOCKS]``"""
+        self._swapped.keep(places, program(self._state.cache, numbers))
+
+    def swap_in(self, program: jax.stages.Compiled, numbers: jax.Array, places: Sequence[int]) -> None:
+        """The way back."""
+        blocks = self._swapped.fetch(places, SWAP_BLOCKS)
+        self._state = self._state._replace(cache=program(self._state.cache, numbers, blocks))
+
+    def close(self) -> None:
+        """Give the memory of swapped blocks back."""
+        self._swapped.clear()
+
     def following(self, chunks: list[Chunk]) -> list[Chunk]:
         """Of a step's sequences that draw, the token behind, as far as drafts of it may reach."""
         ahead, longest = self._config.max_seq_drafts - 1, self._config.max_model_len
@@ -92,6 +109,14 @@ class DraftModel:
     def lower_forward(self, rows: int) -> jax.stages.Lowered:
         """See ``forward``."""
         return self._programs.lower_forward(rows)
+
+    def lower_swap_out(self) -> jax.stages.Lowered:
+        """See ``swap_out``."""
+        return self._programs.lower_swap_out()
+
+    def lower_swap_in(self) -> jax.stages.Lowered:
+        """See ``swap_in``."""
+        return self._programs.lower_swap_in()
 
     def lower_propose(self) -> jax.stages.Lowered:
         """See ``propose``."""

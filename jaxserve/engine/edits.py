@@ -43,18 +43,44 @@ class RequestEdits:
         return self._matcher is not None or any(len(word) > 1 for word in self._bad_words)
 
     def write(self, packed: np.ndarray, layout: EditLayout, num_outputs: int) -> None:
-        """Those of the draw that follows ``num_outputs`` output tokens, into ``int32[1, layout.width]``.
+        """Those of the draw that follows ``num_outputs`` output tokens, and of the ones behind each of its drafts, into
+        ``int32[1 + drafts, layout.width]``.
 
         Raises RequestError where a grammar takes more work than it may.
         """
         packed[:] = self._packed
-        allowed = layout.split(packed).allowed[0]
+        edits = layout.split(packed)
+        outputs = self._request.output_token_ids
+        self._mask(edits.allowed[0], num_outputs, outputs, self._matcher)
+        if not self.needs_tokens:
+            # What is allowed does not depend on the tokens before.
+            edits.allowed[1:] = edits.allowed[0]
+            return
+        ahead = None if self._matcher is None else self._matcher.copy()
+        drafts = self._request.suggested_token_ids[: len(packed) - 1]
+        for number, draft in enumerate(drafts, 1):
+            try:
+                if ahead is not None:
+                    ahead.accept(draft)
+                self._mask(edits.allowed[number], num_outputs + number, [*outputs, *drafts[:number]], ahead)
+            except RequestError:
+                # This draft does not hold, or ends the request for the work that it makes: nothing may follow.
+                edits.allowed[number:] = 0
+                break
+
+    def forced(self) -> list[int]:
+        """The tokens that must come next, as far as that is known."""
+        # Of a copy, which alone may find that it is too much work.
+        return [] if self._matcher is None else self._matcher.copy().forced()
+
+    def _mask(self, allowed: np.ndarray, num_outputs: int, outputs: Sequence[int], matcher: Matcher | None) -> None:
+        """Take out of ``allowed``, as in LogitEdits, of one draw, what may not follow ``outputs`` at the end."""
         if num_outputs < self._request.params.min_tokens:
             _set_bits(allowed, list(self._request.stop_token_ids), False)
-        _set_bits(allowed, [word[-1] for word in self._bad_words if self._ends_with(word[:-1])], False)
-        if self._matcher is not None:
+        _set_bits(allowed, [word[-1] for word in self._bad_words if _ends_with(outputs, word[:-1])], False)
+        if matcher is not None:
             mask = np.zeros_like(allowed)
-            self._matcher.fill(mask)
+            matcher.fill(mask)
             # What the output must be goes before what else is asked for, where not both can be had.
             allowed[:] = both if (both := allowed & mask).any() else mask
 
@@ -64,8 +90,9 @@ class RequestEdits:
             for token_id in token_ids:
                 self._matcher.accept(token_id)
 
-    def _ends_with(self, token_ids: tuple[int, ...]) -> bool:
-        return not token_ids or tuple(self._request.output_token_ids[-len(token_ids) :]) == token_ids
+
+def _ends_with(outputs: Sequence[int], token_ids: tuple[int, ...]) -> bool:
+    return not token_ids or tuple(outputs[-len(token_ids) :]) == token_ids
 
 
 def _set_bits(mask: np.ndarray, token_ids: list[int], value: bool) -> None:
@@ -107,6 +134,11 @@ class EditedRequests:
         """Whether sampling the step must wait until the host has the tokens of the one before."""
         return any(edits.needs_tokens for _, _, edits in self._of(step))
 
+    def forced(self, request: Request) -> list[int] | None:
+        """The tokens that must come next; None where only the device guesses what does, for the host need not know."""
+        edits = self._edits.get(request.request_id)
+        return edits.forced() if edits is not None and edits.needs_tokens else None
+
     def accept(self, request: Request, token_ids: Sequence[int]) -> None:
         """A request's output has gone on. Raises RequestError where it cannot go on any further."""
         if (edits := self._edits.get(request.request_id)) is not None:
@@ -119,11 +151,10 @@ class EditedRequests:
         for draw, chunk, edits in self._of(step):
             if packed is None:
                 packed = self._layout.blank(num_draws)
-            num_outputs = chunk.start + chunk.num_tokens - chunk.request.num_prompt_tokens
+            first = chunk.start + chunk.num_tokens - chunk.num_drafts
             try:
-                edits.write(packed[draw : draw + 1], self._layout, num_outputs)
-                # Where drafts may be, what is allowed does not depend on the tokens before.
-                packed[draw + 1 : draw + chunk.num_draws] = packed[draw]
+                num_outputs = first - chunk.request.num_prompt_tokens
+                edits.write(packed[draw : draw + chunk.num_draws], self._layout, num_outputs)
             except RequestError as error:
                 failed.append((chunk.request, error))
         return packed, failed

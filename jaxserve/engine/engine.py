@@ -18,6 +18,7 @@ from jaxserve.engine.metrics import EngineMetrics, StepRecord
 from jaxserve.engine.output import OutputStream, collect_prompt_logprobs, drawn_tokens
 from jaxserve.engine.runner import ModelRunner
 from jaxserve.engine.step import Packer, Step, prefills_of, wants_prompt_logprobs
+from jaxserve.engine.suggestions import Suggester
 from jaxserve.engine.tracing import StepTracer, open_trace
 from jaxserve.errors import RequestError
 from jaxserve.grammars import Grammar, Grammars
@@ -67,6 +68,7 @@ class Engine:
         self._packer = Packer(self.blocks, absolute=config.pipeline_parallel > 1)
         self._grammars = Grammars(self.tokenizer, self.model_config.vocab_size, self.eos_token_ids)
         self._edited = EditedRequests(self.runner.edits, self.tokenizer)
+        self._suggester = Suggester(self.config, self._edited)
         self._streams: dict[str, OutputStream] = {}
         self._held: dict[str, Request] = {}
         """Requests that wait for rare programs, those of prompt logprobs and of edits; nobody queues behind them."""
@@ -197,6 +199,9 @@ class Engine:
             deltas += self._process(previous)
         if launched is not None and waits:
             self._sample(launched)
+        # Not before: what has just been sampled was masked behind the drafts that had been suggested.
+        self._suggester.follow(() if previous is None else previous.chunks)
+        self._suggester.follow(() if launched is None else prefills_of(launched.chunks))
         self.metrics.observe_queues(self.scheduler, len(self._held), self.blocks, self.compiles.count)
         return deltas
 
@@ -255,6 +260,7 @@ class Engine:
         step = self._packer.pack(self.runner.layout(batch.num_tokens), chunks)
         if (draft := self.runner.draft) is not None and (last_tokens := draft.following(chunks)):
             step.last_tokens = self._packer.pack(draft.layout, last_tokens).ints
+        step.suggestions = self._suggester.pack(chunks)
         prefills = prefills_of(chunks)
         for chunk in prefills:
             if chunk.request.metrics.first_scheduled_seconds is None:
@@ -305,6 +311,7 @@ class Engine:
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self._held.pop(request.request_id, None)
         self._edited.discard(request)
+        self._suggester.discard(request)
         self.scheduler.finish(request, reason)
         request.metrics.finished_seconds = self._clock()
         del self._streams[request.request_id]

@@ -17,8 +17,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxserve.engine.speculation import SequenceState, moved
 from jaxserve.engine.step import StepLayout, plan_of
 from jaxserve.kernels.backend import Backend
-from jaxserve.kernels.cache import KVCache, cache_specs
+from jaxserve.kernels.cache import KVCache, cache_specs, recurrent_specs
 from jaxserve.kernels.inputs import AttentionInputs
+from jaxserve.kernels.recurrent import Segments, segments_of
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.matrix import Parameter
@@ -86,8 +87,10 @@ class Forward(Protocol):
 
     abstract_parameters: dict[str, jax.ShapeDtypeStruct]
     """By path, as they are loaded, in the order in which the programs take them."""
-    num_cache_layers: int
-    """Of all stages together."""
+    cache_layers: Sequence[int]
+    """Of which layers the KV cache is, in its order; a pipeline's unused places have a copy of a layer."""
+    recurrent_layers: Sequence[int]
+    """The same of layers that have none (kernels/recurrent.py)."""
 
     def assembled(self, weights: Mapping[str, Weight]) -> Mapping[str, Weight]:
         """How the parameters are assembled, from how the whole model's are."""
@@ -144,7 +147,7 @@ class WholeForward:
         self._skips_padding = skips_padding
         self._graph, self._tree = graph, jax.tree.structure(state)
         self.abstract_parameters = abstract_parameters(state, mesh)
-        self.num_cache_layers = config.num_layers
+        self.recurrent_layers, self.cache_layers = config.by_memory(range(config.num_layers))
         model = nnx.merge(graph, state)
         model.layers = nnx.List([])
         self._head_graph, head_state = nnx.split(model)
@@ -182,7 +185,7 @@ class WholeForward:
         fields = layout.split(ints[0])
         rows = rows_of(fields, sequences, layout.limits.page_size)
         model = nnx.merge(self._graph, jax.tree.unflatten(self._tree, parameters))
-        inputs = _attention_inputs(layout, fields, rows, self._backend, self._mesh)
+        inputs = _attention_inputs(layout, fields, rows, self._backend, self._config, self._mesh)
         hidden, cache = model(rows.token_ids, rows.positions, self._counted(rows.is_token), state.cache, inputs)
         return ModelState(cache, None), Drawn(hidden[fields["draw_rows"]], layout.draws_of(ints[0]), hidden)
 
@@ -211,7 +214,7 @@ class StagedForward:
         self._model = StagedModel(graph, state, mesh)
         self._num_stages = mesh.shape["pipe"]
         self.abstract_parameters = self._model.abstract_parameters
-        self.num_cache_layers = self._num_stages * self._model.stages.num_slots
+        self.recurrent_layers, self.cache_layers = config.by_memory(self._model.stages.all_layers())
 
     def assembled(self, weights: Mapping[str, Weight]) -> Mapping[str, Weight]:
         return self._model.stack(weights)
@@ -243,10 +246,13 @@ class StagedForward:
         outside, places = self._model.split(parameters)
         # The partitioner divides a stage over the axis ``tensor``, as it divides a model without stages.
         manual = frozenset(axis for axis, size in self._mesh.shape.items() if axis == "pipe" or size == 1)
+        divided = cache_specs(pipe="pipe")
+        if self.recurrent_layers:
+            divided = divided._replace(recurrent=recurrent_specs(pipe="pipe"))
         run = jax.shard_map(
             partial(self._run_stage, layout),
             mesh=self._mesh,
-            in_specs=(EVERYWHERE, STAGES, ModelState(cache_specs(pipe="pipe"), STAGES), EVERYWHERE, STAGES),
+            in_specs=(EVERYWHERE, STAGES, ModelState(divided, STAGES), EVERYWHERE, STAGES),
             out_specs=(STAGES, STAGES, EVERYWHERE),
             axis_names=manual,
             check_vma=False,
@@ -273,7 +279,8 @@ class StagedForward:
         entering = model.embed(rows.token_ids, rows.positions)
         x = jnp.where(stage == 0, entering, state.activations[0, : layout.num_rows])
         # Attention is manual over ``tensor`` as well, within what is manual over ``pipe`` already: so is its mesh.
-        inputs = _attention_inputs(layout, fields, rows, self._backend, jax.sharding.get_abstract_mesh())
+        mesh = jax.sharding.get_abstract_mesh()
+        inputs = _attention_inputs(layout, fields, rows, self._backend, self._config, mesh)
         x, cache = self._model.run_stage(model, places, x, rows.positions, state.cache, inputs)
         leaving = jax.tree.map(
             lambda mine: jax.lax.psum(jnp.where(stage == last, mine, jnp.zeros_like(mine)), "pipe"),
@@ -285,11 +292,25 @@ class StagedForward:
 
 
 def _attention_inputs(
-    layout: StepLayout, fields: dict[str, jax.Array], rows: Rows, backend: Backend, mesh: Mesh | AbstractMesh
+    layout: StepLayout,
+    fields: dict[str, jax.Array],
+    rows: Rows,
+    backend: Backend,
+    config: ModelConfig,
+    mesh: Mesh | AbstractMesh,
 ) -> AttentionInputs:
     plan, limits = plan_of(fields), layout.limits
     if limits.max_drafts:
         # Where no draft is nothing need be seen; something must be, so in a plan of windows what the last one sees.
         seen = rows.positions + 1 if limits.window is not None else jnp.where(rows.is_token, rows.positions + 1, 1)
         plan = moved(plan, seen)
-    return AttentionInputs(rows.kv_slots, fields["block_tables"], plan, limits, backend, mesh)
+    segments = segments_for(config, layout, fields["row_seqs"], rows)
+    return AttentionInputs(rows.kv_slots, fields["block_tables"], plan, limits, backend, mesh, segments)
+
+
+def segments_for(config: ModelConfig, layout: StepLayout, row_seqs: jax.Array, rows: Rows) -> Segments | None:
+    """The rows as chunks, for the layers that take them so, if the model has any."""
+    if config.recurrent is None:
+        return None
+    num_slots, reach = layout.limits.max_num_seqs, config.recurrent.conv_width - 1
+    return segments_of(row_seqs, rows.positions, rows.is_token, num_slots=num_slots, reach=reach)

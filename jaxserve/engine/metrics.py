@@ -41,6 +41,16 @@ class DraftCounts:
     held: list[int] = field(default_factory=list)
     """By their place behind a sequence's last token, from 0 on."""
 
+    @property
+    def acceptance(self) -> float:
+        """The share of drafts that held."""
+        return self.num_held / max(1, self.num_verified)
+
+    @property
+    def wasted_share(self) -> float:
+        """Of the rows, those that gained nothing."""
+        return (self.num_rows - self.num_held) / max(1, self.num_rows)
+
     def add(self, num_rows: int, num_verified: int, num_held: int) -> None:
         """Those of one sequence."""
         self.num_sequences += num_verified > 0
@@ -56,6 +66,16 @@ class DraftCounts:
         self.num_verified += other.num_verified
         self.num_held += other.num_held
         self._hold(other.held)
+
+    def since(self, earlier: DraftCounts) -> DraftCounts:
+        """What has come to ``earlier``."""
+        return DraftCounts(
+            self.num_sequences - earlier.num_sequences,
+            self.num_rows - earlier.num_rows,
+            self.num_verified - earlier.num_verified,
+            self.num_held - earlier.num_held,
+            [new - old for new, old in zip_longest(self.held, earlier.held, fillvalue=0)],
+        )
 
     def _hold(self, more: Sequence[int]) -> None:
         self.held = [old + new for old, new in zip_longest(self.held, more, fillvalue=0)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxserve.config import ResolvedConfig
@@ -24,24 +26,50 @@ from jaxserve.engine.forward import (
 from jaxserve.engine.logits import EditLayout, edited
 from jaxserve.engine.memory import choose_num_blocks
 from jaxserve.engine.sampler import SamplingInputs, TokenLogprobs, optional_logprobs, sample, token_logprobs
-from jaxserve.engine.speculation import PROPOSERS, SequenceState, draw_places, verify, with_drafts
+from jaxserve.engine.speculation import (
+    PROPOSERS,
+    SequenceState,
+    draw_places,
+    most_suggested,
+    suggested,
+    verify,
+    with_drafts,
+)
 from jaxserve.engine.step import StepLayout, StepOutputs, step_layouts
 from jaxserve.errors import ConfigError
 from jaxserve.kernels import native
 from jaxserve.kernels.backend import AttentionShape, Target
-from jaxserve.kernels.cache import KVCacheShape, stored_dtype
+from jaxserve.kernels.cache import KVCacheShape, is_quantised, stored_dtype
 from jaxserve.kernels.registry import choose_backend
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.matrix import DenseMatrix, Matrix, PanelMatrix, Parameter, abstract_taken, layouts_of, taken
+from jaxserve.models.hybrid import recurrent_shape
+from jaxserve.models.loading.checkpoint import Checkpoint
+from jaxserve.models.matrix import (
+    DenseKind,
+    DenseMatrix,
+    Matrix,
+    MatrixLayout,
+    PanelMatrix,
+    Parameter,
+    QuantisedMatrix,
+    abstract_taken,
+    layouts_of,
+    taken,
+)
 from jaxserve.models.registry import family_of
 from jaxserve.models.weights import Weight
 from jaxserve.sharding.rows import over_rows
 from jaxserve.sharding.rules import abstract_model, divided
 
+logger = logging.getLogger(__name__)
+
 SWAP_BLOCKS = 8
 """Blocks that are copied at once between the KV cache and the host's memory."""
 
 AbstractParameter = jax.ShapeDtypeStruct | Matrix
+PlanCodes = Callable[
+    [Mapping[str, jax.ShapeDtypeStruct], Mapping[str, Weight], Mapping[str, MatrixLayout]], dict[str, QuantisedMatrix]
+]
 
 
 class StepPrograms:
@@ -49,6 +77,7 @@ class StepPrograms:
     sampling of as many draws. ``admit`` begins the history of a sequence, ``score`` is for prompt logprobs.
 
     ``beside``: of another model, which keeps its parameters, and KV in as many blocks, in the same memory.
+    ``plan_codes``: says which matrices stay codes in memory, as Checkpoint.planned_codes does; none by default.
     ``target`` and ``gpu_memory_bytes`` are of the mesh's kind of device; asked of its first one by default. Raises
     ConfigError and ModelError.
     """
@@ -62,6 +91,7 @@ class StepPrograms:
         target: Target | None = None,
         gpu_memory_bytes: int | None = None,
         beside: StepPrograms | None = None,
+        plan_codes: PlanCodes | None = None,
     ) -> None:
         self.config = config
         self.model_config = model_config = divided(model_config, mesh)
@@ -81,23 +111,30 @@ class StepPrograms:
             raise ConfigError(str(error)) from error
         model_class = family_of(model_config.architecture).model
         graph, state = abstract_model(model_class, model_config, max_len=config.max_model_len, dtype=dtype)
-        self._kind: type[Matrix] = PanelMatrix if mesh.size == 1 and native.serves(target, dtype) else DenseMatrix
+        self._kind: type[DenseKind] = PanelMatrix if mesh.size == 1 and native.serves(target, dtype) else DenseMatrix
         self.forward: Forward
-        self.skips_padding = self.num_stages == 1 and self.backend.skips_padding and self._kind.skips_padding
+        self.skips_padding = (
+            self.num_stages == 1 and self.backend.skips_padding and self._kind.skips_padding and plan_codes is None
+        )
         """Whether padding costs nothing, so that a step takes what its tokens do."""
         if self.num_stages == 1:
             self.forward = WholeForward(graph, state, mesh, model_config, self.backend, self.skips_padding)
         else:
             self.forward = StagedForward(graph, state, mesh, model_config, self.backend)
-        self.abstract_parameters = self.forward.abstract_parameters
-        """As they are loaded; see ``take``."""
-        self._matrices = layouts_of(state)
-        self._abstract_taken = abstract_taken(self.abstract_parameters, self._matrices, self._kind)
+        self._matrices, everything = layouts_of(state), self.forward.abstract_parameters
+        self._codes = {} if plan_codes is None else plan_codes(everything, self.weights(), self._matrices)
+        self.abstract_parameters = {name: spec for name, spec in everything.items() if name not in self._codes}
+        """Those that are loaded dense; see ``load``."""
+        dense = abstract_taken(self.abstract_parameters, self._matrices, self._kind)
+        everything_taken: dict[str, AbstractParameter] = {**dense, **self._codes}
+        self._abstract_taken = self._in_order(everything_taken)
         self.kv_cache = KVCacheShape(
-            self.forward.num_cache_layers, model_config.num_held_kv_heads, model_config.head_dim, config.block_size,
+            len(self.forward.cache_layers), model_config.num_held_kv_heads, model_config.head_dim, config.block_size,
             cache_dtype,
+            recurrent_shape(model_config, len(self.forward.recurrent_layers), config.max_num_seqs, dtype),
         )  # fmt: skip
-        block_bytes, arrays = self.kv_cache.block_bytes, jax.tree.leaves(self._abstract_taken)
+        block_bytes = self.kv_cache.block_bytes
+        arrays = jax.tree.leaves(self._abstract_taken) + self.kv_cache.besides_pages(mesh)
         if beside is not None:
             block_bytes += beside.kv_cache.block_bytes
             arrays += jax.tree.leaves(beside._abstract_taken)
@@ -127,17 +164,35 @@ class StepPrograms:
         """How the parameters are assembled from a checkpoint."""
         return self.forward.assembled(family_of(self.model_config.architecture).weights(self.model_config))
 
-    def take(self, parameters: Mapping[str, jax.Array]) -> list[Parameter]:
-        """What the programs take, from the loaded ``parameters``; those of matrices of another kind are deleted."""
-        return taken({name: parameters[name] for name in self.abstract_parameters}, self._matrices, self._kind)
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise ModelError where a checkpoint does not fit; see Checkpoint.check."""
+        checkpoint.check(self.forward.abstract_parameters, self.weights())
+
+    def load(self, checkpoint: Checkpoint) -> list[Parameter]:
+        """What the programs take, on the devices, from a checkpoint that fits. Raises ModelError."""
+        weights = self.weights()
+        dense = taken(checkpoint.load(self.abstract_parameters, weights), self._matrices, self._kind)
+        coded = checkpoint.load_codes(self._codes, weights) if self._codes else {}
+        parameters: dict[str, Parameter] = {**dense, **coded}
+        return jax.block_until_ready(self._in_order(parameters))
+
+    def _in_order[P](self, parameters: Mapping[str, P]) -> list[P]:
+        return [parameters[name] for name in self.forward.abstract_parameters]
 
     def abstract_state(self) -> ModelState[jax.ShapeDtypeStruct]:
         cache = self.kv_cache.abstract(self.num_blocks, self.mesh)
         return ModelState(cache, self.forward.abstract_activations(self.buckets[-1]))
 
-    def new_state(self) -> ModelState[jax.Array]:
+    def new_state(self, kv_scales: np.ndarray | None = None) -> ModelState[jax.Array]:
+        """kv_scales: ``float32[layers, 2]``, see KVCache.scales; used where that is quantised, 1 by default."""
         activations = self.abstract_state().activations
-        cache = self.kv_cache.zeros(self.num_blocks, self.mesh)
+        if is_quantised(self.kv_cache.dtype) and kv_scales is None:
+            logger.warning(
+                "kv_cache_dtype %s: the checkpoint has no scales for keys and values; without, they are less precise",
+                self.config.kv_cache_dtype,
+            )
+        scales = None if kv_scales is None else kv_scales[list(self.forward.cache_layers)]
+        cache = self.kv_cache.zeros(self.num_blocks, self.mesh, scales)
         return ModelState(cache, None if activations is None else zeros(activations))
 
     def new_sequences(self) -> SequenceState[jax.Array]:
@@ -177,6 +232,12 @@ class StepPrograms:
         """Of the sequences' state (donated) and ``int32[2 + max_model_len]``: slot, number of tokens, tokens."""
         arguments = self.abstract_sequences(), self._ints(2 + self.config.max_model_len)
         return self._lower(_admit, *arguments, donate_argnums=0, out_shardings=self.replicated)
+
+    def lower_suggest(self) -> jax.stages.Lowered:
+        """Of the sequences' state (donated) and ``int32[max_num_seqs, 2 + N]``, what the host suggests to them."""
+        most = self.config.max_seq_drafts
+        arguments = self.abstract_sequences(), self._ints(self.config.max_num_seqs, 2 + most_suggested(most))
+        return self._lower(partial(suggested, most), *arguments, donate_argnums=0, out_shardings=self.replicated)
 
     def lower_score(self, rows: int) -> jax.stages.Lowered:
         """Of the parameters outside the layers, a step's hidden states and target tokens ``int32[rows]``."""

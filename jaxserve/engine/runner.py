@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +25,11 @@ from jaxserve.engine.forward import Drawn
 from jaxserve.engine.memory import claim_gpu_memory
 from jaxserve.engine.programs import SWAP_BLOCKS, StepPrograms
 from jaxserve.engine.sampler import TokenLogprobs
+from jaxserve.engine.speculation import no_suggestions
 from jaxserve.engine.startup import timed
 from jaxserve.engine.step import Step, StepLayout, StepOutputs, prompt_targets
 from jaxserve.engine.swapped import SwappedBlocks
-from jaxserve.errors import ModelError
+from jaxserve.errors import ConfigError, ModelError
 from jaxserve.models.loading.checkpoint import Checkpoint, OrbaxCheckpoint, open_checkpoint
 from jaxserve.models.matrix import Parameter
 from jaxserve.models.rope import longest_sequence
@@ -36,6 +38,8 @@ from jaxserve.scheduler.swap_space import Copy
 
 RUNS_OF_A_GRAPH = 3
 """XLA runs a program op by op at first, captures its CUDA graph the second time, and replays that from the third on."""
+
+logger = logging.getLogger(__name__)
 
 
 class Kind(IntEnum):
@@ -50,6 +54,9 @@ class Kind(IntEnum):
     SWAP_IN = 6
     DRAFT_FORWARD = 7
     PROPOSE = 8
+    SUGGEST = 9
+    DRAFT_SWAP_OUT = 10
+    DRAFT_SWAP_IN = 11
 
 
 def prepare(config: EngineConfig) -> tuple[Checkpoint, ResolvedConfig]:
@@ -58,7 +65,18 @@ def prepare(config: EngineConfig) -> tuple[Checkpoint, ResolvedConfig]:
     use_persistent_cache(Path(config.compilation_cache or cache_dir() / "compiled"))
     checkpoint = open_checkpoint(config.model, config.load_format)
     max_len, on_gpu = longest_sequence(checkpoint.config), jax.default_backend() == "gpu"
-    return checkpoint, config.resolve(model_max_len=max_len, on_gpu=on_gpu)
+    resolved = config.resolve(model_max_len=max_len, on_gpu=on_gpu)
+    return checkpoint, resolved if checkpoint.config.recurrent is None else _without_going_back(resolved)
+
+
+def _without_going_back(config: ResolvedConfig) -> ResolvedConfig:
+    """For a model that cannot take up a sequence in its middle, as its memory is of all tokens. Raises ConfigError."""
+    for name, only in (("speculative", "off"), ("swap_space_bytes", 0)):
+        if (value := getattr(config, name)) != only:
+            raise ConfigError(f"{name} must be {only} for a model with recurrent layers, got {value}")
+    if config.enable_prefix_caching:
+        logger.info("no prefix cache: a model with recurrent layers remembers a sequence as a whole")
+    return dataclasses.replace(config, enable_prefix_caching=False)
 
 
 class ModelRunner:
@@ -78,12 +96,14 @@ class ModelRunner:
         draft_checkpoint, beside = None, None
         if config.draft_model is not None:
             draft_checkpoint = open_checkpoint(config.draft_model, config.load_format)
+            if draft_checkpoint.config.recurrent is not None:
+                raise ConfigError(f"draft_model must have no recurrent layers, got {config.draft_model!r}")
             least = dataclasses.replace(config, num_blocks=1 + config.blocks_per_seq)
             beside = StepPrograms(least, draft_checkpoint.config, mesh)
-        self._programs = programs = StepPrograms(config, checkpoint.config, mesh, beside=beside)
+        plan_codes = checkpoint.planned_codes if config.quantization == "codes" else None
+        self._programs = programs = StepPrograms(config, checkpoint.config, mesh, beside=beside, plan_codes=plan_codes)
         self.model_config = programs.model_config
-        weights = programs.weights()
-        checkpoint.check(programs.abstract_parameters, weights)
+        programs.check(checkpoint)
         self._layouts, self.buckets, self.edits = programs.layouts, list(programs.layouts), programs.edits
         self.num_blocks, self.skips_padding = programs.num_blocks, programs.skips_padding
         self.config = dataclasses.replace(config, num_blocks=self.num_blocks)
@@ -97,17 +117,21 @@ class ModelRunner:
         common |= {(Kind.SAMPLE, draws): partial(programs.lower_sample, draws) for draws in programs.draw_layouts}
         if config.swap_space_bytes:
             common |= {(Kind.SWAP_OUT, 0): programs.lower_swap_out, (Kind.SWAP_IN, 0): programs.lower_swap_in}
+        if config.max_seq_drafts:
+            common[Kind.SUGGEST, 0] = programs.lower_suggest
         if self.draft is not None:
             common |= {(Kind.DRAFT_FORWARD, rows): partial(self.draft.lower_forward, rows) for rows in self.buckets}
             common[Kind.PROPOSE, 0] = self.draft.lower_propose
+            if config.swap_space_bytes:
+                common[Kind.DRAFT_SWAP_OUT, 0] = self.draft.lower_swap_out
+                common[Kind.DRAFT_SWAP_IN, 0] = self.draft.lower_swap_in
         self._rare, self._compiled = rare, CompiledPrograms(common | rare)
         ahead = [*common, *(rare if programs.uses_graphs else ())] if config.warmup else []
 
         def load() -> list[Parameter]:
             if self.draft is not None:
                 self.draft.load()
-            loaded = checkpoint.load(programs.abstract_parameters, weights)
-            return jax.block_until_ready(programs.take(loaded))
+            return programs.load(checkpoint)
 
         def load_and_compile() -> None:
             with ThreadPoolExecutor(max_workers=1) as pool:
@@ -121,10 +145,12 @@ class ModelRunner:
 
         _, self.loading_seconds = timed(load_and_compile)
         self._outside = programs.forward.outside(self._parameters)
-        self._state, self._sequences = programs.new_state(), programs.new_sequences()
+        self._state, self._sequences = programs.new_state(checkpoint.kv_scales), programs.new_sequences()
         self._swapped = SwappedBlocks(programs.abstract_block)
         self.block_bytes = programs.kv_cache.block_bytes
-        """Of a block of the KV cache, on all devices of the mesh together."""
+        """Of a block of the KV cache, that of a draft model included, on all devices of the mesh together."""
+        if self.draft is not None:
+            self.block_bytes += self.draft.block_bytes
         self._drawn: Drawn
         """By the last forward pass."""
         smallest = self._layouts[self.buckets[0]]
@@ -149,6 +175,8 @@ class ModelRunner:
             for earlier in list(self._in_stages)[:-1]:
                 earlier.disown(slot)
             self.run(Kind.ADMIT, 0, self._admission(slot, token_ids))
+        if step.suggestions is not None:
+            self.run(Kind.SUGGEST, 0, step.suggestions)
         self._in_stages.appendleft(step)
         layout, last = max((one.layout for one in self._in_stages), key=attrgetter("num_rows")), self._in_stages[-1]
         ints = np.stack([one.packed_for(layout) for one in self._in_stages])
@@ -216,6 +244,7 @@ class ModelRunner:
             Kind.SWAP_IN: self._swap_in,
             Kind.DRAFT_FORWARD: self._draft_forward,
             Kind.PROPOSE: self._propose,
+            Kind.SUGGEST: self._suggest,
         }
         return starts[kind](size, array)
 
@@ -227,6 +256,8 @@ class ModelRunner:
         graphs = self._programs.uses_graphs
         for _ in range(RUNS_OF_A_GRAPH if graphs else 1):
             self.run(Kind.ADMIT, 0, np.zeros(2 + self.config.max_model_len, np.int32))
+            if self.config.max_seq_drafts:
+                self.run(Kind.SUGGEST, 0, no_suggestions(self.config.max_num_seqs, self.config.max_seq_drafts))
             if self.config.swap_space_bytes:
                 self.copy_blocks([Copy(0, 0, is_out=True), Copy(0, 0, is_out=False)])
         for rows, layout in self._layouts.items():
@@ -249,6 +280,8 @@ class ModelRunner:
             if not array.is_deleted():
                 array.block_until_ready().delete()
         self._swapped.clear()
+        if self.draft is not None:
+            self.draft.close()
         self._compiled.close()
 
     def _forward(self, rows: int, ints: np.ndarray) -> jax.Array:
@@ -282,24 +315,31 @@ class ModelRunner:
         packed = _put(ints.reshape(1, -1), self._programs.staged)
         self._sequences = self.draft.propose(self._compiled[Kind.PROPOSE, size], self._sequences, packed)
 
+    def _suggest(self, size: int, suggestions: np.ndarray) -> None:
+        packed = self._put(suggestions.reshape(self.config.max_num_seqs, -1))
+        self._sequences = self._compiled[Kind.SUGGEST, size](self._sequences, packed)
+
     def _admit(self, size: int, admission: np.ndarray) -> None:
         self._sequences = self._compiled[Kind.ADMIT, size](self._sequences, self._put(admission))
 
     def _swap_out(self, size: int, copies: np.ndarray) -> None:
-        """copies: ``int32[n, 2]``, blocks and places."""
-        numbers, places = copies.reshape(-1, 2).T
-        program = self._compiled[Kind.SWAP_OUT, size]
-        self._swapped.keep(places.tolist(), program(self._state.cache, self._put_numbers(numbers)))
+        numbers, places = self._blocks_of(copies)
+        self._swapped.keep(places, self._compiled[Kind.SWAP_OUT, size](self._state.cache, numbers))
+        if self.draft is not None:
+            self.draft.swap_out(self._compiled[Kind.DRAFT_SWAP_OUT, size], numbers, places)
 
     def _swap_in(self, size: int, copies: np.ndarray) -> None:
-        numbers, places = copies.reshape(-1, 2).T
-        blocks = self._swapped.fetch(places.tolist(), SWAP_BLOCKS)
-        cache = self._compiled[Kind.SWAP_IN, size](self._state.cache, self._put_numbers(numbers), blocks)
+        numbers, places = self._blocks_of(copies)
+        blocks = self._swapped.fetch(places, SWAP_BLOCKS)
+        cache = self._compiled[Kind.SWAP_IN, size](self._state.cache, numbers, blocks)
         self._state = self._state._replace(cache=cache)
+        if self.draft is not None:
+            self.draft.swap_in(self._compiled[Kind.DRAFT_SWAP_IN, size], numbers, places)
 
-    def _put_numbers(self, numbers: np.ndarray) -> jax.Array:
-        """Of blocks, and of the dummy one for those that are missing."""
-        return self._put(np.pad(numbers, (0, SWAP_BLOCKS - len(numbers))))
+    def _blocks_of(self, copies: np.ndarray) -> tuple[jax.Array, list[int]]:
+        """Numbers of blocks, that of the dummy one for those that are missing, and places. copies: ``int32[n, 2]``"""
+        numbers, places = copies.reshape(-1, 2).T
+        return self._put(np.pad(numbers, (0, SWAP_BLOCKS - len(numbers)))), places.tolist()
 
     def _score(self, rows: int, targets: np.ndarray) -> TokenLogprobs[jax.Array]:
         return self._compiled[Kind.SCORE, rows](self._outside, self._drawn.hidden, self._put(targets))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxserve.kernels.plan import AttentionPlan
 
@@ -112,6 +113,56 @@ def with_drafts(sequences: SequenceState[jax.Array], proposal: Proposal) -> Sequ
     places = jnp.where(number < proposal.counts[:, None], lengths[:, None] + number, max_len)
     history = history.at[jnp.arange(num_slots)[:, None], places].set(proposal.token_ids, mode="drop")
     return SequenceState(history, lengths, jnp.minimum(proposal.counts, max_len - lengths))
+
+
+class Suggestions[Array](NamedTuple):
+    """The host's, of N tokens at most for each sequence; see Suggestion of jaxserve/drafting.py."""
+
+    starts: Array
+    """``int32[S, 1]``: the first one's position; -1 for sequences that keep the drafts they have."""
+    counts: Array
+    """``int32[S, 1]``"""
+    token_ids: Array
+    """``int32[S, N]``"""
+
+
+def suggestions_of[Array: (np.ndarray, jax.Array)](packed: Array) -> Suggestions[Array]:
+    """Those in ``int32[S, 2 + N]``: views of a numpy array, static slices of a jax one."""
+    return Suggestions(packed[:, :1], packed[:, 1:2], packed[:, 2:])
+
+
+def most_suggested(num_speculative_tokens: int) -> int:
+    """Tokens that are of use to a sequence: those of the step before, which the host has yet to read, and the next
+    drafts."""
+    return 2 * num_speculative_tokens + 1
+
+
+def no_suggestions(num_seqs: int, num_speculative_tokens: int) -> np.ndarray:
+    """``int32[S, 2 + N]``: to nobody, yet."""
+    packed = np.zeros((num_seqs, 2 + most_suggested(num_speculative_tokens)), np.int32)
+    packed[:, 0] = -1
+    return packed
+
+
+def suggested(
+    num_speculative_tokens: int, sequences: SequenceState[jax.Array], packed: jax.Array
+) -> SequenceState[jax.Array]:
+    """The sequences, of which some have as drafts what is left of the host's suggestions, ``int32[S, 2 + N]``: none
+    where the tokens that have come since are others."""
+    history, lengths, num_drafts = sequences
+    starts, counts, token_ids = suggestions_of(packed)
+    number = jnp.arange(token_ids.shape[1])
+    places = jnp.clip(starts + number, 0, history.shape[1] - 1)
+    num_since = lengths[:, None] - starts
+    fits = (jnp.take_along_axis(history, places, axis=1) == token_ids) | (number >= num_since)
+    behind = jnp.clip(num_since + jnp.arange(num_speculative_tokens), 0, token_ids.shape[1] - 1)
+    left = jnp.where(fits.all(axis=1), jnp.clip(counts - num_since, 0, num_speculative_tokens)[:, 0], 0)
+    is_suggested = starts[:, 0] >= 0
+    proposal = Proposal(jnp.take_along_axis(token_ids, behind, axis=1), jnp.where(is_suggested, left, 0))
+    drafted = with_drafts(sequences, proposal)
+    assert num_drafts is not None
+    assert drafted.num_drafts is not None
+    return drafted._replace(num_drafts=jnp.where(is_suggested, drafted.num_drafts, num_drafts))
 
 
 def moved(plan: AttentionPlan[jax.Array], kv_lens: jax.Array) -> AttentionPlan[jax.Array]:

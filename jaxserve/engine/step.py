@@ -187,6 +187,8 @@ class Step:
     admissions: Sequence[Admission] = ()
     last_tokens: np.ndarray | None = None
     """For a draft model, packed: of each sequence that draws, the token behind."""
+    suggestions: np.ndarray | None = None
+    """The host's, to sequences that have rows for drafts: as ``suggested`` of engine/speculation.py has them."""
     record: StepRecord = field(default_factory=StepRecord)
     outputs: StepOutputs | None = None
     """Of the draws; None before the launch, and where no chunk samples."""

@@ -14,7 +14,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.request import RequestMetrics
 
 if TYPE_CHECKING:
-    from jaxserve.engine.metrics import StepRecord
+    from jaxserve.engine.metrics import DraftCounts, StepRecord
 
 PERCENTS = (*range(100), 99.5, 99.9, 100)
 """Those that a ``Percentiles`` keeps: enough to draw a distribution."""
@@ -93,6 +93,8 @@ class RunResult:
     """How much later than planned each request was sent."""
     steps: Sequence[StepRecord] = ()
     """The engine's steps, where it ran in this process."""
+    drafts: DraftCounts | None = None
+    """What became of them, where somebody has counted."""
 
     @cached_property
     def tbt_seconds(self) -> np.ndarray:
@@ -156,6 +158,7 @@ class RunResult:
         """The summary, and every request's and step's times."""
         return {
             "summary": asdict(self.summary(objective)),
+            "drafts": None if self.drafts is None else asdict(self.drafts),
             "errors": list(self.errors),
             "lag_seconds": list(self.lag_seconds),
             "requests": [asdict(request) for request in self.requests],

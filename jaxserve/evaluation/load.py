@@ -16,6 +16,7 @@ import numpy as np
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.metrics import StepRecord
 from jaxserve.errors import RequestError
+from jaxserve.evaluation.drafts import drafts_of
 from jaxserve.evaluation.latency import RunResult
 from jaxserve.evaluation.workload import WorkloadRequest
 from jaxserve.request import RequestMetrics
@@ -85,6 +86,7 @@ class _Recorder:
             errors=self.errors[:MAX_ERRORS],
             lag_seconds=self.lag_seconds,
             steps=self.steps,
+            drafts=drafts_of(self.steps) if self.steps else None,
         )
 
 

@@ -19,6 +19,7 @@ import jinja2
 
 from jaxserve.errors import ConfigError
 from jaxserve.evaluation.capacity import CapacityResult
+from jaxserve.evaluation.drafts import drafts_row
 from jaxserve.evaluation.latency import Objective, RunResult
 
 PACKAGES = (
@@ -78,6 +79,16 @@ def summary_row(series: Series, objective: Objective | None) -> dict[str, str]:
         "-" if goodput is None else f"{goodput:.2f}",
     )
     return dict(zip(COLUMNS, values, strict=True))
+
+
+def draft_rows(all_series: Sequence[Series]) -> list[dict[str, str]]:
+    """Of the runs shown in detail, those that had drafts."""
+    counted = [(series, series.run.drafts) for series in all_series if series.run.drafts is not None]
+    return [
+        {"policy": series.name} | drafts_row(drafts, series.run.num_output_tokens - len(series.run.requests))
+        for series, drafts in counted
+        if drafts.num_rows
+    ]
 
 
 def capacity_row(series: Series, best: float) -> dict[str, str]:
@@ -167,6 +178,7 @@ def write_report(
         objective=objective,
         capacities=capacity_rows(all_series),
         runs=[summary_row(series, objective) for series in all_series],
+        drafts=draft_rows(all_series),
         charts=charts,
         errors=[f"{series.name}: {error}" for series in all_series for error in series.run.errors],
         machine=about,

@@ -13,6 +13,7 @@ from jaxserve.engine.engine import Engine
 from jaxserve.engine.metrics import StepRecord
 from jaxserve.errors import ConfigError
 from jaxserve.evaluation.capacity import CapacityResult, SearchConfig, Trial, find_capacity
+from jaxserve.evaluation.drafts import drafts_at
 from jaxserve.evaluation.latency import Objective, RunResult
 from jaxserve.evaluation.load import make_prompts, measure_engine, measure_server
 from jaxserve.evaluation.report import Series
@@ -87,19 +88,28 @@ def run_engine(engine: Engine, workload: WorkloadConfig) -> RunResult:
     return measure_engine(engine, requests, seed=workload.workload_seed, concurrency=_concurrency(workload))
 
 
-def run_server(target: str, workload: WorkloadConfig, *, ready_timeout_seconds: float = 60.0) -> RunResult:
-    """The workload, cut to what the server can hold, over gRPC. Raises TimeoutError where no server is ready."""
+def run_server(
+    target: str, workload: WorkloadConfig, *, metrics_url: str | None = None, ready_timeout_seconds: float = 60.0
+) -> RunResult:
+    """The workload, cut to what the server can hold, over gRPC; ``metrics_url``: where it counts its drafts.
+
+    Raises TimeoutError where no server is ready, and ConfigError where it has no metrics there.
+    """
     with Client(target) as client:
         client.wait_ready(ready_timeout_seconds)
         info = client.model_info()
     requests = make_workload(workload, max_model_len=info.max_model_len)
-    return measure_server(
+    before = None if metrics_url is None else drafts_at(metrics_url)
+    result = measure_server(
         target,
         requests,
         vocab_size=info.vocab_size,
         seed=workload.workload_seed,
         concurrency=_concurrency(workload),
     )
+    if metrics_url is None or before is None:
+        return result
+    return dataclasses.replace(result, drafts=drafts_at(metrics_url).since(before))
 
 
 def _concurrency(workload: WorkloadConfig) -> int | None:

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import random
 import time
-import urllib.request
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -17,10 +16,10 @@ from pathlib import Path
 
 import grpc
 import numpy as np
-from prometheus_client.parser import text_string_to_metric_families
 
 from jaxserve.config import option
 from jaxserve.errors import ConfigError
+from jaxserve.evaluation.scrape import scrape
 from jaxserve.evaluation.streams import DOORS, AbortedStreamError, StreamError, open_stream
 from jaxserve.server.client import AsyncClient, Client
 from jaxserve.server.process import ServerProcess
@@ -232,12 +231,9 @@ def rss_bytes(pid: int) -> int:
 
 def _samples(server: ServerProcess) -> dict[str, float]:
     """The server's metrics; those with labels are summed."""
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{server.url}/metrics") as response:
-        families = text_string_to_metric_families(response.read().decode())
     values: Counter[str] = Counter()
-    for family in families:
-        for sample in family.samples:
-            values[sample.name] += sample.value  # type: ignore[assignment]
+    for sample in scrape(f"{server.url}/metrics"):
+        values[sample.name] += sample.value  # type: ignore[assignment]
     return dict(values)
 
 

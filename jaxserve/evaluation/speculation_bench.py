@@ -91,8 +91,8 @@ class Speed:
             "drafts, tokens/s": f"{self.tokens_per_second:.1f}",
             "gain": f"{self.gain:.2f}x",
             "tokens a decode": f"{1 + drafts.num_held / max(1, self.num_decodes):.2f}",
-            "accepted": f"{drafts.num_held / max(1, drafts.num_verified):.0%}",
-            "wasted rows": f"{(drafts.num_rows - drafts.num_held) / max(1, drafts.num_rows):.0%}",
+            "accepted": f"{drafts.acceptance:.0%}",
+            "wasted rows": f"{drafts.wasted_share:.0%}",
         }
 
 

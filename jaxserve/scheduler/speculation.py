@@ -98,7 +98,9 @@ class Speculation:
         return best_number
 
     def _most(self, request: Request, start: int) -> int:
-        """Drafts that could become tokens which the request may still make."""
+        """Drafts that there may be, and that could become tokens which the request may still make."""
         asked = request.params.num_speculative_tokens
         most = self.num_speculative_tokens if asked is None else min(asked, self.num_speculative_tokens)
+        if request.suggestion is not None:
+            most = min(most, request.suggestion.start + len(request.suggestion.token_ids) - request.num_tokens)
         return min(most, request.num_prompt_tokens + request.max_tokens - start - 2)

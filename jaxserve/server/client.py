@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import operator
 import os
 import re
@@ -154,7 +155,10 @@ class Client:
 
 
 class AsyncClient:
-    """``Client.generate`` for asyncio, for hundreds of streams in one thread. Create it inside the event loop."""
+    """``Client`` for asyncio, for hundreds of requests in one thread. Create it inside the event loop.
+
+    A failed call raises grpc.aio.AioRpcError.
+    """
 
     def __init__(self, target: str = DEFAULT_TARGET, *, api_key: str | None = None, ca_file: str | None = None) -> None:
         self._metadata = _metadata(api_key)
@@ -169,16 +173,26 @@ class AsyncClient:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the channel; calls under way are cancelled."""
         await self._channel.close()
 
     def generate(
         self, prompt: Prompt, *, request_id: str = "", model: str = "", **sampling: Any
     ) -> AsyncIterator[pb.GenerateResponse]:
-        """As ``Client.generate``; a failed call raises grpc.aio.AioRpcError."""
+        """As ``Client.generate``."""
         call: AsyncIterator[pb.GenerateResponse] = self._stub.Generate(
             _generate_request(prompt, request_id, model, sampling), metadata=self._metadata
         )
         return call
+
+    async def respond(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The response's body to a body of OpenAI's API, such as that of "/v1/completions"."""
+        request = pb.RespondRequest(path=path, body=json.dumps(body).encode())
+        response: dict[str, Any] = json.loads((await self._stub.Respond(request, metadata=self._metadata)).body)
+        return response
 
 
 def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:

@@ -7,11 +7,15 @@ import functools
 import uuid
 from collections.abc import Callable
 
+import orjson
 from google.protobuf.message import Message
 
-from jaxserve.served_model import ServedModel
+from jaxserve.errors import RequestError
+from jaxserve.openai import ENDPOINTS
+from jaxserve.served_model import ServedModel, any_of
 from jaxserve.server import messages
 from jaxserve.server.admission import Admission
+from jaxserve.server.bodies import Bodies, parse_body, whole
 from jaxserve.server.door import Context
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2 as pb
 from jaxserve.server.proto.jaxserve.v1 import inference_pb2_grpc as pb_grpc
@@ -24,6 +28,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
     def __init__(self, admission: Admission, texts: TextThreads, max_message_bytes: int) -> None:
         self._admission, self._texts, self._max_message_bytes = admission, texts, max_message_bytes
+        self._bodies = Bodies(admission, texts)
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         with self._admission.request(request.model) as replicas:
@@ -59,6 +64,17 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         messages.check_size(request, model)
         text = await self._in_thread(messages.text_of, request, model)
         return pb.DetokenizeResponse(text=text)
+
+    async def Respond(self, request: pb.RespondRequest, context: Context) -> pb.RespondResponse:
+        endpoint = next((endpoint for endpoint in ENDPOINTS if endpoint.path == request.path), None)
+        if endpoint is None:
+            raise RequestError(f"path must be {any_of([e.path for e in ENDPOINTS])}, got {request.path!r:.80}")
+        with self._admission.request() as replicas:
+            ask = endpoint.parse(parse_body(request.body), replicas.model)
+            if ask.stream:
+                raise RequestError("stream must be false, got true")
+            async with self._bodies.started(endpoint, ask, replicas, len(request.body)) as (response, deltas):
+                return pb.RespondResponse(body=orjson.dumps(await whole(response, deltas)))
 
     async def _prompt_token_ids(
         self, request: pb.GenerateRequest | pb.TokenizeRequest, model: ServedModel

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -38,8 +38,18 @@ def assemble(
     def load(item: tuple[str, jax.ShapeDtypeStruct]) -> jax.Array:
         name, spec = item
         with staging.reserve(math.prod(spec.shape) * spec.dtype.itemsize):
-            parts = [(part, part.view(source.read(part.name))) for part in weights[name]]
-            array = jax.make_array_from_callback(spec.shape, placement(spec), partial(_read_shard, parts, spec))
+            sharding = placement(spec)
+            bounds_of = partial(_bounds, spec.shape)
+            places = map(bounds_of, sharding.addressable_devices_indices_map(spec.shape).values())
+            # Always fresh copies: JAX may keep using the host's memory, which must not be a file that others replace.
+            shards = {at: np.empty([end - first for first, end in at], spec.dtype) for at in places}
+            # Tensor by tensor, for a quantised one is read into memory of its own.
+            for tensor_name in dict.fromkeys(part.name for part in weights[name]):
+                tensor = source.read(tensor_name)
+                for part in weights[name]:
+                    if part.name == tensor_name:
+                        _copy(part, tensor, shards)
+            array = jax.make_array_from_callback(spec.shape, sharding, lambda index: shards[bounds_of(index or ())])
             return array.block_until_ready()
 
     # Reading, dequantising and casting run without Python's lock.
@@ -68,14 +78,18 @@ class Staging:
                 self._changed.notify_all()
 
 
-def _read_shard(
-    parts: Sequence[tuple[Part, np.ndarray]], spec: jax.ShapeDtypeStruct, index: tuple[slice, ...]
-) -> np.ndarray:
-    """The shard ``index`` of a parameter, from those bytes of its parts' views that lie in it."""
-    bounds = [axis.indices(size)[:2] for axis, size in zip(index, spec.shape, strict=True)]
-    # Always a fresh copy: JAX may keep using the host's memory, which must not be a file that somebody replaces.
-    shard = np.empty([end - first for first, end in bounds], spec.dtype)
-    for part, view in parts:
+_Bounds = tuple[tuple[int, int], ...]
+"""Of a shard, where it begins and ends in each dimension."""
+
+
+def _bounds(shape: tuple[int, ...], index: tuple[slice, ...]) -> _Bounds:
+    return tuple(axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True))
+
+
+def _copy(part: Part, tensor: np.ndarray, shards: Mapping[_Bounds, np.ndarray]) -> None:
+    """Fill what is the part's in each shard of a parameter, reading those bytes of its view only."""
+    view = part.view(tensor)
+    for bounds, shard in shards.items():
         ours, theirs = [], []
         for (first, end), place in zip(bounds, part.place(view.shape), strict=True):
             low, high = max(first, place.start), max(first, min(end, place.stop))
@@ -83,7 +97,6 @@ def _read_shard(
             theirs.append(slice(low - place.start, high - place.start))
         if all(axis.stop > axis.start for axis in ours):
             shard[tuple(ours)] = view[tuple(theirs)]
-    return shard
 
 
 def placement(spec: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
@@ -93,7 +106,8 @@ def placement(spec: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
 def check(
     where: object, source: TensorSource, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]
 ) -> None:
-    """Raise ModelError with every missing, unexpected and mis-shaped tensor; reads names and shapes only.
+    """Raise ModelError with every missing, unexpected and mis-shaped tensor; reads names and shapes, and biases that
+    the model does not have.
 
     ``where`` is the checkpoint's name in it.
     """
@@ -101,13 +115,18 @@ def check(
     wanted = {part.name for parameter in abstract for part in weights[parameter]}
     head = {part.name for part in weights.get("lm_head", ())}
     problems = [f"missing {name}{_UNTIED if name in head else ''}" for name in sorted(wanted - names)]
-    problems += [f"unexpected {name}" for name in sorted(names - wanted) if not _HARMLESS.fullmatch(name)]
+    problems += [f"unexpected {name}" for name in sorted(names - wanted) if not _is_harmless(source, name)]
     for parameter, spec in abstract.items():
         used = {part.name: None for part in weights[parameter]}  # ordered, each once
         if names.issuperset(used) and not _fits(weights[parameter], source, spec.shape):
             found = ", ".join(f"{name} {source.shape(name)}" for name in used)
             problems.append(f"mis-shaped {found} for {parameter} {spec.shape}")
     report(where, problems)
+
+
+def _is_harmless(source: TensorSource, name: str) -> bool:
+    """A rotary table, or a bias of zeros, which AutoGPTQ gives to layers that have none."""
+    return bool(_HARMLESS.fullmatch(name)) or (name.endswith(".bias") and not source.read(name).any())
 
 
 def report(where: object, problems: list[str]) -> None:

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxserve.errors import ModelError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.fields import Fields
-from jaxserve.models.loading import assemble, eos, generation, gguf_tokenizer, head, hf, hf_tokenizer, mxfp4, orbax
+from jaxserve.models.loading import (
+    assemble,
+    codes,
+    eos,
+    generation,
+    gguf_tokenizer,
+    head,
+    hf,
+    hf_tokenizer,
+    kv_scales,
+    mxfp4,
+    orbax,
+)
 from jaxserve.models.loading.dummy import random_parameters
 from jaxserve.models.loading.files import read_json
 from jaxserve.models.loading.gguf import GGUFSource
 from jaxserve.models.loading.hub import resolve
+from jaxserve.models.loading.quantised.detect import quantisation
+from jaxserve.models.loading.quantised.source import QuantisedSource, named_by_module
+from jaxserve.models.matrix import MatrixLayout, QuantisedMatrix
 from jaxserve.models.presets import PRESETS
-from jaxserve.models.registry import family_of, quantization_of, read_config
+from jaxserve.models.registry import family_of, read_config
 from jaxserve.models.weights import Weight
 from jaxserve.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpoint(ABC):
@@ -35,6 +54,14 @@ class Checkpoint(ABC):
     def eos_token_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Ids that end an output unless the request ignores them."""
         return eos.union(self.path, self.declared_eos, tokenizer, self.config.vocab_size)
+
+    @property
+    def kv_scales(self) -> np.ndarray | None:
+        """``float32[layers, 2]``, of an fp8 KV cache's keys and values, where the files have some; see KVCache.scales.
+
+        Raises ModelError.
+        """
+        return None
 
     @property
     @abstractmethod
@@ -51,12 +78,49 @@ class Checkpoint(ABC):
     def check(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> None:
         """Raise one ModelError that names everything missing, unexpected and mis-shaped; reads headers only."""
 
+    def planned_codes(
+        self,
+        abstract: Mapping[str, jax.ShapeDtypeStruct],
+        weights: Mapping[str, Weight],
+        layouts: Mapping[str, MatrixLayout],
+    ) -> dict[str, QuantisedMatrix]:
+        """Of the parameters ``abstract`` those that may stay codes in memory, as ``load_codes`` takes them, by headers.
+
+        Raises ModelError where none is, and as ``check`` does.
+        """
+        self.check(abstract, weights)
+        planned = {} if self._codes is None else codes.plan(self._codes, abstract, weights, layouts)
+        if not planned:
+            raise ModelError(f"{self.path}: quantization codes needs quantised weights of a supported kind, found none")
+        return planned
+
+    def load_codes(
+        self, planned: Mapping[str, QuantisedMatrix], weights: Mapping[str, Weight]
+    ) -> dict[str, QuantisedMatrix]:
+        """As ``load`` does, the matrices of ``planned_codes``."""
+        assert self._codes is not None, "planned"
+        return codes.load(self._codes, planned, weights)
+
+    @property
+    def _codes(self) -> codes.CodeSource | None:
+        """The weights, if some are quantised."""
+        return None
+
     @abstractmethod
     def load(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> dict[str, jax.Array]:
         """The parameters of ``abstract``, which ``check`` has passed, with its shapes, types and shardings.
 
         ``weights`` says how they are built. Raises ModelError for files that cannot be read.
         """
+
+
+class _Opened(NamedTuple):
+    """Safetensors files."""
+
+    source: head.EditableSource
+    coded: codes.CodeSource | None
+    """The same, where some are quantised."""
+    kv_scales: np.ndarray | None
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -66,7 +130,10 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.path = folder
         raw = read_json(folder / "config.json")
         self.config = read_config(raw, str(folder / "config.json"))
-        self._is_packed = quantization_of(Fields(raw, folder / "config.json")) == mxfp4.METHOD
+        self._packs_experts = mxfp4.packs_experts(Fields(raw, folder / "config.json"))
+        self._format = None if self._packs_experts else quantisation(folder, raw)
+        if self._format is not None:
+            logger.info("quantised: %s", self._format)
         if self.config.tie_word_embeddings:
             self.config = head.settle(self._source, self.config, family_of(self.config.architecture))
         self.declared_eos = _declared_eos(folder, raw)
@@ -78,10 +145,29 @@ class HuggingFaceCheckpoint(Checkpoint):
     def tokenizer(self) -> Tokenizer:
         return hf_tokenizer.load(self.path)
 
+    @property
+    def kv_scales(self) -> np.ndarray | None:
+        return self._opened.kv_scales
+
+    @property
+    def _source(self) -> head.EditableSource:
+        return self._opened.source
+
+    @property
+    def _codes(self) -> codes.CodeSource | None:
+        return self._opened.coded
+
     @cached_property
-    def _source(self) -> hf.SafetensorsSource:
-        kind = mxfp4.Mxfp4Source if self._is_packed else hf.SafetensorsSource
-        return kind(self.path, family_of(self.config.architecture).names_for(self.config))
+    def _opened(self) -> _Opened:
+        name_of = family_of(self.config.architecture).names_for(self.config)
+        if self._format is None:
+            tensors = (mxfp4.Mxfp4Source if self._packs_experts else hf.SafetensorsSource)(self.path, name_of)
+            return _Opened(tensors, None, kv_scales.take(tensors, self.config.num_layers))
+        tensors = hf.SafetensorsSource(self.path, named_by_module(name_of, self._format.suffixes), hf.DTYPES)
+        # Before modules are put together, for some of these scales have a name of theirs.
+        scales = kv_scales.take(tensors, self.config.num_layers)
+        source = QuantisedSource(tensors, self._format)
+        return _Opened(source, source, scales)
 
     def check(self, abstract: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Weight]) -> None:
         assemble.check(self.path, self._source, abstract, weights)
@@ -103,6 +189,10 @@ class GGUFCheckpoint(Checkpoint):
     def sampling_defaults(self) -> Mapping[str, Any]:
         return generation.from_gguf(self.path, self._source.file.metadata)
 
+    @property
+    def _codes(self) -> codes.CodeSource:
+        return self._source
+
     def tokenizer(self) -> Tokenizer:
         return gguf_tokenizer.load(self._source.file.metadata, self.path)
 
@@ -120,6 +210,10 @@ class OrbaxCheckpoint(Checkpoint):
         self.path = folder
         self.config, self.declared_eos = orbax.read_config(folder)
         family_of(self.config.architecture)
+
+    @property
+    def kv_scales(self) -> np.ndarray | None:
+        return orbax.kv_scales(self.path, self.config.num_layers)
 
     @property
     def sampling_defaults(self) -> Mapping[str, Any]:

@@ -19,7 +19,9 @@ from safetensors.numpy import save_file
 
 from jaxserve.errors import ModelError
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.loading import gguf_codes
 from jaxserve.models.loading.gguf_file import GGUFFile, TensorInfo, read_gguf
+from jaxserve.models.loading.quantised.tensor import Encoding, QuantisedTensor
 from jaxserve.models.registry import read_config
 
 ARCHITECTURES = {
@@ -82,15 +84,27 @@ class GGUFSource:
 
     def read(self, name: str) -> np.ndarray:
         """Float tensors as stored, mapped from the file; quantised ones as a new float32 array."""
+        values = decode(self._bytes(name), self.file.tensors[self._names[name]])
+        # The converter stores Gemma's norms around 1.
+        return values - 1 if self.config.norm == "rms_plus_one" and name.endswith("norm.weight") else values
+
+    def encoding(self, name: str) -> Encoding | None:
+        info = self.file.tensors[self._names[name]]
+        return gguf_codes.encoding(info.shape, info.kind)
+
+    def quantised(self, name: str) -> QuantisedTensor:
+        info = self.file.tensors[self._names[name]]
+        return gguf_codes.quantised(self._bytes(name).reshape(info.shape[0], -1), info.kind)
+
+    def _bytes(self, name: str) -> np.ndarray:
+        """``uint8[n]``, a tensor's rows one after the other, in Hugging Face's order."""
         theirs = self._names[name]
         info, data = self.file.tensors[theirs], self.file.bytes_of(theirs)
         if self._architecture == "llama" and ".attn_q." in theirs:
-            data = unpermute(data.reshape(info.shape[0], -1), self.config.num_heads).reshape(-1)
-        elif self._architecture == "llama" and ".attn_k." in theirs:
-            data = unpermute(data.reshape(info.shape[0], -1), self.config.num_kv_heads).reshape(-1)
-        values = decode(data, info)
-        # The converter stores Gemma's norms around 1.
-        return values - 1 if self.config.norm == "rms_plus_one" and name.endswith("norm.weight") else values
+            return unpermute(data.reshape(info.shape[0], -1), self.config.num_heads).reshape(-1)
+        if self._architecture == "llama" and ".attn_k." in theirs:
+            return unpermute(data.reshape(info.shape[0], -1), self.config.num_kv_heads).reshape(-1)
+        return data
 
 
 def write_hf_folder(source: GGUFSource, folder: Path) -> None:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import Protocol
 
 import numpy as np
 
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.family import Family
-from jaxserve.models.loading.hf import SafetensorsSource
+from jaxserve.models.weights import TensorSource
 
 logger = logging.getLogger(__name__)
 
 _CHUNK_ROWS = 4096
 
 
-def settle(source: SafetensorsSource, config: ModelConfig, family: Family) -> ModelConfig:
+class EditableSource(TensorSource, Protocol):
+    def take(self, name: str, new_name: str | None = None) -> None:
+        """Give the tensor ``name`` the ``new_name``, or take it out."""
+        ...
+
+
+def settle(source: EditableSource, config: ModelConfig, family: Family) -> ModelConfig:
     """``config``, tied or not as its files are, whatever it says: transformers 5's tie_weights.
 
     A head in the files that differs from the embedding is used. One that is the same is taken out of ``source``, and

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
@@ -16,44 +17,52 @@ from jaxserve.errors import ModelError
 from jaxserve.models.fields import Fields
 from jaxserve.models.loading.files import read_json, refuse_pointer, unreadable
 
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+"""Types of weights that are stored as they are."""
+DTYPES = FLOATS | {
+    "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "I16": np.dtype(np.int16), "U16": np.dtype(np.uint16),
+    "I32": np.dtype(np.int32), "U32": np.dtype(np.uint32), "I64": np.dtype(np.int64), "U64": np.dtype(np.uint64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}  # fmt: skip
 _INDEX = "model.safetensors.index.json"
 
 
 class SafetensorsSource:
     """The tensors of a folder's safetensors files, in one or in shards, mapped into memory. Raises ModelError.
 
-    ``name_of`` gives a file's tensor name as the caller wants it, None for tensors to leave out.
+    ``name_of`` gives a file's tensor name as the caller wants it, None for tensors to leave out; ``supported`` are the
+    types that there may be.
     """
 
     def __init__(
         self,
         folder: Path,
         name_of: Callable[[str], str | None] = lambda name: name,
-        dtypes: Mapping[str, np.dtype] = DTYPES,
+        supported: Collection[str] = FLOATS.keys(),
     ) -> None:
-        self._tensors: dict[str, np.ndarray] = {}
-        stored_as: dict[str, str] = {}
-        wrong = {}
+        self.folder = folder
+        self._tensors: dict[str, _Tensor] = {}
         for path, expected in _shards(folder).items():
-            found = _map(path, dtypes)
+            found = _map(path)
             if expected - found.keys():
                 missing = _listed(expected - found.keys())
                 raise ModelError(f"{path}: missing tensors that {_INDEX} places there: {missing}")
             for stored in expected or found:
-                name, tensor = name_of(stored), found[stored]
+                name = name_of(stored)
                 if name is None:
                     continue
-                if name in stored_as:
-                    raise ModelError(f"{folder}: {stored_as[name]} and {stored} are both {name}")
-                stored_as[name] = stored
-                if isinstance(tensor, np.ndarray):
-                    self._tensors[name] = tensor
-                else:
-                    wrong[stored] = tensor
+                if name in self._tensors:
+                    raise ModelError(f"{folder}: {self._tensors[name].stored_as} and {stored} are both {name}")
+                self._tensors[name] = found[stored]
+        self.refuse_others(supported)
+
+    def refuse_others(self, supported: Collection[str]) -> None:
+        """Raise ModelError where a tensor's type is none of these."""
+        wrong = {found.stored_as: found.dtype for found in self._tensors.values() if found.dtype not in supported}
         if wrong:
             listed = _listed(f"{name} ({dtype})" for name, dtype in wrong.items())
-            raise ModelError(f"{folder}: tensor types not supported: {listed}; supported: {', '.join(dtypes)}")
+            raise ModelError(f"{self.folder}: tensor types not supported: {listed}; supported: {', '.join(supported)}")
 
     def take(self, name: str, new_name: str | None = None) -> None:
         """Give the tensor ``name`` the ``new_name``, or take it out."""
@@ -61,22 +70,34 @@ class SafetensorsSource:
         if new_name is not None:
             self._tensors[new_name] = tensor
 
+    def stored_as(self, name: str) -> str:
+        """Its name in the file."""
+        return self._tensors[name].stored_as
+
     def names(self) -> set[str]:
         return set(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensors[name].shape
+        return self._tensors[name].values.shape
 
     def read(self, name: str) -> np.ndarray:
-        return self._tensors[name]
+        return self._tensors[name].values
+
+
+@dataclass(frozen=True, eq=False)
+class _Tensor:
+    stored_as: str
+    dtype: str
+    values: np.ndarray
+    """A view of the mapped file; bytes where the type is none of DTYPES."""
 
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
 
 
-def _map(path: Path, dtypes: Mapping[str, np.dtype]) -> dict[str, np.ndarray | str]:
-    """Each tensor of a file as a view of the mapped file, or the name of its type where that is not supported."""
+def _map(path: Path) -> dict[str, _Tensor]:
+    """Each tensor of a file."""
     refuse_pointer(path)
     try:
         # The library checks the header against the file's length; its own reads would copy whole tensors.
@@ -89,11 +110,12 @@ def _map(path: Path, dtypes: Mapping[str, np.dtype]) -> dict[str, np.ndarray | s
         data = np.memmap(path, np.uint8, mode="r", offset=8 + header_bytes) if header else np.empty(0, np.uint8)
     except (SafetensorError, OSError, ValueError) as error:
         raise unreadable(path, error) from error
-    tensors: dict[str, np.ndarray | str] = {}
+    tensors = {}
     for name, entry in header.items():
         first, end = entry["data_offsets"]
-        known = dtypes.get(entry["dtype"])
-        tensors[name] = entry["dtype"] if known is None else data[first:end].view(known).reshape(entry["shape"])
+        values, known = data[first:end], DTYPES.get(entry["dtype"])
+        values = values if known is None else values.view(known).reshape(entry["shape"])
+        tensors[name] = _Tensor(name, entry["dtype"], values)
     return tensors
 
 

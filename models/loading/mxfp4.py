@@ -9,10 +9,10 @@ import ml_dtypes
 import numpy as np
 
 from jaxserve.errors import ModelError
-from jaxserve.models.loading.hf import DTYPES, SafetensorsSource
+from jaxserve.models.fields import Fields
+from jaxserve.models.loading.hf import FLOATS, SafetensorsSource
+from jaxserve.models.loading.quantised.detect import METHOD_OF_EXPERTS as METHOD
 
-METHOD = "mxfp4"
-"""The name of it in config.json."""
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _BY_CODE = np.concatenate((_VALUES, -_VALUES))
@@ -23,6 +23,11 @@ _GROUPS_AT_ONCE = 1 << 14
 """So that what stands between stays in the CPU's cache."""
 
 
+def packs_experts(config: Fields) -> bool:
+    """Whether a config.json says so. Raises ModelError."""
+    return config.fields("quantization_config").text("quant_method") == METHOD
+
+
 class Mxfp4Source(SafetensorsSource):
     """As files of bfloat16 would be: ``NAME_blocks`` and ``NAME_scales`` are one tensor, NAME, inputs first.
 
@@ -30,7 +35,7 @@ class Mxfp4Source(SafetensorsSource):
     """
 
     def __init__(self, folder: Path, name_of: Callable[[str], str | None]) -> None:
-        super().__init__(folder, name_of, DTYPES | {"U8": np.dtype(np.uint8)})
+        super().__init__(folder, name_of, [*FLOATS, "U8"])
         stored = super().names()
         self._packed = {name.removesuffix(_BLOCKS) for name in stored if name.endswith(_BLOCKS)}
         for name in sorted(self._packed | {name.removesuffix(_SCALES) for name in stored if name.endswith(_SCALES)}):

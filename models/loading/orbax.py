@@ -2,8 +2,8 @@
 
 ::
 
-    jaxserve_config.json    dimensions, ids that end an output, sampling defaults; written last, it makes the folder
-                            a checkpoint
+    jaxserve_config.json    dimensions, ids that end an output, sampling defaults, scales of an fp8 KV cache; written
+                            last, it makes the folder a checkpoint
     parameters/             Orbax: every parameter as the model holds it (fused), by its path
     tokenizer.json, tokenizer_config.json, chat_template.jinja
 """
@@ -13,13 +13,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxserve.errors import ModelError
-from jaxserve.models.config import ClampedSwiGLU, Experts, ModelConfig, Rope, SharedExpert, Temperature
+from jaxserve.models.config import ClampedSwiGLU, Experts, ModelConfig, Recurrent, Rope, SharedExpert, Temperature
 from jaxserve.models.fields import Fields
 from jaxserve.models.loading import eos, generation
 from jaxserve.models.loading.assemble import placement, report
@@ -38,6 +40,7 @@ def save(
     eos_token_ids: tuple[int, ...],
     sampling_defaults: Mapping[str, Any],
     tokenizer: Tokenizer,
+    kv_scales: np.ndarray | None = None,
 ) -> None:
     """Write a checkpoint into ``folder``, which must be new or empty (ModelError otherwise)."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -52,6 +55,7 @@ def save(
         "model": dataclasses.asdict(config),
         "eos_token_ids": eos_token_ids,
         "sampling_defaults": dict(sampling_defaults),
+        "kv_scales": None if kv_scales is None else kv_scales.tolist(),
     }
     (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
@@ -68,7 +72,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, eos.Declared]:
 
 _PARTS = {
     "rope": Rope, "local_rope": Rope, "temperature": Temperature, "experts": Experts, "shared": SharedExpert,
-    "gate": ClampedSwiGLU,
+    "gate": ClampedSwiGLU, "recurrent": Recurrent,
 }  # fmt: skip
 """Fields that are objects themselves."""
 
@@ -91,6 +95,20 @@ def sampling_defaults(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ModelError(f"{path}: sampling_defaults must be a JSON object, found {found!r}")
     return generation.checked(path, found, {name: name for name in generation.FIELDS})
+
+
+def kv_scales(folder: Path, num_layers: int) -> np.ndarray | None:
+    """As ``save`` got them. Raises ModelError."""
+    path = folder / CONFIG
+    found = read_json(path).get("kv_scales")
+    if found is None:
+        return None
+    scales = np.zeros(0, np.float32)
+    with suppress(TypeError, ValueError):
+        scales = np.array(found, np.float32)
+    if scales.shape != (num_layers, 2) or not (np.isfinite(scales).all() and (scales > 0).all()):
+        raise ModelError(f"{path}: kv_scales must be two positive numbers for each of {num_layers} layers")
+    return scales
 
 
 def check(folder: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> None:

@@ -1,4 +1,4 @@
-"""Batches that a server serves, over HTTP."""
+"""Batches that a server serves, over HTTP; those over gRPC: tests/server/test_respond.py."""
 
 from __future__ import annotations
 
@@ -86,6 +86,7 @@ def test_lines_go_to_their_paths(server: Server, tmp_path: Path, suffix: str) ->
         (400, {"error": {"message": "n must be 1", "code": "x"}}, "invalid_request", "n must be 1"),
         (404, {"error": {"message": "no such model"}}, "not_found", "no such model"),
         (500, b"oops", "internal_server_error", "oops"),
+        (499, {"error": {"message": "the request was aborted"}}, "status_499", "the request was aborted"),
         (422, ["what"], "unprocessable_entity", '["what"]'),
     ],
 )
@@ -154,7 +155,10 @@ def test_so_many_at_once_and_an_interrupt(server: Server, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"url": "localhost:8000"}, "endpoint must be a URL such as http://127.0.0.1:8000, got 'localhost:8000'"),
+        (
+            {"url": "localhost:8000"},
+            "endpoint must be a URL such as http://127.0.0.1:8000 or grpc://127.0.0.1:50051, got 'local",
+        ),
         ({"url": "http://a", "concurrency": 0}, "concurrency must be at least 1, got 0"),
     ],
 )

@@ -285,12 +285,21 @@ def test_a_draft_model(
 ) -> None:
     """A model's drafts for itself all hold, sampled ones too; those of another one's do not; outputs are the same."""
     monkeypatch.setattr(Profiler, "draft_times", lambda _: FLAT)
-    engine = make_engine("yi_gqa", tiny_tokenizer, speculative="draft", draft_model=str(Golden(drafter).checkpoint))
+    monkeypatch.setattr(Profiler, "seconds_per_swapped_block", lambda _: 1e-9)
+    engine = make_engine(
+        "yi_gqa", tiny_tokenizer, speculative="draft", draft_model=str(Golden(drafter).checkpoint),
+        swap_space_bytes=2**20,
+    )  # fmt: skip
     pair = Pair(plain("yi_gqa"), engine, Oracle())
     sampled = replace(GREEDY, temperature=0.8, top_p=0.9, seed=5)
     # A prompt so short that its block has room for the keys of the first drafts as well.
     assert pair.check([[5]], GREEDY) < most_share
     assert pair.check([[5]], sampled) < most_share
+    # Each has left the cache when it comes again, and comes back from the swap space.
+    prompts = np.random.default_rng(8).integers(3, VOCAB, (4, 90)).tolist()
+    for prompt in prompts * 2:
+        pair.check([prompt], replace(GREEDY, max_tokens=6))
+    assert engine.metrics.registry.get_sample_value("jaxserve_swapped_in_blocks_total")
     drafted, held = (next(iter(c.collect())).samples[0].value for c in
                      (engine.metrics.draft_tokens, engine.metrics.accepted_tokens))  # fmt: skip
     assert drafted > 0
@@ -339,8 +348,12 @@ def test_outputs_have_the_models_distribution() -> None:
     [
         ({"speculative": "draft"}, "draft_model must be given with speculative draft .*got None with draft"),
         ({"draft_model": "x"}, "draft_model must be given with speculative draft .*got 'x' with off"),
-        ({"speculative": "medusa"}, "speculative must be one of off, ngram, draft, got 'medusa'"),
+        ({"speculative": "medusa"}, "speculative must be one of off, ngram, suffix, draft, got 'medusa'"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens must be an integer of at least 1, got 0"),
+        (
+            {"suffix_decoding_max_cached_tokens": 0},
+            "suffix_decoding_max_cached_tokens must be an integer of at least 1",
+        ),
         ({"speculative": "ngram", "pipeline_parallel": 2}, "pipeline_parallel must be 1 with speculative ngram.*got 2"),
     ],
 )

@@ -128,7 +128,7 @@ class NotesTaken:
         names = [kind.name.lower() for kind in Kind]
         for name in (name for name in names if hasattr(StepPrograms, f"lower_{name}")):  # others are a draft model's
             self._watch(monkeypatch, StepPrograms, f"lower_{name}", lambda *size, name=name: (f"compile {name}", *size))
-        self._watch(monkeypatch, StepPrograms, "take", lambda parameters: ("weights",))
+        self._watch(monkeypatch, StepPrograms, "load", lambda checkpoint: ("weights",))
         self._watch(monkeypatch, ModelRunner, "run", lambda kind, size, *array: (f"run {kind.name.lower()}", size))
 
     def _watch(

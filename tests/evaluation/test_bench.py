@@ -36,6 +36,7 @@ def test_serve_against_a_running_server(server, tmp_path):
     [
         (["capacity", "--low", "5", "--high", "1"], "low must be above 0 and below high, got 5 and 1"),
         (["serve", "--report", "/no/such/folder/x.html"], "report must be in a folder that exists"),
+        (["serve", "--metrics-url", "http://x"], "metrics-url is that of --target, got 'http://x' without"),
         (["step", "--pipeline-parallel", "2"], "pipeline-parallel must be 1, steps are timed one at a time, got 2"),
         (["stalls"], "invalid choice: 'stalls'"),
     ],

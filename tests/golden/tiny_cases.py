@@ -186,7 +186,7 @@ GPT2 = {"model_type": "gpt2", "vocab_size": 96, "n_ctx": 64, "n_embd": 32, "n_he
 GPT2 |= {"activation_function": "gelu_new", "attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1}
 GPT2 |= {"bos_token_id": 95, "eos_token_id": 95, "initializer_range": 0.02, "layer_norm_epsilon": 1e-3}
 
-# A case's place is its seed: add new ones at the end of recent_cases.py.
+# A case's place is its seed: add new ones at the end of hybrid_cases.py.
 TINY_CASES = LLAMA_CASES | {
     "mistral_window": TinyCase(
         "MistralForCausalLM", MISTRAL | {"sliding_window": 12}, matters=({"sliding_window": None},)

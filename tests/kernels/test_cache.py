@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def test_devices_share_layers_and_heads(tensor: int, pipe: int) -> None:
 def test_it_begins_with_nothing_and_scales_of_one() -> None:
     mesh = make_mesh(2, 2)
     cache, abstract = SHAPE.zeros(3, mesh), SHAPE.abstract(3, mesh)
-    for made, planned in zip(cache, abstract, strict=True):
+    for made, planned in zip(jax.tree.leaves(cache), jax.tree.leaves(abstract), strict=True):
         assert (made.shape, made.dtype, made.sharding) == (planned.shape, planned.dtype, planned.sharding)
     assert not np.asarray(cache.k, np.float32).any()
     assert not np.asarray(cache.v, np.float32).any()

@@ -172,8 +172,8 @@ def test_packing_replaces_the_matrices_and_keeps_the_order() -> None:
     weights = {"a": jnp.ones((2, 3, 8)), "b": jnp.ones(5), "c": jnp.ones((7, 2, 4))}
     kept = weights["b"]
     layouts = {"a": MatrixLayout(2), "c": MatrixLayout(1)}
-    expected = abstract_taken(jax.eval_shape(lambda: weights), layouts, PanelMatrix)
-    a, b, c = made = taken(weights, layouts, PanelMatrix)
+    expected = list(abstract_taken(jax.eval_shape(lambda: weights), layouts, PanelMatrix).values())
+    a, b, c = made = list(taken(weights, layouts, PanelMatrix).values())
     assert b is kept
     assert [name for name, weight in weights.items() if weight.is_deleted()] == ["a", "c"]
     assert (a.num_outputs, a.num_inputs, c.num_outputs, c.num_inputs) == (6, 8, 7, 8)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxserve.engine.forward import SequenceState, rows_of
+from jaxserve.engine.forward import SequenceState, rows_of, segments_for
 from jaxserve.engine.step import Packer, StepLayout, plan_of
 from jaxserve.kernels.backend import CPU_TILING, Target
 from jaxserve.kernels.cache import KVCache, KVCacheShape
@@ -19,6 +19,7 @@ from jaxserve.kernels.inputs import AttentionInputs
 from jaxserve.kernels.plan import PlanLimits
 from jaxserve.kernels.xla import Xla
 from jaxserve.models.decoder import Decoder
+from jaxserve.models.hybrid import recurrent_shape
 from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.matrix import DenseMatrix, layouts_of, taken
 from jaxserve.models.registry import family_of
@@ -83,14 +84,18 @@ def names() -> list[str]:
     return sorted(folders) + sorted(path.stem for path in (FOLDER / "gguf").glob("*.gguf"))
 
 
-def load(path: Path, max_len: int, tensor: int = 1) -> Decoder:
+def load(path: Path, max_len: int, tensor: int = 1, codes: bool = False) -> Decoder:
+    """codes: with quantised matrices as such."""
     checkpoint = open_checkpoint(str(path))
     family = family_of(checkpoint.config.architecture)
     graph, state = abstract_model(family.model, checkpoint.config, max_len=max_len, dtype=jnp.dtype("float32"))
-    abstract = abstract_parameters(state, make_mesh(tensor))
-    loaded = checkpoint.load(abstract, family.weights(checkpoint.config))
-    parameters = taken({name: loaded[name] for name in abstract}, layouts_of(state), DenseMatrix)
-    return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), parameters))
+    abstract, weights = abstract_parameters(state, make_mesh(tensor)), family.weights(checkpoint.config)
+    layouts = layouts_of(state)
+    planned = checkpoint.planned_codes(abstract, weights, layouts) if codes else {}
+    dense = {name: spec for name, spec in abstract.items() if name not in planned}
+    parameters = taken(checkpoint.load(dense, weights), layouts, DenseMatrix)
+    parameters |= checkpoint.load_codes(planned, weights) if planned else {}
+    return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), [parameters[name] for name in abstract]))
 
 
 # Compiling is most of what a golden costs.
@@ -101,7 +106,10 @@ def _run(
     fields = layout.split(ints)
     lengths = jnp.full(len(history), history.shape[1], jnp.int32)
     rows = rows_of(fields, SequenceState(history, lengths), PAGE_SIZE)
-    inputs = AttentionInputs(rows.kv_slots, fields["block_tables"], plan_of(fields), layout.limits, XLA, mesh=None)
+    segments = segments_for(model.config, layout, fields["row_seqs"], rows)
+    inputs = AttentionInputs(
+        rows.kv_slots, fields["block_tables"], plan_of(fields), layout.limits, XLA, mesh=None, segments=segments
+    )
     hidden, cache = model(rows.token_ids, rows.positions, None, cache, inputs)
     return model.logits(hidden), cache
 
@@ -109,7 +117,10 @@ def _run(
 def paged_logits(model: Decoder, token_ids: list[int], chunk_sizes: Sequence[int]) -> np.ndarray:
     """``float32[len(token_ids), vocab]`` of a sequence computed in chunks of the given sizes."""
     config = model.config
-    shape = KVCacheShape(config.num_layers, config.num_kv_heads, config.head_dim, PAGE_SIZE, jnp.dtype("float32"))
+    dtype = jnp.dtype("float32")
+    recurrent, others = config.by_memory(range(config.num_layers))
+    kept = recurrent_shape(config, len(recurrent), 3, dtype)
+    shape = KVCacheShape(len(others), config.num_kv_heads, config.head_dim, PAGE_SIZE, dtype, kept)
     # Placed like the weights: otherwise the first step would be compiled for itself.
     cache = jax.device_put(shape.zeros(NUM_PAGES, make_mesh()), jax.devices()[0])
     blocks = BlockManager(NUM_PAGES, PAGE_SIZE, 3, max(len(token_ids), 17))

@@ -46,6 +46,7 @@ What the files of a model say is taken together, as transformers, vLLM and llama
   that of chat_template.jinja, tokenizer_config.json or chat_template.json, the first that there is.
 - **Heads.** With `tie_word_embeddings` true, a head in the files that differs from the embedding is used, with a
   warning, and a head without an embedding is both. Names may have the model's prefix (`model.`, `transformer.`) or not.
+- **Quantised weights** are dequantised as they are loaded, or stay as they are: [quantization.md](quantization.md).
 - **GGUF.** A model in parts (`-00001-of-00003.gguf`) loads by the name of any of them. Texts are split as
   `tokenizer.ggml.pre` says, which may be the name of Llama 3, Qwen, DeepSeek, Mistral (tekken) and others
   (models/loading/gguf_pretokenizers.py).

@@ -19,9 +19,9 @@ from tests.models.golden import SAME_AS, Golden, names
 # Read by some family, whether or not its reference checkpoint has it.
 KEYS = [
     "attention_bias", "bias", "head_dim", "hidden_act", "layer_types", "mlp_bias", "mlp_only_layers",
-    "num_local_experts", "original_max_position_embeddings", "partial_rotary_factor", "quantization_config",
-    "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings",
-    "use_bidirectional_attention", "use_sliding_window",
+    "num_local_experts", "original_max_position_embeddings", "partial_rotary_factor", "rope_parameters",
+    "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings", "use_bidirectional_attention",
+    "use_sliding_window",
 ]  # fmt: skip
 ROPE_KEYS = [
     "type", "rope_type", "factor", "rope_theta", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor",
@@ -128,7 +128,6 @@ def test_objects_of_another_type(wrong: Any) -> None:
         ("text_config", RAW["Gemma3ForConditionalGeneration"]),
         ("rope_scaling", RAW["LlamaForCausalLM"]),
         ("rope_parameters", RAW["Gemma3ForCausalLM"]),
-        ("quantization_config", RAW["LlamaForCausalLM"]),
     ):
         with pytest.raises(ModelError) as caught:
             read_config({**raw, key: wrong})

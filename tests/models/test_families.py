@@ -19,8 +19,9 @@ from jaxserve.models.registry import FAMILIES, read_config
 from jaxserve.scheduler import POLICIES
 from tests.models.golden import SAME_AS, Golden, names
 
-TOLERANCE = 2e-4
-"""Two float32 implementations differ by up to 7e-5 here; exact GELU for its tanh form would differ by 1e-3."""
+TOLERANCE = 4e-4
+"""Two float32 implementations differ by up to 7e-5 here, and by 2e-4 where states carry the errors of all tokens, as
+transformers itself does in float64; exact GELU for its tanh form would differ by 1e-3."""
 
 
 @pytest.mark.parametrize("name", names())

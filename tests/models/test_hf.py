@@ -127,7 +127,6 @@ def test_default_rope_in_new_layout() -> None:
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor, high_freq_factor"),
         ({"rope_scaling": {"type": "longrope", **LONGROPE, "long_factor": [1.0]}}, "long_factor must hold 4 numbers"),
         ({"partial_rotary_factor": 0.4}, "rotary embeddings need an even number of dimensions, got 3"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization 'awq' is not supported; supported: F32, F16"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported; supported: silu, gelu"),
         ({"hidden_size": "32"}, r"hidden_size must be an integer in \[1, 16777216\], found '32'"),
         ({"num_hidden_layers": 0}, r"num_hidden_layers must be an integer in \[1, 4096\], found 0"),

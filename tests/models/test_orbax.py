@@ -22,6 +22,7 @@ from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import abstract_model, abstract_parameters
 from tests.models.golden import Golden, names
 
+KV_SCALES = np.array([[0.5, 0.25], [2, 3]], np.float32)
 SAMPLING = {"temperature": 0.7, "top_k": 20, "max_tokens": 100}
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM", vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4,
@@ -47,7 +48,10 @@ def saved(tmp_path: Path) -> tuple[Path, dict[str, jax.Array]]:
     }
     folder = tmp_path / "checkpoint"
     tokenizer = open_checkpoint("smollm2-135m").tokenizer()
-    orbax.save(folder, parameters, CONFIG, eos_token_ids=(2, 5), sampling_defaults=SAMPLING, tokenizer=tokenizer)
+    orbax.save(
+        folder, parameters, CONFIG, eos_token_ids=(2, 5), sampling_defaults=SAMPLING, tokenizer=tokenizer,
+        kv_scales=KV_SCALES,
+    )  # fmt: skip
     return folder, parameters
 
 
@@ -65,6 +69,20 @@ def test_restores_onto_other_meshes(tensor: int, saved: tuple[Path, dict[str, ja
         np.testing.assert_array_equal(restored[name], parameters[name])
     shard = restored["layers.0.mlp.down"].addressable_shards[0]
     assert shard.data.shape == (16, 24 // tensor)
+
+
+def test_scales_of_the_kv_cache(saved: tuple[Path, dict[str, jax.Array]]) -> None:
+    checkpoint = open_checkpoint(str(saved[0]))
+    assert checkpoint.kv_scales is not None
+    np.testing.assert_array_equal(checkpoint.kv_scales, KV_SCALES)
+    path = saved[0] / orbax.CONFIG
+    whole = json.loads(path.read_text())
+    for wrong in ([[1, 1]], [[1, 1], [1, 0]], [[1, 1], [1]], "x"):
+        path.write_text(json.dumps(whole | {"kv_scales": wrong}))
+        with pytest.raises(ModelError, match="kv_scales must be two positive numbers for each of 2 layers"):
+            _ = checkpoint.kv_scales
+    path.write_text(json.dumps({key: value for key, value in whole.items() if key != "kv_scales"}))
+    assert checkpoint.kv_scales is None
 
 
 def test_casts_and_places_without_a_sharding(saved: tuple[Path, dict[str, jax.Array]]) -> None:

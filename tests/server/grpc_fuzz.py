@@ -60,6 +60,7 @@ def _seeds() -> dict[str, list[Message]]:
         own.GenerateRequest(chat={"messages": [{"role": "user", "content": "abc"}]}, sampling_params=sampling),
         own.TokenizeRequest(text="abc"),
         own.DetokenizeRequest(token_ids=[97, 98]),
+        own.RespondRequest(path="/v1/completions", body=b'{"prompt": "abc", "max_tokens": 3, "ignore_eos": true}'),
         kserve.ModelInferRequest(inputs=kserve_inputs),
         raw,
         vllm.GenerateRequest(

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 from starlette.types import Receive, Send
 
-from jaxserve.errors import RequestError
+from jaxserve.server.bodies import parse_body
 from jaxserve.server.http.errors import CLIENT_CLOSED_REQUEST, Failure
 
 BODY_SECONDS = 60
@@ -25,13 +25,7 @@ async def read_body(receive: Receive, max_body_bytes: int) -> tuple[dict[str, An
     except TimeoutError:
         text = f"body must come within {BODY_SECONDS} s"
         raise Failure(HTTPStatus.REQUEST_TIMEOUT, "invalid_request_error", text, {"Connection": "close"}) from None
-    try:
-        body = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        raise RequestError(f"body must be JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise RequestError(f"body must be a JSON object, got {body!r:.80}")
-    return body, len(data)
+    return parse_body(data), len(data)
 
 
 async def _receive_all(receive: Receive, max_body_bytes: int) -> bytes:

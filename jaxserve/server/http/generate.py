@@ -1,9 +1,7 @@
-"""Completions and chats over HTTP: from a body to the engines, and their deltas back, whole or as they come."""
+"""Completions and chats over HTTP: what the engines make of a body, whole or as it comes."""
 
 from __future__ import annotations
 
-import contextlib
-import uuid
 from collections.abc import AsyncGenerator, Iterable
 from functools import partial
 from typing import Any
@@ -15,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from jaxserve.openai import Ask, Endpoint, Response
 from jaxserve.request import FinishReason
 from jaxserve.server.admission import Admission
+from jaxserve.server.bodies import Bodies, whole
 from jaxserve.server.errors import AbortedError
 from jaxserve.server.http.errors import failure_of
 from jaxserve.server.http.exchange import Exchange, read_body
@@ -29,7 +28,7 @@ class Answer(StarletteResponse):
     connection."""
 
     def __init__(self, endpoint: Endpoint, admission: Admission, texts: TextThreads, max_body_bytes: int) -> None:
-        self._endpoint, self._admission, self._texts = endpoint, admission, texts
+        self._endpoint, self._admission, self._bodies = endpoint, admission, Bodies(admission, texts)
         self._max_body_bytes = max_body_bytes
         self.background = None
 
@@ -41,30 +40,12 @@ class Answer(StarletteResponse):
             await exchange.until_disconnect(partial(self._answer, exchange, replicas, ask, num_bytes))
 
     async def _answer(self, exchange: Exchange, replicas: Replicas, ask: Ask, num_bytes: int) -> None:
-        model, response_id = replicas.model, f"{self._endpoint.id_prefix}{uuid.uuid4().hex}"
-        prepare = partial(self._endpoint.completions, ask, response_id, model, model.prompt_limit)
-        # Tokenizers and templates may take long: not in the event loop, and with a limit.
-        completions = await self._texts.run(prepare, num_bytes)
-        response = self._endpoint.respond(ask, completions, response_id, model)
-        with self._admission.request(num_sequences=len(completions) - 1):
-            async with contextlib.aclosing(replicas.generate_all(completions)) as deltas:
+        async with self._bodies.started(self._endpoint, ask, replicas, num_bytes) as (response, deltas):
+            if ask.stream:
                 # A request that cannot be served is told so with a status, which goes before the first event.
-                first = await anext(deltas)
-                if ask.stream:
-                    await self._stream(exchange, response, first, deltas)
-                else:
-                    await self._collect(exchange, response, first, deltas)
-
-    async def _collect(
-        self, exchange: Exchange, response: Response, first: IndexedDelta, deltas: AsyncGenerator[IndexedDelta]
-    ) -> None:
-        index, delta = first
-        response.completions[index].add(delta)
-        async for index, delta in deltas:
-            response.completions[index].add(delta)
-        if any(completion.finish_reason is FinishReason.ABORT for completion in response.completions):
-            raise AbortedError()
-        await exchange.respond(response.whole())
+                await self._stream(exchange, response, await anext(deltas), deltas)
+            else:
+                await exchange.respond(await whole(response, deltas))
 
     async def _stream(
         self, exchange: Exchange, response: Response, first: IndexedDelta, deltas: AsyncGenerator[IndexedDelta]

@@ -60,6 +60,11 @@ class InferenceServiceStub:
                 request_serializer=jaxserve_dot_server_dot_proto_dot_jaxserve_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
                 response_deserializer=jaxserve_dot_server_dot_proto_dot_jaxserve_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
+        self.Respond = channel.unary_unary(
+                '/jaxserve.v1.InferenceService/Respond',
+                request_serializer=jaxserve_dot_server_dot_proto_dot_jaxserve_dot_v1_dot_inference__pb2.RespondRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_server_dot_proto_dot_jaxserve_dot_v1_dot_inference__pb2.RespondResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
@@ -101,6 +106,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Respond(self, request, context):
+        """Answers a body of OpenAI's HTTP API as that does, whole: for batches, whose lines are such bodies.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +140,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Detokenize,
                     request_deserializer=jaxserve_dot_server_dot_proto_dot_jaxserve_dot_v1_dot_inference__pb2.DetokenizeRequest.FromString,
                     response_serializer=jaxserve_dot_server_dot_proto_dot_jaxserve_dot_v1_dot_inference__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'Respond': grpc.unary_unary_rpc_method_handler(
+                    servicer.Respond,
+                    request_deserializer=jaxserve_dot_server_dot_proto_dot_jaxserve_dot_v1_dot_inference__pb2.RespondRequest.FromString,
+                    response_serializer=jaxserve_dot_server_dot_proto_dot_jaxserve_dot_v1_dot_inference__pb2.RespondResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -266,6 +283,33 @@ class InferenceService:
             '/jaxserve.v1.InferenceService/Detokenize',
             jaxserve_dot_server_dot_proto_dot_jaxserve_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
             jaxserve_dot_server_dot_proto_dot_jaxserve_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Respond(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.InferenceService/Respond',
+            jaxserve_dot_server_dot_proto_dot_jaxserve_dot_v1_dot_inference__pb2.RespondRequest.SerializeToString,
+            jaxserve_dot_server_dot_proto_dot_jaxserve_dot_v1_dot_inference__pb2.RespondResponse.FromString,
             options,
             channel_credentials,
             insecure,

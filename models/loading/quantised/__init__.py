@@ -1,0 +1,1 @@
+"""Quantised checkpoints: a file for each format, which ends here: everything else sees ordinary tensors."""

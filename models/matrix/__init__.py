@@ -1,0 +1,48 @@
+"""The matrices that layers multiply by: what a layer asks of one, whatever its weights look like in memory.
+
+A model declares its matrices as dense parameters (layers.matrix), and so they are loaded and stored. How they lie in
+memory is a kind, chosen for the device, or the file's own codes: programs take ``kind.of`` of each, or the codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+from flax import nnx
+
+from jaxserve.models.matrix.dense import DenseMatrix
+from jaxserve.models.matrix.layout import DenseKind, Gate, Matrix, MatrixLayout
+from jaxserve.models.matrix.panel import PanelMatrix
+from jaxserve.models.matrix.quantised import QuantisedMatrix
+
+__all__ = [
+    "DenseKind", "DenseMatrix", "Gate", "Matrix", "MatrixLayout", "PanelMatrix", "Parameter", "QuantisedMatrix",
+    "abstract_taken", "layouts_of", "taken",
+]  # fmt: skip
+
+Parameter = jax.Array | Matrix
+"""What programs take: a matrix of some kind, or the array of anything else."""
+
+
+def layouts_of(state: nnx.State) -> dict[str, MatrixLayout]:
+    """By path, of the parameters made by layers.matrix."""
+    found = ((path, variable.get_metadata()) for path, variable in nnx.to_flat_state(state))
+    return {".".join(map(str, path)): metadata["layout"] for path, metadata in found if "layout" in metadata}
+
+
+def taken(
+    parameters: Mapping[str, jax.Array], layouts: Mapping[str, MatrixLayout], kind: type[DenseKind]
+) -> dict[str, Parameter]:
+    """What programs take of dense ``parameters``: matrices of this kind. One after the other, so that memory need not
+    hold two forms of all."""
+    return {name: kind.of(value, layouts[name]) if name in layouts else value for name, value in parameters.items()}
+
+
+def abstract_taken(
+    parameters: Mapping[str, jax.ShapeDtypeStruct], layouts: Mapping[str, MatrixLayout], kind: type[DenseKind]
+) -> dict[str, jax.ShapeDtypeStruct | Matrix]:
+    """What ``taken`` gives, without values."""
+    return {
+        name: kind.abstract(value, layouts[name]) if name in layouts else value for name, value in parameters.items()
+    }

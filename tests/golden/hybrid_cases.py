@@ -1,0 +1,34 @@
+"""More cases of make_tiny.py: models with layers whose memory of a sequence does not grow."""
+
+from __future__ import annotations
+
+from recent_cases import GRANITE
+from tiny_cases import DECODER, TinyCase
+
+DELTA_NET = {"linear_conv_kernel_dim": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 16}
+DELTA_NET |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+QWEN3_5 = {"model_type": "qwen3_5_text", **DECODER, **DELTA_NET, "attention_bias": False, "attention_dropout": 0.0}
+QWEN3_5 |= {"head_dim": 16, "num_hidden_layers": 4, "pad_token_id": None}
+QWEN3_5 |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "partial_rotary_factor": 0.25}}
+QWEN3_5["layer_types"] = ["linear_attention", "full_attention"] * 2
+
+GRANITE4 = {**GRANITE, "model_type": "granitemoehybrid", "mamba_n_heads": 4, "mamba_n_groups": 2, "mamba_d_state": 8}
+GRANITE4 |= {"mamba_d_head": 16, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_conv_bias": True}
+GRANITE4 |= {"mamba_proj_bias": False, "mamba_chunk_size": 16, "position_embedding_type": "nope"}
+GRANITE4 |= {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48}
+GRANITE4 |= {"layer_types": ["linear_attention", "full_attention"] * 2, "num_hidden_layers": 4}
+
+# A case's place is its seed: add new ones at the end.
+HYBRID_CASES = {
+    "qwen3_5_hybrid": TinyCase(
+        "Qwen3_5ForCausalLM",
+        QWEN3_5,
+        layout="transformers 5",
+        matters=(
+            {"rope_parameters": QWEN3_5["rope_parameters"] | {"partial_rotary_factor": 0.5}},
+            {"rope_parameters": QWEN3_5["rope_parameters"] | {"rope_theta": 10000.0}},
+        ),
+        prompt_length=48,
+    ),
+    "granite4_hybrid": TinyCase("GraniteMoeHybridForCausalLM", GRANITE4, prompt_length=48),
+}
