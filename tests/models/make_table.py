@@ -77,6 +77,8 @@ def features(config: ModelConfig) -> str:
         found.append(f"{config.rope.kind} RoPE")
     if config.rope is not None and config.rope.dim != config.head_dim:
         found.append(f"{config.rope.dim} of {config.head_dim} dimensions rotated")
+    if config.recurrent is not None:
+        found.append(f"{config.recurrent.kind} in {len(config.recurrent.layers)} of {config.num_layers} layers")
     if config.experts is not None:
         sparse = len(config.experts.layers)
         found.append(f"{config.experts.per_token} of {config.experts.count} experts in {sparse} layers")

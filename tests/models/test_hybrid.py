@@ -11,30 +11,35 @@ from jaxserve import LLM, SamplingParams
 from jaxserve.errors import ConfigError
 from tests.models.golden import Golden
 
-GOLDEN = Golden("qwen3_5_hybrid")
-GREEDY = SamplingParams(temperature=0, max_tokens=len(GOLDEN.greedy), ignore_eos=True)
+QWEN, GRANITE = Golden("qwen3_5_hybrid"), Golden("granite4_hybrid")
+GREEDY = SamplingParams(temperature=0, max_tokens=len(QWEN.greedy), ignore_eos=True)
 
 
-def make(tokenizer: Path, **settings: Any) -> LLM:
+def make(golden: Golden, tokenizer: Path, **settings: Any) -> LLM:
     defaults = {
-        "token_budget": 16, "max_num_seqs": 3, "block_size": 8, "num_blocks": 40, "max_model_len": GOLDEN.length,
+        "token_budget": 16, "max_num_seqs": 3, "block_size": 8, "num_blocks": 40, "max_model_len": golden.length,
     }  # fmt: skip
-    return LLM(model=str(GOLDEN.checkpoint), tokenizer=str(tokenizer), show_progress=False, **{**defaults, **settings})
+    return LLM(model=str(golden.checkpoint), tokenizer=str(tokenizer), show_progress=False, **{**defaults, **settings})
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"num_blocks": 11}, {"tensor_parallel": 2}, {"pipeline_parallel": 2}],
-    ids=["preempted", "two devices", "two stages"],
+    ("golden", "settings"),
+    [
+        (QWEN, {"num_blocks": 11}),
+        (QWEN, {"tensor_parallel": 2}),
+        (QWEN, {"pipeline_parallel": 2}),
+        (GRANITE, {"tensor_parallel": 2, "pipeline_parallel": 2}),
+    ],
+    ids=["preempted", "two devices", "two stages", "both"],
 )
-def test_company_does_not_matter(tiny_tokenizer: Path, settings: dict[str, Any]) -> None:
+def test_company_does_not_matter(golden: Golden, tiny_tokenizer: Path, settings: dict[str, Any]) -> None:
     """Slots change their owners, chunks are cut anywhere, and who is preempted begins again."""
-    prompts = [GOLDEN.prompt, GOLDEN.prompt[:7], GOLDEN.prompt, [5], GOLDEN.prompt[3:], GOLDEN.prompt]
-    with make(tiny_tokenizer, **settings) as llm:
+    prompts = [golden.prompt, golden.prompt[:7], golden.prompt, [5], golden.prompt[3:], golden.prompt]
+    with make(golden, tiny_tokenizer, **settings) as llm:
         alone = [llm.generate([prompt], GREEDY)[0].outputs[0].token_ids for prompt in prompts]
         together = llm.generate(prompts, GREEDY)
         assert [output.outputs[0].token_ids for output in together] == alone
-        assert alone[0] == GOLDEN.greedy
+        assert alone[0] == golden.greedy
         assert any(output.metrics.num_preemptions for output in together) == ("num_blocks" in settings)
         assert llm.engine.compiles.count == 0
         llm.engine.blocks.check()
@@ -51,4 +56,4 @@ def test_company_does_not_matter(tiny_tokenizer: Path, settings: dict[str, Any])
 )
 def test_what_would_go_back(tiny_tokenizer: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        make(tiny_tokenizer, **settings)
+        make(QWEN, tiny_tokenizer, **settings)
