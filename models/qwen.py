@@ -37,7 +37,7 @@ def _sparse_layers(raw: RawConfig) -> tuple[int, ...]:
     return tuple(i for i in range(raw.count("num_hidden_layers")) if i not in dense and (i + 1) % step == 0)
 
 
-def _experts(raw: RawConfig, **differences: Any) -> Experts:
+def read_experts(raw: RawConfig, **differences: Any) -> Experts:
     return Experts(
         # transformers 5 writes the first name, the hub's files have the second.
         count=raw.count("num_local_experts" if raw.has("num_local_experts") else "num_experts"),
@@ -58,14 +58,14 @@ def read_qwen2_moe(raw: RawConfig) -> ModelConfig:
         qkv_bias=raw.flag("qkv_bias"),
         out_bias=False,
         windows=raw.windows(layers, types) if raw.flag("use_sliding_window") else (),
-        experts=_experts(raw, shared=shared),
+        experts=read_experts(raw, shared=shared),
     )
 
 
 def read_qwen3_moe(raw: RawConfig) -> ModelConfig:
     layers = raw.count("num_hidden_layers")
     everywhere = raw.windows(layers, ["sliding_attention"] * layers) if raw.flag("use_sliding_window") else ()
-    return llama.read(raw, qk_norm="head", windows=everywhere, experts=_experts(raw))
+    return llama.read(raw, qk_norm="head", windows=everywhere, experts=read_experts(raw))
 
 
 def moe_or_mlp_weights(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from jaxserve.errors import ModelError
 from jaxserve.models import llama
-from jaxserve.models.config import ModelConfig, Recurrent
-from jaxserve.models.delta_net import delta_net_weights
-from jaxserve.models.family import Family
+from jaxserve.models.config import ModelConfig, Recurrent, SharedExpert
+from jaxserve.models.delta_net import delta_net_weights, fused_delta_net_weights
+from jaxserve.models.family import Family, language_model_name
 from jaxserve.models.hf_config import RawConfig
 from jaxserve.models.hybrid import HybridDecoder
+from jaxserve.models.qwen import moe_or_mlp_weights, read_experts
 from jaxserve.models.reshape import norm_weights, query_gate, separate_qkv, split_heads
 from jaxserve.models.weights import Weight, whole
 
@@ -58,16 +61,53 @@ def _attention_weights(config: ModelConfig, ours: str, theirs: str) -> dict[str,
     }
 
 
-def _attention_or_delta(config: ModelConfig, layer: int, ours: str, theirs: str) -> dict[str, Weight]:
+def read_next(raw: RawConfig) -> ModelConfig:
+    """With experts, and one for all tokens."""
+    shared = SharedExpert(intermediate_size=raw.size("shared_expert_intermediate_size"), gated=True)
+    return read(raw, experts=read_experts(raw, shared=shared))
+
+
+def _mixer_weights(
+    of_delta_net: Callable[[Recurrent, str, str], dict[str, Weight]],
+    config: ModelConfig,
+    layer: int,
+    ours: str,
+    theirs: str,
+) -> dict[str, Weight]:
     if config.recurrent is None or not config.is_recurrent(layer):
         return _attention_weights(config, ours, theirs)
-    return delta_net_weights(config.recurrent, ours, theirs)
+    return of_delta_net(config.recurrent, ours, theirs)
 
+
+def _tensor_name(name: str) -> str | None:
+    """Neither what sees nor layers that guess further tokens."""
+    return None if re.match(r"(model\.)?(visual|mtp)\.", name) else language_model_name(name)
+
+
+_QWEN3_5 = DEFAULTS | {"num_key_value_heads": 4}
+_QWEN3_NEXT = DEFAULTS | {
+    "num_key_value_heads": 2, "decoder_sparse_step": 1, "num_experts": 512, "num_experts_per_tok": 10,
+    "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "norm_topk_prob": True,
+}  # fmt: skip
+_WEIGHTS = partial(llama.weights, attention=partial(_mixer_weights, delta_net_weights))
 
 QWEN3_5 = Family(
-    models="Qwen3.5",
+    models="Qwen3.5", read=read, weights=_WEIGHTS, model=HybridDecoder, defaults=_QWEN3_5, tensor_name=_tensor_name
+)
+QWEN3_5_VISION = Family(
+    models="Qwen3.5 that can see, on text alone",
     read=read,
-    weights=partial(llama.weights, attention=_attention_or_delta),
+    weights=_WEIGHTS,
     model=HybridDecoder,
-    defaults=DEFAULTS | {"num_key_value_heads": 4},
+    defaults=_QWEN3_5,
+    nested="text_config",
+    tensor_name=_tensor_name,
+)
+QWEN3_NEXT = Family(
+    models="Qwen3-Next",
+    read=read_next,
+    weights=partial(llama.weights, attention=partial(_mixer_weights, fused_delta_net_weights), mlp=moe_or_mlp_weights),
+    model=HybridDecoder,
+    defaults=_QWEN3_NEXT,
+    tensor_name=_tensor_name,
 )

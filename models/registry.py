@@ -27,7 +27,7 @@ from jaxserve.models.mixtral import MIXTRAL, PHIMOE
 from jaxserve.models.olmo import EXAONE4, OLMO2, OLMO3
 from jaxserve.models.phi3 import PHI3
 from jaxserve.models.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
-from jaxserve.models.qwen_hybrid import QWEN3_5
+from jaxserve.models.qwen_hybrid import QWEN3_5, QWEN3_5_VISION, QWEN3_NEXT
 from jaxserve.models.seed_oss import SEED_OSS
 from jaxserve.models.smollm3 import SMOLLM3
 
@@ -55,7 +55,9 @@ FAMILIES: dict[str, Family] = {
     "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Qwen3ForCausalLM": QWEN3,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
+    "Qwen3NextForCausalLM": QWEN3_NEXT,
     "Qwen3_5ForCausalLM": QWEN3_5,
+    "Qwen3_5ForConditionalGeneration": QWEN3_5_VISION,
     "FalconForCausalLM": FALCON,
     "GemmaForCausalLM": GEMMA,
     "Gemma2ForCausalLM": GEMMA2,

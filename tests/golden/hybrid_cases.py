@@ -18,6 +18,10 @@ GRANITE4 |= {"mamba_proj_bias": False, "mamba_chunk_size": 16, "position_embeddi
 GRANITE4 |= {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48}
 GRANITE4 |= {"layer_types": ["linear_attention", "full_attention"] * 2, "num_hidden_layers": 4}
 
+QWEN3_NEXT = QWEN3_5 | {"model_type": "qwen3_next", "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
+QWEN3_NEXT |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24, "decoder_sparse_step": 1}
+QWEN3_NEXT |= {"mlp_only_layers": [], "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+
 # A case's place is its seed: add new ones at the end.
 HYBRID_CASES = {
     "qwen3_5_hybrid": TinyCase(
@@ -31,4 +35,5 @@ HYBRID_CASES = {
         prompt_length=48,
     ),
     "granite4_hybrid": TinyCase("GraniteMoeHybridForCausalLM", GRANITE4, prompt_length=48),
+    "qwen3_next_hybrid": TinyCase("Qwen3NextForCausalLM", QWEN3_NEXT, layout="transformers 5", prompt_length=48),
 }

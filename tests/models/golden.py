@@ -34,6 +34,7 @@ SAME_AS = {
     "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
     "Llama4ForConditionalGeneration": "Llama4ForCausalLM",
     "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",
+    "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
     "PhiMoEForCausalLM": "PhimoeForCausalLM",
 }
 """Architectures without a reference of their own: another's names, or the text of models that can see."""

@@ -19,8 +19,8 @@ from jaxserve.models.registry import FAMILIES, read_config
 from jaxserve.scheduler import POLICIES
 from tests.models.golden import SAME_AS, Golden, names
 
-TOLERANCE = 4e-4
-"""Two float32 implementations differ by up to 7e-5 here, and by 2e-4 where states carry the errors of all tokens, as
+TOLERANCE = 6e-4
+"""Two float32 implementations differ by up to 7e-5 here, and by 3e-4 where states carry the errors of all tokens, as
 transformers itself does in float64; exact GELU for its tanh form would differ by 1e-3."""
 
 
@@ -87,7 +87,7 @@ DEFAULTS = {
     "Exaone4ForCausalLM": "exaone4", "Glm4ForCausalLM": "glm4", "Glm4MoeForCausalLM": "glm4_moe",
     "GraniteForCausalLM": "granite", "SeedOssForCausalLM": "seed_oss", "Cohere2ForCausalLM": "cohere2",
     "Qwen2MoeForCausalLM": "qwen2_moe", "PhimoeForCausalLM": "phimoe", "Llama4ForCausalLM": "llama4_text",
-    "GptOssForCausalLM": "gpt_oss",
+    "GptOssForCausalLM": "gpt_oss", "Qwen3NextForCausalLM": "qwen3_next", "Qwen3_5ForCausalLM": "qwen3_5_text",
 }  # fmt: skip
 
 
@@ -149,8 +149,8 @@ LLAMA = {
             "'MambaForCausalLM' is not supported; nearest: 'LlamaForCausalLM'; supported: LlamaForCausalLM, ",
         ),
         (
-            {"architectures": ["Qwen3NextForCausalLM"]},
-            "'Qwen3NextForCausalLM' is not supported; nearest: 'Qwen3ForCausalLM'; supported: ",
+            {"architectures": ["Mixtral2ForCausalLM"]},
+            "'Mixtral2ForCausalLM' is not supported; nearest: 'MixtralForCausalLM'; supported: ",
         ),
         (
             {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]},
