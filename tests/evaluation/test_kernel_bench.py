@@ -36,6 +36,7 @@ from jaxserve.evaluation.gpu_check.stages import TINY_ENVIRONMENT
 from jaxserve.evaluation.kernel_bench import CASES, SHAPE, TINY_SHAPE, KernelBench, Row, Variant, bounds
 from jaxserve.kernels.backend import CPU_TILING, Target
 from jaxserve.kernels.plan import BusyPrograms, Tiling
+from jaxserve.kernels.reach import Reach
 from jaxserve.kernels.triton_attention import Triton
 from jaxserve.kernels.xla import Xla
 
@@ -104,8 +105,8 @@ def test_what_is_special_about_a_layer_is_in_the_reference(
     assert 0 < errors[0] < kernel_bench.MOST_ERROR
     assert 0 <= rotation_error(batch) < kernel_bench.MOST_ERROR
     right = Xla.attend
-    for name, value in (("window", window), ("softcap", softcap)):
-        monkeypatch.setattr(Xla, "attend", lambda *args, name=name, **kwargs: right(*args, **kwargs | {name: None}))
+    for without, value in (({"reach": Reach()}, window), ({"softcap": None}, softcap)):
+        monkeypatch.setattr(Xla, "attend", lambda *args, without=without, **kwargs: right(*args, **kwargs | without))
         assert (attention_error(batch) < kernel_bench.MOST_ERROR) == (value is None)
 
 
