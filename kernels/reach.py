@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Reach(NamedTuple):
@@ -22,7 +23,8 @@ class Reach(NamedTuple):
         """The first key that a query at ``position`` sees, where the reach is bounded; may be negative."""
         if self.chunk is not None:
             # Not by //, which rounds down in several operations: positions are not negative.
-            chunk = jnp.full_like(position, self.chunk)
+            # A GPU's kernel takes a number for a number: an array that is one has no place in it.
+            chunk = jnp.full_like(position, self.chunk) if position.ndim else np.int32(self.chunk)
             return jax.lax.div(position, chunk) * chunk
         assert self.window is not None
         return position - (self.window - 1)

@@ -140,4 +140,7 @@ def test_wrong_flags(
 def test_script_with_an_endpoint(tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path / "in", *LINES)
     assert script.main([str(source), str(tmp_path / "out"), "--endpoint", "localhost"]) == 2
-    assert "endpoint must be a URL such as http://127.0.0.1:8000, got 'localhost'" in capsys.readouterr().err
+    assert (
+        "endpoint must be a URL such as http://127.0.0.1:8000 or grpc://127.0.0.1:50051, got 'localhost'"
+        in capsys.readouterr().err
+    )

@@ -45,6 +45,7 @@ def test_every_variant_is_checked_with_what_serves_it(monkeypatch: pytest.Monkey
     assert [case for case in cases if case.startswith("triton/")] == [f"triton/{name}" for name in VARIANTS]
     assert [case.removeprefix("mosaic/") for case in cases if case.startswith("mosaic/")] == [
         "bfloat16 32/8 x 128", "float16", "window", "soft cap", "group 1", "group 8", "32/8 x 64",
+        "64/8 x 64, window, sinks", "40/8 x 128, chunks",
     ]  # fmt: skip
 
 

@@ -158,7 +158,7 @@ def test_rotation(half: int) -> None:
     slots = np.array([8, 9, 20, 11, 16])
     rotation = jnp.cos(angles), jnp.sin(angles)
     inputs = inputs_for(PlanLimits(5, 1, 8, 8, 3, XLA.tiling), XLA, slots=slots)
-    q, (k, v, _) = XLA.rotate_and_write(
+    q, (k, v, *_) = XLA.rotate_and_write(
         jnp.asarray(qkv), rotation, KVCache(pages, pages, jnp.ones((1, 2))), inputs, jnp.int32(0)
     )
     turned = (qkv[..., :half] + 1j * qkv[..., half : 2 * half]) * np.exp(1j * angles)[:, None, None]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jaxserve import LLM, SamplingParams
 from jaxserve.kernels import native
 from jaxserve.kernels.cpu_gemm import GATES
-from jaxserve.models.layers import ACTIVATIONS
+from jaxserve.models.layers import gate_of
 from jaxserve.models.matrix import MatrixLayout, PanelMatrix, abstract_taken, taken
 from tests.models.golden import Golden
 
@@ -145,7 +145,7 @@ def product(
 ) -> jax.Array:
     if gate is None:
         return matrix.multiply(x, rows, groups=groups)
-    return matrix.gated(x, rows, ACTIVATIONS[gate], None, groups)
+    return matrix.gated(x, rows, gate_of(gate), None, groups)
 
 
 @needs_compiler
