@@ -5,30 +5,21 @@ This is the interface that models use; the backend that a step's inputs name com
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jaxserve.kernels.cache import KVCache, cache_specs
 from jaxserve.kernels.inputs import AttentionInputs, Rotation
 from jaxserve.kernels.reach import Reach
+from jaxserve.kernels.shards import per_shard
 
 REPLICATED = PartitionSpec()
 HEADS = PartitionSpec(None, "tensor")
 SINKS = PartitionSpec("tensor")
 CACHE = cache_specs(tensor="tensor")
 """How arrays lie on a mesh: KV heads are divided, and query heads with them."""
-
-
-def _per_shard[**P, R](
-    function: Callable[P, R], mesh: Mesh | AbstractMesh | None, in_specs: object, out_specs: object
-) -> Callable[P, R]:
-    """Kernels see one device's heads; the partitioner cannot look into them."""
-    if mesh is None or mesh.shape["tensor"] == 1:
-        return function
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def rotate_and_write(
@@ -40,7 +31,7 @@ def rotate_and_write(
     queries ``[T, heads, head_dim]`` and the cache.
     """
     specs = HEADS, REPLICATED, CACHE, REPLICATED, REPLICATED
-    write = _per_shard(inputs.backend.rotate_and_write, inputs.mesh, specs, (HEADS, CACHE))
+    write = per_shard(inputs.backend.rotate_and_write, inputs.mesh, specs, (HEADS, CACHE))
     q, written = write(qkv, rotation, cache._replace(recurrent=None), inputs, layer)
     return q, written._replace(recurrent=cache.recurrent)
 
@@ -69,4 +60,4 @@ def paged_attention(
     """
     attend = partial(inputs.backend.attend, scale=scale, reach=Reach(window, chunk), softcap=softcap)
     specs = HEADS, CACHE, REPLICATED, REPLICATED, SINKS
-    return _per_shard(attend, inputs.mesh, specs, HEADS)(q, cache._replace(recurrent=None), inputs, layer, sinks)
+    return per_shard(attend, inputs.mesh, specs, HEADS)(q, cache._replace(recurrent=None), inputs, layer, sinks)

@@ -14,7 +14,6 @@ has left there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -24,6 +23,7 @@ from jax.scipy.linalg import solve_triangular
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxserve.kernels.cache import recurrent_specs
+from jaxserve.kernels.shards import per_shard
 
 TILE_ROWS = 64
 """Of a chunk, that are solved at once: the paper's choice, too."""
@@ -125,7 +125,7 @@ def recur(
 ) -> tuple[jax.Array, jax.Array]:
     """``run`` of a backend, on each device's own heads."""
     specs = HEADS, STATE, REPLICATED, REPLICATED
-    function = _per_shard(partial(run, corrects=corrects), mesh, specs, (HEADS, STATE))
+    function = per_shard(partial(run, corrects=corrects), mesh, specs, (HEADS, STATE))
     return function(rows, memory, segments, layer)
 
 
@@ -143,15 +143,7 @@ def convolve(
     x: ``[T, key_heads, channels]``; kernel: ``[key_heads, channels, conv_width]``; inputs: as RecurrentState has them.
     """
     specs = HEADS, KERNEL, STATE, REPLICATED, REPLICATED
-    return _per_shard(_convolve, mesh, specs, (HEADS, STATE))(x, kernel, inputs, segments, layer)
-
-
-def _per_shard[**P, R](
-    function: Callable[P, R], mesh: Mesh | AbstractMesh | None, in_specs: object, out_specs: object
-) -> Callable[P, R]:
-    if mesh is None or mesh.shape["tensor"] == 1:
-        return function
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return per_shard(_convolve, mesh, specs, (HEADS, STATE))(x, kernel, inputs, segments, layer)
 
 
 def run_rows(

@@ -6,75 +6,37 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxserve.kernels.cache import KVCache, RecurrentState
-from jaxserve.kernels.inputs import AttentionInputs
-from jaxserve.kernels.recurrent import RuleRows, convolve, recur
+from jaxserve.kernels.recurrent import RuleRows
 from jaxserve.models.config import ModelConfig, Recurrent
-from jaxserve.models.layers import Positions, matrix, parameter
-from jaxserve.models.matrix import MatrixLayout
+from jaxserve.models.layers import parameter
+from jaxserve.models.norms import root_mean_square
+from jaxserve.models.recurrent import RecurrentMixer
 from jaxserve.models.reshape import by_head, convolution
 from jaxserve.models.weights import Weight, whole
 
 
-class Mamba2(nnx.Module):
-    """A short convolution, the states, what passes them by, a gate and a norm, and the way out.
+class Mamba2(RecurrentMixer):
+    """In the words of kernels/recurrent.py a group is a key head: C its query, B its key, x the values of its heads.
 
-    In the words of kernels/recurrent.py a group is a key head: C its query, B its key, and x the values of its heads.
-    ``mixed`` is one matrix ``[groups, channels + gates, hidden]``; ``rates`` has the time steps of a group's heads.
-    """
+    Their rates are time steps. ``skip`` is what passes the states by; a group's gate comes before its norm."""
+
+    corrects = False
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         assert config.recurrent is not None
-        self.net, self.eps = config.recurrent, config.norm_eps
-        groups, values, hidden = self.net.num_key_heads, self.net.values_per_key, config.hidden_size
-        width, layout = self.net.num_channels + self.net.value_rows, MatrixLayout(num_outputs=2)
-        channels = (groups, self.net.num_channels, self.net.conv_width)
-        self.mixed = matrix((groups, width, hidden), ("kv_heads", None, "embed"), dtype, rngs, layout)
-        self.rates = matrix((groups, values, hidden), ("kv_heads", None, "embed"), dtype, rngs, layout)
-        self.kernel = parameter(channels, ("kv_heads", None, None), dtype, rngs)
-        self.kernel_bias = parameter(channels[:2], ("kv_heads", None), dtype, rngs) if self.net.conv_bias else None
-        self.decay = parameter((groups, values), ("kv_heads", None), dtype, rngs)
-        self.decay_bias = parameter((groups, values), ("kv_heads", None), dtype, rngs)
+        super().__init__(config, config.recurrent.values_per_key, dtype, rngs)
+        groups, values = self.net.num_key_heads, self.net.values_per_key
         self.skip = parameter((groups, values), ("kv_heads", None), dtype, rngs)
         self.norm = nnx.Param(jnp.ones((groups, self.net.value_rows), dtype), axes=("kv_heads", None))
-        self.out = matrix((hidden, groups, self.net.value_rows), ("embed", "kv_heads", None), dtype, rngs)
 
-    def __call__(
-        self,
-        x: jax.Array,
-        rows: jax.Array | None,
-        positions: Positions,
-        cache: KVCache[jax.Array],
-        inputs: AttentionInputs,
-        layer: jax.Array,
-    ) -> tuple[jax.Array, KVCache[jax.Array]]:
-        """As Attention's, with the recurrent part of the cache."""
-        net, state, segments, mesh = self.net, cache.recurrent, inputs.segments, inputs.mesh
-        assert state is not None
-        assert segments is not None
-        mixed = self.mixed.get_value().multiply(x, rows).reshape(len(x), net.num_key_heads, -1)
-        mixed, gates = jnp.split(mixed, (net.num_channels,), axis=-1)
-        rates = self.rates.get_value().multiply(x, rows, jnp.dtype("float32")).reshape(len(x), net.num_key_heads, -1)
-        steps = jax.nn.softplus(rates + self.decay_bias[...].astype(jnp.float32))
-        decay = -jnp.exp(self.decay[...].astype(jnp.float32)) * steps
+    def rule_rows(self, query: jax.Array, key: jax.Array, value: jax.Array, rates: jax.Array) -> RuleRows:
+        steps = self.steps(rates)
+        return RuleRows(query, key, value, self.decays(steps), steps)
 
-        mixed, last = convolve(mixed, self.kernel[...], state.inputs, segments, layer, mesh=mesh)
-        if self.kernel_bias is not None:
-            mixed = mixed + self.kernel_bias[...].astype(jnp.float32)
-        query, key, value = jnp.split(jax.nn.silu(mixed), (net.key_dim, 2 * net.key_dim), axis=-1)
-        value = value.reshape(*decay.shape, -1)
-        taken = RuleRows(query, key, value, decay, steps)
-        read, memory = recur(inputs.backend.recur, taken, state.memory, segments, layer, corrects=False, mesh=mesh)
+    def gated(self, read: jax.Array, value: jax.Array, gates: jax.Array) -> jax.Array:
         read = read + self.skip[...].astype(jnp.float32)[..., None] * value
-        y = self._gated_norm(read.reshape(gates.shape), gates).astype(x.dtype)
-        cache = cache._replace(recurrent=RecurrentState(last, memory))
-        return self.out.get_value().multiply(y.reshape(len(x), -1), rows), cache
-
-    def _gated_norm(self, read: jax.Array, gates: jax.Array) -> jax.Array:
-        """Of a group's heads together."""
-        gated = read * jax.nn.silu(gates.astype(jnp.float32))
-        normed = gated * jax.lax.rsqrt(jnp.mean(gated * gated, axis=-1, keepdims=True) + self.eps)
-        return normed * self.norm[...].astype(jnp.float32)
+        gated = read.reshape(gates.shape) * jax.nn.silu(gates)
+        return root_mean_square(gated, self.eps) * self.norm[...].astype(jnp.float32)
 
 
 def mamba2_weights(net: Recurrent, ours: str, theirs: str) -> dict[str, Weight]:
@@ -95,7 +57,10 @@ def mamba2_weights(net: Recurrent, ours: str, theirs: str) -> dict[str, Weight]:
         f"{ours}.decay_bias": by_head(f"{theirs}.dt_bias", groups, heads),
         f"{ours}.skip": by_head(f"{theirs}.D", groups, heads),
         f"{ours}.norm": by_head(f"{theirs}.norm.weight", groups, [(0, net.value_rows, 0)]),
-        f"{ours}.out": whole(f"{theirs}.out_proj.weight", lambda tensor: tensor.reshape(-1, groups, net.value_rows)),
+        f"{ours}.out": whole(
+            f"{theirs}.out_proj.weight",
+            lambda tensor: tensor.reshape(-1, groups, net.values_per_key, net.value_dim),
+        ),
     }
     if net.conv_bias:
         found[f"{ours}.kernel_bias"] = by_head(f"{theirs}.conv1d.bias", groups, channels)
