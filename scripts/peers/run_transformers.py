@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from itertools import batched
 from typing import Any
 
 import contestant
@@ -26,7 +25,7 @@ def start(settings: dict[str, Any]) -> contestant.Round:
     model = AutoModelForCausalLM.from_pretrained(settings["model_folder"], dtype=getattr(torch, settings["dtype"]))
     model.generation_config.eos_token_id = None  # lengths are forced
 
-    def run_batch(requests: tuple[contestant.Request, ...]) -> None:
+    def run_batch(requests: list[contestant.Request]) -> None:
         longest = max(len(request.prompt_token_ids) for request in requests)
         pads = [longest - len(request.prompt_token_ids) for request in requests]
         prompts = [[0] * pad + request.prompt_token_ids for pad, request in zip(pads, requests, strict=True)]
@@ -46,8 +45,9 @@ def start(settings: dict[str, Any]) -> contestant.Round:
             request.token_seconds = clock.token_seconds[: request.num_output_tokens]
 
     def run(requests: list[contestant.Request]) -> None:
-        for batch in batched(requests, settings["max_num_seqs"]):
-            run_batch(batch)
+        size = settings["max_num_seqs"]
+        for first in range(0, len(requests), size):
+            run_batch(requests[first : first + size])
 
     return run
 

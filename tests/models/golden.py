@@ -13,8 +13,10 @@ from flax import nnx
 
 from jaxserve.engine.forward import SequenceState, rows_of, segments_for
 from jaxserve.engine.step import Packer, StepLayout, plan_of
-from jaxserve.kernels.backend import CPU_TILING, Target
+from jaxserve.kernels import native
+from jaxserve.kernels.backend import CPU_TILING, Backend, Target
 from jaxserve.kernels.cache import KVCache, KVCacheShape
+from jaxserve.kernels.cpu_attention import Native
 from jaxserve.kernels.inputs import AttentionInputs
 from jaxserve.kernels.plan import PlanLimits
 from jaxserve.kernels.xla import Xla
@@ -41,6 +43,8 @@ SAME_AS = {
 FOLDER = Path(__file__).parents[1] / "golden"
 PAGE_SIZE, NUM_PAGES, NUM_ROWS = 8, 20, 64
 XLA = Xla(CPU_TILING, Target("cpu"))
+SOONEST = Native(CPU_TILING, Target("cpu")) if native.available() else XLA
+"""Compiling is most of what a golden costs, and there is least of it where attention is one call."""
 
 
 class Golden:
@@ -72,9 +76,9 @@ class Golden:
     def load(self) -> Decoder:
         return load(self.checkpoint, max_len=self.length)
 
-    def compare(self, model: Decoder, chunk_sizes: Sequence[int]) -> tuple[float, bool]:
+    def compare(self, model: Decoder, chunk_sizes: Sequence[int], backend: Backend = SOONEST) -> tuple[float, bool]:
         """Largest absolute difference of any logit, and whether greedy sampling gives the same continuation."""
-        logits = paged_logits(model, self.prompt + self.greedy, chunk_sizes)
+        logits = paged_logits(model, self.prompt + self.greedy, chunk_sizes, backend)
         sampled = logits[len(self.prompt) - 1 : -1].argmax(axis=-1).tolist()
         return float(np.abs(logits - self.logits).max()), sampled == self.greedy
 
@@ -99,23 +103,24 @@ def load(path: Path, max_len: int, tensor: int = 1, codes: bool = False) -> Deco
     return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), [parameters[name] for name in abstract]))
 
 
-# Compiling is most of what a golden costs.
-@partial(jax.jit, static_argnums=0, compiler_options={"xla_llvm_disable_expensive_passes": True})
+@partial(jax.jit, static_argnums=(0, 1), compiler_options={"xla_llvm_disable_expensive_passes": True})
 def _run(
-    layout: StepLayout, model: Decoder, cache: KVCache, history: jax.Array, ints: jax.Array
+    layout: StepLayout, backend: Backend, model: Decoder, cache: KVCache, history: jax.Array, ints: jax.Array
 ) -> tuple[jax.Array, KVCache]:
     fields = layout.split(ints)
     lengths = jnp.full(len(history), history.shape[1], jnp.int32)
     rows = rows_of(fields, SequenceState(history, lengths), PAGE_SIZE)
     segments = segments_for(model.config, layout, fields["row_seqs"], rows)
     inputs = AttentionInputs(
-        rows.kv_slots, fields["block_tables"], plan_of(fields), layout.limits, XLA, mesh=None, segments=segments
+        rows.kv_slots, fields["block_tables"], plan_of(fields), layout.limits, backend, mesh=None, segments=segments
     )
     hidden, cache = model(rows.token_ids, rows.positions, None, cache, inputs)
     return model.logits(hidden), cache
 
 
-def paged_logits(model: Decoder, token_ids: list[int], chunk_sizes: Sequence[int]) -> np.ndarray:
+def paged_logits(
+    model: Decoder, token_ids: list[int], chunk_sizes: Sequence[int], backend: Backend = SOONEST
+) -> np.ndarray:
     """``float32[len(token_ids), vocab]`` of a sequence computed in chunks of the given sizes."""
     config = model.config
     dtype = jnp.dtype("float32")
@@ -138,7 +143,7 @@ def paged_logits(model: Decoder, token_ids: list[int], chunk_sizes: Sequence[int
         limits = PlanLimits(NUM_ROWS, 3, len(token_ids), PAGE_SIZE, NUM_PAGES, CPU_TILING, config.window)
         layout = StepLayout(limits)
         step = packer.pack(layout, [Chunk(request, start, size, slot=1, samples=False)])
-        logits, cache = _run(layout, model, cache, history, step.ints)
+        logits, cache = _run(layout, backend, model, cache, history, step.ints)
         rows.append(np.asarray(logits)[:size])
         start += size
     return np.concatenate(rows)

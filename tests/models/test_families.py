@@ -17,7 +17,7 @@ from jaxserve.models.decoder import Decoder
 from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.registry import FAMILIES, read_config
 from jaxserve.scheduler import POLICIES
-from tests.models.golden import SAME_AS, Golden, names
+from tests.models.golden import SAME_AS, XLA, Golden, names
 
 TOLERANCE = 6e-4
 """Two float32 implementations differ by up to 7e-5 here, and by 3e-4 where states carry the errors of all tokens, as
@@ -33,6 +33,15 @@ def test_logits_match_transformers(name: str) -> None:
         error, same_greedy = golden.compare(model, sizes)
         assert error < TOLERANCE, chunking
         assert same_greedy, chunking
+
+
+@pytest.mark.parametrize("name", ["gemma2_softcap", "gpt_oss_sinks", "qwen3_5_hybrid"])
+def test_plain_xla_gives_the_same(name: str) -> None:
+    """What machines without a compiler run. tests/kernels has its parts, of every kind."""
+    golden = Golden(name)
+    error, same_greedy = golden.compare(golden.load(), golden.chunkings()["chunks"], XLA)
+    assert error < TOLERANCE
+    assert same_greedy
 
 
 @pytest.mark.parametrize("architecture", sorted(FAMILIES.keys() - SAME_AS.keys()))
