@@ -49,6 +49,8 @@ class AttentionShape(NamedTuple):
     dtype: jnp.dtype
     """Of queries and outputs."""
     cache_dtype: jnp.dtype
+    has_values: bool = True
+    """Whether values lie apart from keys in the cache (KVCache.v)."""
 
 
 @dataclass(frozen=True)

@@ -26,17 +26,27 @@ class RecurrentState[Array](NamedTuple):
 class KVCache[Array](NamedTuple):
     """Keys and values of all layers, ``[layers * pages, page_size, kv_heads, head_dim]`` each.
 
-    Page ``p`` of layer ``l`` is row ``l * pages + p``, so a layer is an offset and no slice is ever copied. Page 0 of
-    each layer is the dummy page that padding rows write to.
+    ``v`` is None where a key is its own value (models/latent.py). Page ``p`` of layer ``l`` is row ``l * pages + p``,
+    so a layer is an offset and no slice is ever copied. Page 0 of each layer is the dummy page that padding rows write
+    to.
     """
 
     k: Array
-    v: Array
+    v: Array | None
     scales: Array
-    """``float32[layers, 2]``: what a layer's stored keys and values stand for is so many times as large. Read where
-    ``is_quantised``."""
+    """``float32[layers, 2]``: what a layer's stored keys and values stand for is so many times as large; one number
+    where a key is its own value. Read where ``is_quantised``."""
     recurrent: RecurrentState[Array] | None = None
     """Of the other layers, where a model has layers that have no keys and values."""
+
+    @property
+    def pages(self) -> tuple[Array, ...]:
+        """The arrays of pages: the first has the keys, the last the values."""
+        return (self.k,) if self.v is None else (self.k, self.v)
+
+    def with_pages(self, pages: Sequence[Array]) -> KVCache[Array]:
+        """The cache with these as its ``pages``."""
+        return self._replace(k=pages[0], v=None if self.v is None else pages[1])
 
 
 def is_quantised(stored: jnp.dtype) -> bool:
@@ -105,11 +115,18 @@ class KVCacheShape:
     dtype: jnp.dtype
     """As stored."""
     recurrent: RecurrentShape | None = None
+    has_values: bool = True
+    """Whether they lie apart from keys; without, a key is its own value."""
+
+    @property
+    def num_arrays(self) -> int:
+        """Of KVCache.pages."""
+        return 2 if self.has_values else 1
 
     @property
     def block_bytes(self) -> int:
         """Of a block, which is a page of every layer, its keys and its values."""
-        return 2 * math.prod(self.pages_shape(1)) * self.dtype.itemsize
+        return self.num_arrays * math.prod(self.pages_shape(1)) * self.dtype.itemsize
 
     def pages_shape(self, num_pages: int) -> tuple[int, int, int, int]:
         """Of the keys, and of the values, with ``num_pages`` in each layer."""
@@ -122,12 +139,12 @@ class KVCacheShape:
         """
         pipe = "pipe" if mesh.shape["pipe"] > 1 else None
         specs = cache_specs(pipe=pipe, tensor="tensor")
-        k, v, scales = (NamedSharding(mesh, spec) for spec in (specs.k, specs.v, specs.scales))
-        shape = self.pages_shape(num_pages)
+        pages, scales = (NamedSharding(mesh, spec) for spec in (specs.k, specs.scales))
+        array = jax.ShapeDtypeStruct(self.pages_shape(num_pages), self.dtype, sharding=pages)
         return KVCache(
-            k=jax.ShapeDtypeStruct(shape, self.dtype, sharding=k),
-            v=jax.ShapeDtypeStruct(shape, self.dtype, sharding=v),
-            scales=jax.ShapeDtypeStruct((self.num_layers, 2), jnp.float32, sharding=scales),
+            k=array,
+            v=array if self.has_values else None,
+            scales=jax.ShapeDtypeStruct((self.num_layers, self.num_arrays), jnp.float32, sharding=scales),
             recurrent=None if self.recurrent is None else self.recurrent.abstract(mesh),
         )
 
@@ -136,27 +153,26 @@ class KVCacheShape:
         return [] if self.recurrent is None else list(self.recurrent.abstract(mesh))
 
     def abstract_block(self, mesh: Mesh) -> jax.ShapeDtypeStruct:
-        """Of a block by itself, ``[2, layers, page_size, kv_heads, head_dim]``: keys, then values."""
-        shape = (2, *self.pages_shape(1))
+        """Of a block by itself, ``[2, layers, page_size, kv_heads, head_dim]``: keys, then values; ``[1, ...]`` where
+        keys are values."""
+        shape = (self.num_arrays, *self.pages_shape(1))
         sharding = NamedSharding(mesh, PartitionSpec(None, None, None, "tensor"))
         return jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding)
 
     def blocks_of(self, cache: KVCache[jax.Array], numbers: jax.Array) -> list[jax.Array]:
         """The blocks ``numbers`` ``int32[n]`` of a cache that is in one stage, as ``abstract_block`` has them."""
-        k, v = self._by_layer(cache.k), self._by_layer(cache.v)
-        return [jnp.stack([dynamic_index_in_dim(x, number, 1, keepdims=False) for x in (k, v)]) for number in numbers]
+        pages = [self._by_layer(array) for array in cache.pages]
+        return [jnp.stack([dynamic_index_in_dim(x, number, 1, keepdims=False) for x in pages]) for number in numbers]
 
     def with_blocks(
         self, cache: KVCache[jax.Array], numbers: jax.Array, blocks: Sequence[jax.Array]
     ) -> KVCache[jax.Array]:
         """The cache with these as its blocks ``numbers``; in place where it is donated."""
         # All in one: XLA changes a CPU's cache in place then, and copies it for one after the other.
-        new_k, new_v = jnp.stack(blocks, axis=2)
-        k, v = (
-            self._by_layer(pages).at[:, numbers].set(new).reshape(pages.shape)
-            for pages, new in ((cache.k, new_k), (cache.v, new_v))
+        changed = zip(cache.pages, jnp.stack(blocks, axis=2), strict=True)
+        return cache.with_pages(
+            [self._by_layer(pages).at[:, numbers].set(new).reshape(pages.shape) for pages, new in changed]
         )
-        return cache._replace(k=k, v=v)
 
     def _by_layer(self, pages: jax.Array) -> jax.Array:
         return pages.reshape(self.num_layers, -1, *pages.shape[1:])
@@ -164,10 +180,10 @@ class KVCacheShape:
     def zeros(self, num_pages: int, mesh: Mesh, scales: np.ndarray | None = None) -> KVCache[jax.Array]:
         """The same of no sequences, made on the devices: the host may not have as much memory.
 
-        scales: ``float32[layers, 2]``; 1 by default.
+        scales: ``float32[layers, 2]``, of keys and of values; 1 by default.
         """
         abstract = self.abstract(num_pages, mesh)
         made = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), abstract)
-        values = np.ones(abstract.scales.shape, np.float32) if scales is None else scales
+        values = np.ones(abstract.scales.shape, np.float32) if scales is None else scales[:, : self.num_arrays]
         placed = jax.make_array_from_callback(values.shape, abstract.scales.sharding, lambda index: values[index])
         return made._replace(scales=placed)

@@ -50,6 +50,8 @@ class Triton(Backend):
             return f"a GPU of compute capability 8.0 or newer, got {target.compute_capability / 10}"
         if shape.page_size < 16:
             return f"a block_size of at least 16, got {shape.page_size}"
+        if not shape.has_values:
+            return "keys and values that lie apart, not a latent that is both"
         missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
         return f"the package {missing[0]}, which jaxserve's extras cuda12 and cuda13 install" if missing else None
 

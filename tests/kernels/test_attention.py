@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.kernels import native
-from jaxserve.kernels.backend import Backend
+from jaxserve.kernels.backend import AttentionShape, Backend
 from jaxserve.kernels.cache import KVCache
 from jaxserve.kernels.plan import PlanLimits, Tiling
 from jaxserve.kernels.xla import Xla
@@ -96,6 +96,26 @@ def test_float32_head_sizes(dim: int, backend: Backend) -> None:
         np.random.default_rng(dim), sequences, kv_heads=2, group=3, dim=dim, page_size=16, num_rows=128, backend=backend
     )
     assert error < 2e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("group", "dim"), [(16, 72), (128, 576)], ids=str)
+def test_keys_that_are_values(group: int, dim: int, backend: Backend) -> None:
+    """As of DeepSeek-V3, whose 128 query heads share a latent of 512 and 64 rotated dimensions."""
+    shape = AttentionShape(group, 1, dim, 16, jnp.dtype("float32"), jnp.dtype("float32"), has_values=False)
+    error = run_batch(
+        np.random.default_rng(dim), [(200, 1), (0, 1), (30, 20), (255, 1), (0, 9)], kv_heads=1, group=group, dim=dim,
+        page_size=16, num_rows=32, backend=backend.of(CPU, shape), has_values=False,
+    )  # fmt: skip
+    assert error < 2e-5
+
+
+def test_float8_keys_that_are_values() -> None:
+    error = run_batch(
+        np.random.default_rng(3), [(200, 1), (130, 70), (0, 33)], kv_heads=1, group=4, dim=40, page_size=16,
+        num_rows=128, cache_dtype=jnp.dtype(jnp.float8_e4m3fn), scales=(0.03, 0.03), has_values=False,
+    )  # fmt: skip
+    assert error < 1e-4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
