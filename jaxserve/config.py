@@ -67,7 +67,7 @@ class EngineConfig:
     load_format: str = option(
         "auto",
         "dummy: random weights in the shape of a folder's or hub id's config.json, or of mistral-7b, yi-34b, "
-        "llama2-70b or falcon-180b",
+        "llama2-70b, falcon-180b or deepseek-v2-lite",
         LOAD_FORMATS,
     )
     tokenizer: str | None = option(None, "folder or hub id of the tokenizer; the model's own by default")

@@ -103,7 +103,7 @@ class StepPrograms:
         num_kv_heads = model_config.num_held_kv_heads // mesh.shape["tensor"]
         shape = AttentionShape(
             num_kv_heads * model_config.group_size, num_kv_heads, model_config.head_dim, config.block_size, dtype,
-            cache_dtype,
+            cache_dtype, model_config.has_values,
         )  # fmt: skip
         try:
             self.backend = choose_backend(config.attention_backend, target, shape)
@@ -132,6 +132,7 @@ class StepPrograms:
             len(self.forward.cache_layers), model_config.num_held_kv_heads, model_config.head_dim, config.block_size,
             cache_dtype,
             recurrent_shape(model_config, len(self.forward.recurrent_layers), config.max_num_seqs, dtype),
+            model_config.has_values,
         )  # fmt: skip
         block_bytes = self.kv_cache.block_bytes
         arrays = jax.tree.leaves(self._abstract_taken) + self.kv_cache.besides_pages(mesh)

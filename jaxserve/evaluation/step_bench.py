@@ -104,7 +104,7 @@ def step_work(
         pairs = sum(num_seen_keys(start, num_tokens, window) for start, num_tokens in spans)
         flops += 4 * pairs * model.num_heads * model.head_dim
         keys = sum(start + n if window is None else min(start + n, window - 1 + n) for start, n in spans)
-        num_bytes += 2 * keys * model.num_kv_heads * model.head_dim * cache_dtype.itemsize
+        num_bytes += keys * model.num_kv_heads * model.kv_width * cache_dtype.itemsize
     return Work(flops, num_bytes)
 
 

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from hybrid_cases import HYBRID_CASES
+from latent_cases import LATENT_CASES
 from recent_cases import RECENT_CASES
 from reference import make_model
 from safetensors.torch import load_file, save_file
 from tiny_cases import TINY_CASES, TinyCase
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-CASES = TINY_CASES | RECENT_CASES | HYBRID_CASES
+CASES = TINY_CASES | RECENT_CASES | HYBRID_CASES | LATENT_CASES
 
 
 def save(model: Any, case: TinyCase, folder: Path) -> None:

@@ -34,6 +34,7 @@ from jaxserve.sharding.rules import abstract_model, abstract_parameters
 
 SAME_AS = {
     "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
+    "KimiK25ForConditionalGeneration": "DeepseekV3ForCausalLM",
     "Llama4ForConditionalGeneration": "Llama4ForCausalLM",
     "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",
     "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
@@ -126,7 +127,9 @@ def paged_logits(
     dtype = jnp.dtype("float32")
     recurrent, others = config.by_memory(range(config.num_layers))
     kept = recurrent_shape(config, len(recurrent), 3, dtype)
-    shape = KVCacheShape(len(others), config.num_kv_heads, config.head_dim, PAGE_SIZE, dtype, kept)
+    shape = KVCacheShape(
+        len(others), config.num_kv_heads, config.head_dim, PAGE_SIZE, dtype, kept, config.has_values
+    )  # fmt: skip
     # Placed like the weights: otherwise the first step would be compiled for itself.
     cache = jax.device_put(shape.zeros(NUM_PAGES, make_mesh()), jax.devices()[0])
     blocks = BlockManager(NUM_PAGES, PAGE_SIZE, 3, max(len(token_ids), 17))

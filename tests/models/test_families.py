@@ -96,6 +96,8 @@ DEFAULTS = {
     "Exaone4ForCausalLM": "exaone4", "Glm4ForCausalLM": "glm4", "Glm4MoeForCausalLM": "glm4_moe",
     "GraniteForCausalLM": "granite", "SeedOssForCausalLM": "seed_oss", "Cohere2ForCausalLM": "cohere2",
     "Qwen2MoeForCausalLM": "qwen2_moe", "PhimoeForCausalLM": "phimoe", "Llama4ForCausalLM": "llama4_text",
+    "DeepseekV2ForCausalLM": "deepseek_v2", "DeepseekV3ForCausalLM": "deepseek_v3", "YoutuForCausalLM": "youtu",
+    "Glm4MoeLiteForCausalLM": "glm4_moe_lite", "MiniCPM3ForCausalLM": "minicpm3",
     "GptOssForCausalLM": "gpt_oss", "Qwen3NextForCausalLM": "qwen3_next", "Qwen3_5ForCausalLM": "qwen3_5_text",
 }  # fmt: skip
 
@@ -111,6 +113,8 @@ def test_defaults_are_those_of_transformers(architecture: str) -> None:
     }  # fmt: skip
     if architecture == "GPT2LMHeadModel":
         needed = {"architectures": [architecture], "vocab_size": 64, "n_embd": 64, "n_layer": 8, "n_head": 4}
+    if architecture == "DeepseekV2ForCausalLM":
+        needed["num_experts_per_tok"] = 2  # transformers has none by default
     written = json.loads(CONFIG_MAPPING[DEFAULTS[architecture]](**needed).to_json_string(use_diff=False))
     assert read_config(needed) == read_config(written)
 
