@@ -35,7 +35,7 @@ def test_logits_match_transformers(name: str) -> None:
         assert same_greedy, chunking
 
 
-@pytest.mark.parametrize("name", ["gemma2_softcap", "gpt_oss_sinks", "qwen3_5_hybrid"])
+@pytest.mark.parametrize("name", ["gemma2_softcap", "gpt_oss_sinks", "qwen3_5_hybrid", "deepseek_v3_groups"])
 def test_plain_xla_gives_the_same(name: str) -> None:
     """What machines without a compiler run. tests/kernels has its parts, of every kind."""
     golden = Golden(name)
