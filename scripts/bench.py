@@ -49,6 +49,7 @@ from jaxserve.evaluation.report import (
     capacity_rows,
     check_can_report,
     draft_rows,
+    processor,
     summary_row,
     text_table,
     write_report,
@@ -381,6 +382,7 @@ def main() -> int:
     # Rounds and rates repeat their prompts, of which a cache would leave little to measure.
     benchmark.set_defaults(enable_prefix_caching=False)
     try:
+        print(processor(), flush=True)
         return COMMANDS[args.benchmark](benchmark, args.flags) or 0
     except (ConfigError, ModelError, ServerProcessError, TimeoutError) as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
