@@ -75,7 +75,7 @@ def test_the_library_is_built_once_for_each_compiler_and_set(fresh: pytest.Monke
     version, *objects, link = commands
     assert version == ["one", "--version"]
     assert len(objects) == len(native.SOURCES)
-    assert all({"-mavx2", "-mfma", "-c"} <= set(command) for command in objects)
+    assert all({"-mavx2", "-mfma", "-mtune=znver2", "-c"} <= set(command) for command in objects)
     assert "-shared" in link
     commands.clear()
     assert native._build("one", AVX2) == library
