@@ -115,11 +115,13 @@ def run_batch(
     masking: Masking = Masking(),
     shared_pages: int = 0,
     has_values: bool = True,
+    outputs: list[np.ndarray] | None = None,
 ) -> float:
     """Largest error over a batch of (context, query length) sequences whose earlier tokens are already cached.
 
     ``scales``: of keys and values in a cache of another type than ``dtype``. ``shared_pages``: which sequences whose
-    context fills them have in common; they come first. ``has_values``: without, keys are their own values.
+    context fills them have in common; they come first. ``has_values``: without, keys are their own values. ``outputs``:
+    what comes out is put there.
     """
 
     def of_both(*size: int) -> np.ndarray:
@@ -190,6 +192,8 @@ def run_batch(
     got = np.asarray(out, np.float32)
     assert np.isfinite(got[:row]).all()
     assert not got[row:].any()
+    if outputs is not None:
+        outputs.append(got)
     return float(np.abs(got[:row] - expected[:row]).max())
 
 
