@@ -27,11 +27,12 @@ from jaxserve.kernels.instruction_sets import InstructionSet, candidates_here
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = "cpu_attention.cc", "cpu_gemm.cc", "cpu_recurrent.cc", "cpu_rotate.cc"
-ATTENTION, PACK, MULTIPLY, ROTATE_AND_WRITE, RECUR = TARGETS = (
+SOURCES = "cpu_attention.cc", "cpu_codes.cc", "cpu_gemm.cc", "cpu_recurrent.cc", "cpu_rotate.cc"
+ATTENTION, PACK, MULTIPLY, MULTIPLY_CODES, ROTATE_AND_WRITE, RECUR = TARGETS = (
     "jaxserve_paged_attention",
     "jaxserve_pack",
     "jaxserve_multiply",
+    "jaxserve_multiply_codes",
     "jaxserve_rotate_and_write",
     "jaxserve_recur",
 )

@@ -49,6 +49,7 @@ from jaxserve.models.matrix import (
     DenseMatrix,
     Matrix,
     MatrixLayout,
+    PanelCodes,
     PanelMatrix,
     Parameter,
     QuantisedMatrix,
@@ -59,7 +60,7 @@ from jaxserve.models.matrix import (
 from jaxserve.models.registry import family_of
 from jaxserve.models.weights import Weight
 from jaxserve.sharding.rows import over_rows
-from jaxserve.sharding.rules import abstract_model, divided
+from jaxserve.sharding.rules import abstract_model, abstract_parameters, divided
 
 logger = logging.getLogger(__name__)
 
@@ -109,24 +110,37 @@ class StepPrograms:
             self.backend = choose_backend(config.attention_backend, target, shape)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        model_class = family_of(model_config.architecture).model
-        graph, state = abstract_model(model_class, model_config, max_len=config.max_model_len, dtype=dtype)
-        self._kind: type[DenseKind] = PanelMatrix if mesh.size == 1 and native.serves(target, dtype) else DenseMatrix
+        family = family_of(model_config.architecture)
+        graph, state = abstract_model(family.model, model_config, max_len=config.max_model_len, dtype=dtype)
+        self._matrices, is_native = layouts_of(state), mesh.size == 1 and native.serves(target, dtype)
+        self._kind: type[DenseKind] = PanelMatrix if is_native else DenseMatrix
+        self._planned: dict[str, QuantisedMatrix] = {}
+        if plan_codes is not None:
+            whole = abstract_parameters(state, mesh)  # nor are there stages
+            self._planned = plan_codes(whole, family.weights(model_config), self._matrices)
+        self._panels = {name for name, matrix in self._planned.items() if is_native and PanelCodes.holds(matrix)}
+        """Of the codes those that native products are there for."""
         self.forward: Forward
         self.skips_padding = (
-            self.num_stages == 1 and self.backend.skips_padding and self._kind.skips_padding and plan_codes is None
+            self.num_stages == 1
+            and self.backend.skips_padding
+            and self._kind.skips_padding
+            and len(self._panels) == len(self._planned)
         )
         """Whether padding costs nothing, so that a step takes what its tokens do."""
         if self.num_stages == 1:
             self.forward = WholeForward(graph, state, mesh, model_config, self.backend, self.skips_padding)
         else:
             self.forward = StagedForward(graph, state, mesh, model_config, self.backend)
-        self._matrices, everything = layouts_of(state), self.forward.abstract_parameters
-        self._codes = {} if plan_codes is None else plan_codes(everything, self.weights(), self._matrices)
-        self.abstract_parameters = {name: spec for name, spec in everything.items() if name not in self._codes}
+        everything = self.forward.abstract_parameters
+        self.abstract_parameters = {name: spec for name, spec in everything.items() if name not in self._planned}
         """Those that are loaded dense; see ``load``."""
         dense = abstract_taken(self.abstract_parameters, self._matrices, self._kind)
-        everything_taken: dict[str, AbstractParameter] = {**dense, **self._codes}
+        codes = {
+            name: PanelCodes.abstract(matrix) if name in self._panels else matrix
+            for name, matrix in self._planned.items()
+        }
+        everything_taken: dict[str, AbstractParameter] = {**dense, **codes}
         self._abstract_taken = self._in_order(everything_taken)
         self.kv_cache = KVCacheShape(
             len(self.forward.cache_layers), model_config.num_held_kv_heads, model_config.head_dim, config.block_size,
@@ -173,8 +187,10 @@ class StepPrograms:
         """What the programs take, on the devices, from a checkpoint that fits. Raises ModelError."""
         weights = self.weights()
         dense = taken(checkpoint.load(self.abstract_parameters, weights), self._matrices, self._kind)
-        coded = checkpoint.load_codes(self._codes, weights) if self._codes else {}
-        parameters: dict[str, Parameter] = {**dense, **coded}
+        parameters: dict[str, Parameter] = {**dense}
+        if self._planned:
+            for name, matrix in checkpoint.load_codes(self._planned, weights):
+                parameters[name] = PanelCodes.of(matrix) if name in self._panels else matrix
         return jax.block_until_ready(self._in_order(parameters))
 
     def _in_order[P](self, parameters: Mapping[str, P]) -> list[P]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,8 +96,8 @@ class Checkpoint(ABC):
 
     def load_codes(
         self, planned: Mapping[str, QuantisedMatrix], weights: Mapping[str, Weight]
-    ) -> dict[str, QuantisedMatrix]:
-        """As ``load`` does, the matrices of ``planned_codes``."""
+    ) -> Iterator[tuple[str, QuantisedMatrix]]:
+        """The matrices of ``planned_codes``, each when it is asked for. Raises ModelError."""
         assert self._codes is not None, "planned"
         return codes.load(self._codes, planned, weights)
 

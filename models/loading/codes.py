@@ -63,9 +63,9 @@ def plan(
 
 def load(
     source: CodeSource, planned: Mapping[str, QuantisedMatrix], weights: Mapping[str, Weight]
-) -> dict[str, QuantisedMatrix]:
-    """The matrices that ``plan`` has given, one after the other. Raises ModelError."""
-    return {name: _assembled(source, matrix, weights[name]) for name, matrix in planned.items()}
+) -> Iterator[tuple[str, QuantisedMatrix]]:
+    """The matrices that ``plan`` has given, each when it is asked for. Raises ModelError."""
+    return ((name, _assembled(source, matrix, weights[name])) for name, matrix in planned.items())
 
 
 def _planned(

@@ -48,7 +48,7 @@ def test_products_are_those_of_the_dequantised(name: str, tensor: int, tmp_path:
     planned = checkpoint.planned_codes(abstract, weights, layouts)
     assert planned.keys() == layouts.keys() - {"embedding"}
     dense = checkpoint.load({name: abstract[name] for name in planned}, weights)
-    for path, matrix in checkpoint.load_codes(planned, weights).items():
+    for path, matrix in checkpoint.load_codes(planned, weights):
         assert [array.sharding for array in jax.tree.leaves(matrix)] == [
             spec.sharding for spec in jax.tree.leaves(planned[path])
         ]
@@ -103,7 +103,7 @@ def made(source: Held, shape: tuple[int, ...], weight: Weight, layout: MatrixLay
     sharding = NamedSharding(make_mesh(), PartitionSpec())
     spec = {"m": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)}
     planned = codes.plan(source, spec, {"m": weight}, {"m": layout})
-    return codes.load(source, planned, {"m": weight})["m"] if planned else None
+    return dict(codes.load(source, planned, {"m": weight}))["m"] if planned else None
 
 
 def numbers(matrix: QuantisedMatrix) -> np.ndarray:
