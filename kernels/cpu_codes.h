@@ -23,6 +23,18 @@ constexpr int64_t kChunk = 96;     // most rows of a task
 constexpr int64_t kAhead = 16;     // units that are under way from memory
 typedef uint32_t __attribute__((may_alias)) Unit;
 
+// a * b + c, in one step where the processor has one: compilers may choose for one loop otherwise than for another, and
+// the sums of a few rows are those of many to the last bit.
+inline Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && defined(__AVX2__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 struct Half {
   uint16_t bits;
 };

@@ -6,11 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.kernels import cpu_gemm
+from jaxserve.kernels import cpu_gemm, native
 from jaxserve.kernels.cpu_gemm import PANEL
 from jaxserve.kernels.native import MULTIPLY_CODES
 
 UNIT_BITS = 32
+
+
+def outruns(dtype: jnp.dtype) -> bool:
+    """Whether products are as fast as dense ones in ``dtype``, of many rows too: they are float32's, so not where the
+    processor multiplies bfloat16. Only where native.available()."""
+    instructions = native.instruction_set()
+    assert instructions is not None, "available"
+    return dtype == jnp.float32 or not any("bf16" in feature for feature in instructions.features)
 
 
 def packs(bits: int, group: int) -> bool:
@@ -62,15 +70,19 @@ def multiply(
     out_dtype: jnp.dtype,
     gate: str | None,
     zero: int,
+    is_int8: bool,
 ) -> jax.Array:
     """``x[rows] @ matrix.T``: ``[T, inputs]`` of float32 or bfloat16 -> ``[R, num_outputs]`` of it, or of float32.
 
     The matrix is ``codes * scales + offsets``, or ``(codes - zero) * scales`` without offsets: ``pack`` has made codes,
     and ``pack_floats`` the others, of float16 or float32. rows, gate: as cpu_gemm.multiply takes them, the latter of
     halves in turns. In float32 the result is that of the dequantised matrix there, to the last bit.
+
+    is_int8: x is rounded to 8 bits first, with a scale for each group of inputs, or for 128 of them where groups have
+    more. Sums of a group are then those of integers, and exact.
     """
     call = jax.ffi.ffi_call(MULTIPLY_CODES, jax.ShapeDtypeStruct((len(rows), num_outputs), out_dtype))
     # Without offsets they are a multiple of the scales.
     factor, offsets = (-zero, scales) if offsets is None else (1, offsets)
     number = 0 if gate is None else 1 + cpu_gemm.GATES.index(gate)
-    return call(x, codes, scales, offsets, rows, gate=np.int64(number), factor=np.float32(factor))
+    return call(x, codes, scales, offsets, rows, gate=np.int64(number), factor=np.float32(factor), is_int8=is_int8)

@@ -38,6 +38,8 @@ class PanelCodes(Gated):
     zero: int = field(metadata={"static": True})
     dtype: jnp.dtype = field(metadata={"static": True})
     """Of the weights that ``lookup`` gives."""
+    is_int8: bool = field(default=False, metadata={"static": True})
+    """Whether products round x to 8 bits."""
 
     skips_padding: ClassVar[bool] = True
 
@@ -48,18 +50,18 @@ class PanelCodes(Gated):
         return packs and matrix.codes.dtype == jnp.uint8 and matrix.division is None
 
     @classmethod
-    def of(cls, matrix: QuantisedMatrix) -> Self:
+    def of(cls, matrix: QuantisedMatrix, *, is_int8: bool = False) -> Self:
         """From one that it ``holds``, whose arrays are deleted, but for the order."""
         arrays = replace(matrix, order=None)
         made: Self = jax.block_until_ready(_packed(cls, arrays))
         for array in jax.tree.leaves(arrays):
             array.delete()
-        return replace(made, order=matrix.order)
+        return replace(made, order=matrix.order, is_int8=is_int8)
 
     @classmethod
-    def abstract(cls, matrix: QuantisedMatrix) -> Self:
+    def abstract(cls, matrix: QuantisedMatrix, *, is_int8: bool = False) -> Self:
         """What ``of`` gives, without values."""
-        return jax.eval_shape(partial(_packed, cls), matrix)
+        return replace(jax.eval_shape(partial(_packed, cls), matrix), is_int8=is_int8)
 
     def multiply(
         self,
@@ -72,8 +74,9 @@ class PanelCodes(Gated):
         x = x if self.order is None else x[:, self.order]
         rows = jnp.arange(len(x), dtype=jnp.int32) if rows is None else rows
         return cpu_codes.multiply(
-            x, self.codes, self.scales, self.offsets, rows, self.num_outputs, out_dtype or x.dtype, self.gate, self.zero
-        )
+            x, self.codes, self.scales, self.offsets, rows, self.num_outputs, out_dtype or x.dtype, self.gate,
+            self.zero, self.is_int8,
+        )  # fmt: skip
 
     def lookup(self, ids: jax.Array) -> jax.Array:
         def found(array: jax.Array) -> jax.Array:

@@ -171,3 +171,71 @@ def test_what_it_takes_is_known_before() -> None:
     assert jax.tree.map(lambda array: (array.shape, array.dtype), made) == jax.tree.map(
         lambda spec: (spec.shape, spec.dtype), abstract
     )
+
+
+def int8(matrix: QuantisedMatrix) -> PanelCodes:
+    return PanelCodes.of(matrix, is_int8=True)
+
+
+def whole_numbers(rows: int, inputs: int, part: int) -> np.ndarray:
+    """That are bytes times a power of two, another for each part of a row, and so are not rounded."""
+    rng = np.random.default_rng(7)
+    parts = rng.integers(-127, 128, (rows, inputs // part, part))
+    parts[..., 0] = rng.choice((-127, 127), parts.shape[:2])
+    parts[0] = 127
+    return (parts * 2.0 ** rng.integers(-4, 4, (rows, inputs // part, 1))).reshape(rows, inputs).astype(np.float32)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("inputs", "group", "part"), [(96, 32, 32), (256, 128, 128), (192, 192, 64), (48, 24, 24)])
+def test_int8_sums_are_exact(bits: int, inputs: int, group: int, part: int) -> None:
+    """The largest codes and rows too: no sum is cut off."""
+    matrix, numbers = drawn(33, inputs, bits, group)
+    largest = matrix.codes.at[0].set(255)
+    scales = np.asarray(matrix.scales, np.float32)
+    numbers[0] = ((1 << bits) - 1) * np.repeat(scales[0], group) + np.repeat(
+        np.asarray(matrix.minima, np.float32)[0], group
+    )
+    x = whole_numbers(9, inputs, part)
+    y = multiply(int8(replace(matrix, codes=largest)), x)
+    bound = (
+        16 * 2.0**-24 * (np.abs(x) @ (np.abs(numbers) + 2 * np.abs(np.repeat(scales, group, axis=1)) * (1 << bits)).T)
+    )
+    assert (np.abs(y - x.astype(np.float64) @ numbers.astype(np.float64).T) <= bound).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_rows_are_rounded_to_the_nearest(bits: int, dtype: str) -> None:
+    matrix, numbers = drawn(40, 128, bits)
+    x = np.asarray(rows_of(7, 128, dtype), np.float32)
+    y = multiply(int8(matrix), jnp.asarray(x, dtype), None, jnp.dtype("float32"))
+    steps = np.repeat(np.abs(x.reshape(7, 4, 32)).max(axis=2) / 127, 32, axis=1)
+    bound = 0.501 * steps @ np.abs(numbers).T + 1e-5 * np.abs(x) @ np.abs(numbers).T
+    error = np.abs(y - x.astype(np.float64) @ numbers.astype(np.float64).T)
+    assert (error <= bound).all()
+    assert error.max() > 0
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_an_int8_row_does_not_depend_on_its_batch_mates(bits: int) -> None:
+    matrix, x = int8(drawn(70, 288, bits)[0]), rows_of(200, 288)
+    every = np.asarray(multiply(matrix, x))
+    for rows in (*range(1, 10), 97):
+        np.testing.assert_array_equal(np.asarray(multiply(matrix, x[-rows:])), every[-rows:], err_msg=f"{rows} rows")
+
+
+def test_int8_rows_that_are_no_numbers_or_none() -> None:
+    x = rows_of(20, 32).at[3, 5].set(jnp.nan).at[4, 31].set(jnp.inf).at[5].set(0).at[6].set(1e-38)
+    y = np.asarray(multiply(int8(drawn(20, 32)[0]), x))
+    assert not np.isfinite(y[3:5]).any()
+    assert np.isfinite(np.delete(y, (3, 4), axis=0)).all()
+    assert np.abs(y[5:7]).max() < 1e-30
+
+
+def test_int8_gates() -> None:
+    matrix, _ = drawn(32, 64, gate="silu")
+    plain = int8(replace(jax.tree.map(jnp.copy, matrix), layout=MatrixLayout(2)))
+    x = rows_of(5, 64)
+    y = int8(matrix).gated(x, None, gate_of("silu"), None)
+    np.testing.assert_allclose(y, plain.gated(x, None, gate_of("silu"), None), rtol=1e-5, atol=1e-30)
