@@ -21,7 +21,8 @@ from jaxserve.scheduler.speculation import most_step_drafts
 ATTENTION_BACKENDS = ("auto", "xla", "native", "triton", "pod", "mosaic")
 KV_CACHE_DTYPES = ("auto", "fp8_e4m3")
 GEMM_BACKENDS = ("auto", "no_split_k", "cublaslt")
-QUANTIZATION = ("none", "codes")
+QUANTIZATION = ("auto", "none", "codes")
+ACTIVATIONS = ("auto", "int8")
 GENERATION_CONFIGS = ("auto", "none")
 LOAD_FORMATS = ("auto", "dummy")
 SPECULATIVE = ("off", "ngram", "suffix", "draft")
@@ -74,9 +75,16 @@ class EngineConfig:
     chat_template: str | None = option(None, "file of a chat template (Jinja) in place of the tokenizer's own")
     dtype: str = option("auto", "weights and activations; auto: float32 on CPUs, bfloat16 on GPUs", DTYPES)
     quantization: str = option(
-        "none",
-        "quantised weights in memory; none: as dtype, codes: as they are stored, which takes less memory and is slower",
+        "auto",
+        "quantised weights in memory; none: as dtype, codes: as they are stored, which takes less memory; auto: codes "
+        "where a CPU multiplies by them natively, and as fast",
         QUANTIZATION,
+    )
+    activations: str = option(
+        "auto",
+        "what weights that are codes are multiplied by, on CPUs; auto: dtype, int8: rounded to 8 bits, which is faster "
+        "and less precise",
+        ACTIVATIONS,
     )
     max_model_len: int | None = option(None, "longest prompt + output; the model's own limit by default")
     generation_config: str = option(
@@ -182,6 +190,7 @@ class EngineConfig:
             ("scheduler", tuple(POLICIES)),
             ("dtype", DTYPES),
             ("quantization", QUANTIZATION),
+            ("activations", ACTIVATIONS),
             ("attention_backend", ATTENTION_BACKENDS),
             ("gemm_backend", GEMM_BACKENDS),
             ("kv_cache_dtype", KV_CACHE_DTYPES),
@@ -207,6 +216,12 @@ class EngineConfig:
             )
         if self.quantization == "codes" and self.pipeline_parallel > 1:
             raise ConfigError(f"pipeline_parallel must be 1 with quantization codes, got {self.pipeline_parallel}")
+        if self.activations == "int8":
+            if self.quantization == "none":
+                raise ConfigError("quantization must be auto or codes with activations int8, got none")
+            for name in ("tensor_parallel", "pipeline_parallel"):
+                if getattr(self, name) > 1:
+                    raise ConfigError(f"{name} must be 1 with activations int8, got {getattr(self, name)}")
         for policy in POLICIES.values():
             policy.check_options(self)
         if not 0.1 <= self.gpu_memory_utilization <= 1.0:

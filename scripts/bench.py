@@ -6,6 +6,7 @@ bench.py load         time and host memory to load a synthetic checkpoint of 4 G
 bench.py serve        TTFT, TBT, scheduling delay and goodput of a workload: through a gRPC server or in this process
 bench.py capacity     the highest request rate at which each policy meets a TBT objective
 bench.py kernels      attention kernels alone on a GPU: errors, times, shares of the ceilings
+bench.py products     matrix products of a CPU by dense weights and by codes, for 1 to 256 rows
 bench.py step         whole steps of the engine beside their roofline, and what the device waits for between them
 bench.py host         what the host does in a step with 1,000 running requests and up to 100,000 waiting, by part
 bench.py soak         hundreds of streams that leave, are aborted and dawdle, and a few that do not: what is left behind
@@ -37,7 +38,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.memory import claim_gpu_memory
 from jaxserve.errors import ConfigError, ModelError
-from jaxserve.evaluation import host_bench, kernel_bench, sharing_report, speculation_bench, step_bench
+from jaxserve.evaluation import host_bench, kernel_bench, product_bench, sharing_report, speculation_bench, step_bench
 from jaxserve.evaluation.capacity import SearchConfig, Trial
 from jaxserve.evaluation.device_bench import QUICK, THOROUGH, measure_ceilings
 from jaxserve.evaluation.front_end import FrontEndConfig, measure_front_end
@@ -224,6 +225,16 @@ def kernels(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     print("written: {}, {}".format(*paths))
 
 
+def products(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    for name, known in (("shapes", list(product_bench.SHAPES)), ("weights", product_bench.KINDS)):
+        parser.add_argument(f"--{name}", nargs="+", choices=known, default=known)
+    parser.add_argument("--rows", nargs="+", type=int, default=product_bench.ROWS, help="of x")
+    parser.add_argument("--quick", action="store_true", help="shorter measurements")
+    args = parser.parse_args(argv)
+    effort = QUICK if args.quick else THOROUGH
+    print(text_table(list(product_bench.measure_products(args.shapes, args.weights, args.rows, effort))))
+
+
 def step(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="shorter measurements")
     parser.add_argument(
@@ -364,6 +375,7 @@ COMMANDS = {
     "serve": serve,
     "capacity": capacity,
     "kernels": kernels,
+    "products": products,
     "step": step,
     "host": host,
     "soak": soak,

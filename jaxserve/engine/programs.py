@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxserve.config import ResolvedConfig
+from jaxserve.engine.coded import CodedMatrices
 from jaxserve.engine.compile import gpu_options
 from jaxserve.engine.forward import (
     EVERYWHERE,
@@ -49,7 +50,6 @@ from jaxserve.models.matrix import (
     DenseMatrix,
     Matrix,
     MatrixLayout,
-    PanelCodes,
     PanelMatrix,
     Parameter,
     QuantisedMatrix,
@@ -78,7 +78,7 @@ class StepPrograms:
     sampling of as many draws. ``admit`` begins the history of a sequence, ``score`` is for prompt logprobs.
 
     ``beside``: of another model, which keeps its parameters, and KV in as many blocks, in the same memory.
-    ``plan_codes``: says which matrices stay codes in memory, as Checkpoint.planned_codes does; none by default.
+    ``plan_codes``: says which matrices may stay codes in memory, as Checkpoint.planned_codes does; none by default.
     ``target`` and ``gpu_memory_bytes`` are of the mesh's kind of device; asked of its first one by default. Raises
     ConfigError and ModelError.
     """
@@ -114,18 +114,17 @@ class StepPrograms:
         graph, state = abstract_model(family.model, model_config, max_len=config.max_model_len, dtype=dtype)
         self._matrices, is_native = layouts_of(state), mesh.size == 1 and native.serves(target, dtype)
         self._kind: type[DenseKind] = PanelMatrix if is_native else DenseMatrix
-        self._planned: dict[str, QuantisedMatrix] = {}
-        if plan_codes is not None:
-            whole = abstract_parameters(state, mesh)  # nor are there stages
-            self._planned = plan_codes(whole, family.weights(model_config), self._matrices)
-        self._panels = {name for name, matrix in self._planned.items() if is_native and PanelCodes.holds(matrix)}
-        """Of the codes those that native products are there for."""
+        plan: Callable[[], dict[str, QuantisedMatrix]] | None = None
+        if plan_codes is not None and self.num_stages == 1:
+            everything = abstract_parameters(state, mesh)
+            plan = partial(plan_codes, everything, family.weights(model_config), self._matrices)
+        self._codes = CodedMatrices(config, is_native, plan)
         self.forward: Forward
         self.skips_padding = (
             self.num_stages == 1
             and self.backend.skips_padding
             and self._kind.skips_padding
-            and len(self._panels) == len(self._planned)
+            and self._codes.skip_padding
         )
         """Whether padding costs nothing, so that a step takes what its tokens do."""
         if self.num_stages == 1:
@@ -133,14 +132,14 @@ class StepPrograms:
         else:
             self.forward = StagedForward(graph, state, mesh, model_config, self.backend)
         everything = self.forward.abstract_parameters
-        self.abstract_parameters = {name: spec for name, spec in everything.items() if name not in self._planned}
+        coded = self._codes.names
+        self.abstract_parameters = {name: spec for name, spec in everything.items() if name not in coded}
         """Those that are loaded dense; see ``load``."""
+        if coded:
+            others = ", ".join(name for name in self._matrices if name not in coded) or "none"
+            logger.info("%d of %d matrices are kept as codes; dequantised: %s", len(coded), len(self._matrices), others)
         dense = abstract_taken(self.abstract_parameters, self._matrices, self._kind)
-        codes = {
-            name: PanelCodes.abstract(matrix) if name in self._panels else matrix
-            for name, matrix in self._planned.items()
-        }
-        everything_taken: dict[str, AbstractParameter] = {**dense, **codes}
+        everything_taken: dict[str, AbstractParameter] = {**dense, **self._codes.abstract()}
         self._abstract_taken = self._in_order(everything_taken)
         self.kv_cache = KVCacheShape(
             len(self.forward.cache_layers), model_config.num_held_kv_heads, model_config.head_dim, config.block_size,
@@ -187,10 +186,7 @@ class StepPrograms:
         """What the programs take, on the devices, from a checkpoint that fits. Raises ModelError."""
         weights = self.weights()
         dense = taken(checkpoint.load(self.abstract_parameters, weights), self._matrices, self._kind)
-        parameters: dict[str, Parameter] = {**dense}
-        if self._planned:
-            for name, matrix in checkpoint.load_codes(self._planned, weights):
-                parameters[name] = PanelCodes.of(matrix) if name in self._panels else matrix
+        parameters: dict[str, Parameter] = {**dense, **dict(self._codes.load(checkpoint, weights))}
         return jax.block_until_ready(self._in_order(parameters))
 
     def _in_order[P](self, parameters: Mapping[str, P]) -> list[P]:

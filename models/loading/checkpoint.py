@@ -86,13 +86,10 @@ class Checkpoint(ABC):
     ) -> dict[str, QuantisedMatrix]:
         """Of the parameters ``abstract`` those that may stay codes in memory, as ``load_codes`` takes them, by headers.
 
-        Raises ModelError where none is, and as ``check`` does.
+        Raises ModelError as ``check`` does.
         """
         self.check(abstract, weights)
-        planned = {} if self._codes is None else codes.plan(self._codes, abstract, weights, layouts)
-        if not planned:
-            raise ModelError(f"{self.path}: quantization codes needs quantised weights of a supported kind, found none")
-        return planned
+        return {} if self._codes is None else codes.plan(self._codes, abstract, weights, layouts)
 
     def load_codes(
         self, planned: Mapping[str, QuantisedMatrix], weights: Mapping[str, Weight]

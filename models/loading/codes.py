@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -17,8 +16,6 @@ from jaxserve.models.loading.quantised.tensor import Encoding, QuantisedTensor
 from jaxserve.models.matrix import MatrixLayout, QuantisedMatrix
 from jaxserve.models.matrix.quantised import Division
 from jaxserve.models.weights import TensorSource, Weight
-
-logger = logging.getLogger(__name__)
 
 
 class CodeSource(TensorSource, Protocol):
@@ -53,12 +50,7 @@ def plan(
     Experts' are not among them, nor what mixes codes with floats, or has columns in orders of its own.
     """
     found = {name: _planned(source, abstract[name], weights[name], layout) for name, layout in layouts.items()}
-    planned = {name: matrix for name, matrix in found.items() if matrix is not None}
-    others = [name for name, matrix in found.items() if matrix is None]
-    logger.info(
-        "%d of %d matrices are kept as codes; dequantised: %s", len(planned), len(found), ", ".join(others) or "none"
-    )
-    return planned
+    return {name: matrix for name, matrix in found.items() if matrix is not None}
 
 
 def load(
