@@ -10,7 +10,8 @@ from jaxserve.kernels.instruction_sets import Processor, candidates
 
 V3 = "fma", "avx2", "f16c", "sse2"
 V4 = *V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"
-BF16 = *V4, "avx512bf16"
+VNNI = *V4, "avx512vnni"
+BF16 = *VNNI, "avx512bf16"
 TILES = *BF16, "amxtile", "amxbf16", "amxint8"
 
 
@@ -26,9 +27,10 @@ def names(vendor: str, features: tuple[str, ...]) -> list[str]:
 @pytest.mark.parametrize(
     ("vendor", "features", "expected"),
     [
-        ("GenuineIntel", TILES, ["amx", "avx512", "avx2", "generic"]),
-        ("GenuineIntel", BF16, ["avx512", "avx2", "generic"]),  # half as fast as float32 there
-        ("AuthenticAMD", BF16, ["avx512_bf16", "avx512", "avx2", "generic"]),
+        ("GenuineIntel", TILES, ["amx", "avx512_vnni", "avx512", "avx2", "generic"]),
+        ("GenuineIntel", BF16, ["avx512_vnni", "avx512", "avx2", "generic"]),  # half as fast as float32 there
+        ("AuthenticAMD", BF16, ["avx512_bf16", "avx512_vnni", "avx512", "avx2", "generic"]),
+        ("GenuineIntel", VNNI, ["avx512_vnni", "avx512", "avx2", "generic"]),
         ("GenuineIntel", V4, ["avx512", "avx2", "generic"]),
         ("AuthenticAMD", V3, ["avx2", "generic"]),
         ("GenuineIntel", ("sse2", "avx2"), ["generic"]),
@@ -41,12 +43,12 @@ def test_the_fastest_of_a_processor(vendor: str, features: tuple[str, ...], expe
 
 def test_without_permission_for_tiles_the_next_best_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(instruction_sets, "tiles_are_permitted", lambda: False)
-    assert names("GenuineIntel", TILES)[0] == "avx512"
+    assert names("GenuineIntel", TILES)[0] == "avx512_vnni"
 
 
 def test_any_that_runs_can_be_forced() -> None:
     intel = Processor("GenuineIntel", frozenset(TILES))
-    for name in ("amx", "avx512_bf16", "avx512", "avx2", "generic"):
+    for name in ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "generic"):
         assert [one.name for one in candidates(intel, name)] == [name]
 
 
