@@ -1,9 +1,10 @@
 // Matrices of codes of 4 or 8 bits, as products read them.
 //
 // A weight is code * scale + offset; as many neighbours along K as make a group share the latter two. A panel holds 16
-// outputs: [units, 16] of codes, and [groups, 16] of scales and of offsets. A unit of 32 bits is eight codes of an output:
-// its byte b holds that of input b in the low half, and of input 4 + b in the high one. Or it is four codes of 8 bits.
-// So four neighbours along K are the bytes of a unit, or halves of them, as instructions that sum four products want them.
+// outputs: [units, 16] of codes, and [groups, 16] of scales and of offsets. A unit of 32 bits is eight codes of an
+// output: its byte b holds that of input b in the low half, and of input 4 + b in the high one. Or it is four codes of
+// 8 bits. So four neighbours along K are the bytes of a unit, or halves of them, as instructions that sum four products
+// want them.
 
 #pragma once
 
