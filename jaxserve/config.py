@@ -68,7 +68,7 @@ class EngineConfig:
     load_format: str = option(
         "auto",
         "dummy: random weights in the shape of a folder's or hub id's config.json, or of mistral-7b, yi-34b, "
-        "llama2-70b, falcon-180b or deepseek-v2-lite",
+        "llama2-70b, falcon-180b, deepseek-v2-lite or qwen3-30b-a3b",
         LOAD_FORMATS,
     )
     tokenizer: str | None = option(None, "folder or hub id of the tokenizer; the model's own by default")
@@ -153,6 +153,9 @@ class EngineConfig:
     )
     draft_model: str | None = option(None, "as model, a smaller one with its vocabulary, which speculative draft needs")
     tensor_parallel: int = option(1, "devices that share every layer: heads, MLPs and the vocabulary are divided")
+    enable_expert_parallel: bool = option(
+        False, "give each of the tensor_parallel devices experts of its own, instead of a share of every expert"
+    )
     pipeline_parallel: int = option(
         1, "stages, on tensor_parallel devices each, that the layers are divided into; each works on a batch of its own"
     )
@@ -255,7 +258,7 @@ class EngineConfig:
             )
 
     def _check_switches(self) -> None:
-        for name in ("warmup", "enable_prefix_caching"):
+        for name in ("warmup", "enable_prefix_caching", "enable_expert_parallel"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if not self.warmup and self.token_budget == "auto" and self.needs_step_times:

@@ -226,6 +226,8 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     tensor_parallel: int = 1
     """Devices among which every layer is divided."""
+    expert_parallel: bool = False
+    """Whether they have experts of their own, instead of a share of each."""
 
     def __post_init__(self) -> None:
         for name, value, known in (

@@ -46,14 +46,12 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.hybrid import recurrent_shape
 from jaxserve.models.loading.checkpoint import Checkpoint
 from jaxserve.models.matrix import (
-    DenseKind,
-    DenseMatrix,
     Matrix,
     MatrixLayout,
-    PanelMatrix,
     Parameter,
     QuantisedMatrix,
     abstract_taken,
+    choose_kind,
     layouts_of,
     taken,
 )
@@ -95,7 +93,7 @@ class StepPrograms:
         plan_codes: PlanCodes | None = None,
     ) -> None:
         self.config = config
-        self.model_config = model_config = divided(model_config, mesh)
+        self.model_config = model_config = divided(model_config, mesh, expert_parallel=config.enable_expert_parallel)
         self.mesh = mesh
         self.replicated, self.staged = NamedSharding(mesh, EVERYWHERE), NamedSharding(mesh, STAGES)
         dtype = jnp.dtype(config.dtype)
@@ -113,7 +111,7 @@ class StepPrograms:
         family = family_of(model_config.architecture)
         graph, state = abstract_model(family.model, model_config, max_len=config.max_model_len, dtype=dtype)
         self._matrices, is_native = layouts_of(state), mesh.size == 1 and native.serves(target, dtype)
-        self._kind: type[DenseKind] = PanelMatrix if is_native else DenseMatrix
+        self._kind = choose_kind(target, dtype, mesh)
         plan: Callable[[], dict[str, QuantisedMatrix]] | None = None
         if plan_codes is not None and self.num_stages == 1:
             everything = abstract_parameters(state, mesh)

@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 
 from jaxserve.models.matrix.dense import DenseMatrix
+from jaxserve.models.matrix.kinds import choose_kind
 from jaxserve.models.matrix.layout import DenseKind, Gate, Matrix, MatrixLayout
 from jaxserve.models.matrix.panel import PanelMatrix
 from jaxserve.models.matrix.panel_codes import PanelCodes
@@ -20,7 +21,7 @@ from jaxserve.models.matrix.quantised import QuantisedMatrix
 
 __all__ = [
     "DenseKind", "DenseMatrix", "Gate", "Matrix", "MatrixLayout", "PanelCodes", "PanelMatrix", "Parameter",
-    "QuantisedMatrix", "abstract_taken", "layouts_of", "taken",
+    "QuantisedMatrix", "abstract_taken", "choose_kind", "layouts_of", "taken",
 ]  # fmt: skip
 
 Parameter = jax.Array | Matrix
@@ -34,7 +35,7 @@ def layouts_of(state: nnx.State) -> dict[str, MatrixLayout]:
 
 
 def taken(
-    parameters: Mapping[str, jax.Array], layouts: Mapping[str, MatrixLayout], kind: type[DenseKind]
+    parameters: Mapping[str, jax.Array], layouts: Mapping[str, MatrixLayout], kind: DenseKind
 ) -> dict[str, Parameter]:
     """What programs take of dense ``parameters``: matrices of this kind. One after the other, so that memory need not
     hold two forms of all."""
@@ -42,7 +43,7 @@ def taken(
 
 
 def abstract_taken(
-    parameters: Mapping[str, jax.ShapeDtypeStruct], layouts: Mapping[str, MatrixLayout], kind: type[DenseKind]
+    parameters: Mapping[str, jax.ShapeDtypeStruct], layouts: Mapping[str, MatrixLayout], kind: DenseKind
 ) -> dict[str, jax.ShapeDtypeStruct | Matrix]:
     """What ``taken`` gives, without values."""
     return {
