@@ -8,6 +8,7 @@ bench.py capacity     the highest request rate at which each policy meets a TBT 
 bench.py kernels      attention kernels alone on a GPU: errors, times, shares of the ceilings
 bench.py products     matrix products of a CPU by dense weights and by codes, for 1 to 256 rows
 bench.py step         whole steps of the engine beside their roofline, and what the device waits for between them
+bench.py experts      a layer's mixture of experts beside the products of the experts that its rows choose
 bench.py host         what the host does in a step with 1,000 running requests and up to 100,000 waiting, by part
 bench.py soak         hundreds of streams that leave, are aborted and dawdle, and a few that do not: what is left behind
 bench.py sharing      what requests do to one another: grammars, prefixes, fairness, or the floor of a running stream
@@ -38,7 +39,15 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.memory import claim_gpu_memory
 from jaxserve.errors import ConfigError, ModelError
-from jaxserve.evaluation import host_bench, kernel_bench, product_bench, sharing_report, speculation_bench, step_bench
+from jaxserve.evaluation import (
+    expert_bench,
+    host_bench,
+    kernel_bench,
+    product_bench,
+    sharing_report,
+    speculation_bench,
+    step_bench,
+)
 from jaxserve.evaluation.capacity import SearchConfig, Trial
 from jaxserve.evaluation.device_bench import QUICK, THOROUGH, measure_ceilings
 from jaxserve.evaluation.front_end import FrontEndConfig, measure_front_end
@@ -277,6 +286,17 @@ def step(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     print("written: {}, {}".format(*write(gap=gap)))
 
 
+def experts(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    parser.add_argument("--quick", action="store_true", help="shorter measurements")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 64, 256], help="of the batch")
+    parser.set_defaults(model="qwen3-30b-a3b", dtype="bfloat16")
+    config, args = parse_config(parser, argv, EngineConfig)
+    effort = QUICK if args.quick else THOROUGH
+    rows = [case.measure(effort) for case in expert_bench.expert_cases(config, args.rows)]
+    print(f"a layer of {config.model}, {config.dtype}, {processor()}")
+    print(text_table([row.describe() for row in rows]))
+
+
 def host(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--waiting", nargs="+", type=int, default=[1_000, 10_000, 100_000], help="lengths of the queue")
     parser.add_argument("--rounds", type=int, default=5)
@@ -377,6 +397,7 @@ COMMANDS = {
     "kernels": kernels,
     "products": products,
     "step": step,
+    "experts": experts,
     "host": host,
     "soak": soak,
     "speculation": speculation,
