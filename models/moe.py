@@ -96,12 +96,9 @@ class MoE(nnx.Module):
             bias = bias[:, expert_of[by_expert]].swapaxes(0, 1)
         inner = gate_up.gated(x, source, self._gate, bias, group_sizes)
         y = down.multiply(inner, groups=group_sizes)
-        # Taken back and summed up in one kernel, in the order of a row's own choice.
         places = jnp.zeros_like(by_expert).at[by_expert].set(jnp.arange(len(by_expert)), unique_indices=True)
-        y = jnp.where((chosen < count)[..., None], y[places.reshape(chosen.shape)], 0)
-        if self.experts.weighs_inputs:
-            return y.sum(axis=1)
-        return (y.astype(jnp.float32) * weights[..., None].astype(jnp.float32)).sum(axis=1).astype(x.dtype)
+        factors = jnp.ones_like(weights) if self.experts.weighs_inputs else weights
+        return _summed(y, places.reshape(chosen.shape), factors, chosen < count)
 
     def _gate(self, gate: jax.Array, up: jax.Array) -> jax.Array:
         clamped = self.experts.gate
@@ -109,6 +106,19 @@ class MoE(nnx.Module):
             return gate_of(self.activation)(gate, up)
         gate, up = jnp.minimum(gate, clamped.limit), jnp.clip(up, -clamped.limit, clamped.limit)
         return (up + 1) * gate * jax.nn.sigmoid(clamped.alpha * gate)
+
+
+def _summed(y: jax.Array, places: jax.Array, factors: jax.Array, held: jax.Array) -> jax.Array:
+    """``[T, hidden]``: of each row the sum of ``factors * y[places]`` where ``held``, ``[T, per_token]`` each.
+
+    In float32 and in the order of the row's own choice, so that it does not depend on its batch-mates. Written out, as
+    XLA on CPUs then takes whole rows: ten times as fast as summing up a gather of three dimensions.
+    """
+    total = jnp.zeros((len(places), y.shape[1]), jnp.float32)
+    for place, factor, is_held in zip(places.T, factors.T, held.T, strict=True):
+        part = y[place].astype(jnp.float32) * factor[:, None].astype(jnp.float32)
+        total = total + jnp.where(is_held[:, None], part, 0)
+    return total.astype(y.dtype)
 
 
 class SharedMLP(nnx.Module):
