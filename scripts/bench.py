@@ -293,7 +293,7 @@ def experts(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     config, args = parse_config(parser, argv, EngineConfig)
     effort = QUICK if args.quick else THOROUGH
     rows = [case.measure(effort) for case in expert_bench.expert_cases(config, args.rows)]
-    print(f"a layer of {config.model}, {config.dtype}, {processor()}")
+    print(f"a layer of {config.model}, {config.dtype}")
     print(text_table([row.describe() for row in rows]))
 
 
