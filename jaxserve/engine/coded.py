@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxserve.config import ResolvedConfig
 from jaxserve.errors import ConfigError, ModelError
 from jaxserve.kernels import cpu_codes
+from jaxserve.kernels.backend import Target
 from jaxserve.models.loading.checkpoint import Checkpoint
-from jaxserve.models.matrix import Matrix, PanelCodes, QuantisedMatrix
+from jaxserve.models.matrix import Matrix, PanelCodes, QuantisedMatrix, coded_kind
 from jaxserve.models.weights import Weight
 
 
@@ -22,8 +23,13 @@ class CodedMatrices:
     """
 
     def __init__(
-        self, config: ResolvedConfig, is_native: bool, plan: Callable[[], dict[str, QuantisedMatrix]] | None
+        self,
+        config: ResolvedConfig,
+        target: Target,
+        is_native: bool,
+        plan: Callable[[], dict[str, QuantisedMatrix]] | None,
     ) -> None:
+        self._target = target
         self._planned: dict[str, QuantisedMatrix] = {}
         self._in_panels: set[str] = set()
         self._is_int8 = config.activations == "int8"
@@ -63,11 +69,16 @@ class CodedMatrices:
     def abstract(self) -> dict[str, Matrix]:
         """As programs take them, without values."""
         return {
-            name: PanelCodes.abstract(matrix, is_int8=self._is_int8) if name in self._in_panels else matrix
+            name: PanelCodes.abstract(matrix, is_int8=self._is_int8)
+            if name in self._in_panels
+            else coded_kind(matrix, self._target).abstract(matrix, self._target)
             for name, matrix in self._planned.items()
         }
 
     def load(self, checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> Iterator[tuple[str, Matrix]]:
         """The same with values, one after the other, so that memory need not hold two forms of all."""
         for name, matrix in checkpoint.load_codes(self._planned, weights) if self._planned else ():
-            yield name, PanelCodes.of(matrix, is_int8=self._is_int8) if name in self._in_panels else matrix
+            if name in self._in_panels:
+                yield name, PanelCodes.of(matrix, is_int8=self._is_int8)
+            else:
+                yield name, coded_kind(matrix, self._target).of(matrix, self._target)

@@ -116,7 +116,7 @@ class StepPrograms:
         if plan_codes is not None and self.num_stages == 1:
             everything = abstract_parameters(state, mesh)
             plan = partial(plan_codes, everything, family.weights(model_config), self._matrices)
-        self._codes = CodedMatrices(config, is_native, plan)
+        self._codes = CodedMatrices(config, target, is_native, plan)
         self.forward: Forward
         self.skips_padding = (
             self.num_stages == 1

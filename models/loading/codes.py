@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.models.loading.quantised.tensor import Encoding, QuantisedTensor
 from jaxserve.models.matrix import MatrixLayout, QuantisedMatrix
-from jaxserve.models.matrix.quantised import Division
+from jaxserve.models.matrix.coded import Division
 from jaxserve.models.weights import TensorSource, Weight
 
 

@@ -2,30 +2,37 @@
 
 A model declares its matrices as dense parameters (layers.matrix), and so they are loaded and stored. How they lie in
 memory is a kind, chosen for the device, and programs take ``kind.of`` of each. What stays the file's own codes is a
-QuantisedMatrix, or PanelCodes made of one.
+QuantisedMatrix, or made of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 from flax import nnx
 
+from jaxserve.kernels.backend import Target
 from jaxserve.models.matrix.dense import DenseMatrix
 from jaxserve.models.matrix.kinds import choose_kind
 from jaxserve.models.matrix.layout import DenseKind, Gate, Matrix, MatrixLayout
 from jaxserve.models.matrix.panel import PanelMatrix
 from jaxserve.models.matrix.panel_codes import PanelCodes
-from jaxserve.models.matrix.quantised import QuantisedMatrix
+from jaxserve.models.matrix.quantised import CodedKind, QuantisedMatrix
+from jaxserve.models.matrix.row_scaled import RowScaledMatrix
+from jaxserve.models.matrix.words import WordMatrix
 
 __all__ = [
-    "DenseKind", "DenseMatrix", "Gate", "Matrix", "MatrixLayout", "PanelCodes", "PanelMatrix", "Parameter",
-    "QuantisedMatrix", "abstract_taken", "choose_kind", "layouts_of", "taken",
+    "CodedKind", "DenseKind", "DenseMatrix", "Gate", "Matrix", "MatrixLayout", "PanelCodes", "PanelMatrix",
+    "Parameter", "QuantisedMatrix", "RowScaledMatrix", "WordMatrix", "abstract_coded_taken", "abstract_taken",
+    "choose_kind", "coded_kind", "coded_taken", "layouts_of", "taken",
 ]  # fmt: skip
 
 Parameter = jax.Array | Matrix
 """What programs take: a matrix of some kind, or the array of anything else."""
+
+CODED_KINDS: tuple[type[CodedKind], ...] = (WordMatrix, RowScaledMatrix, QuantisedMatrix)
+"""Of matrices that stay codes, the fastest first. The last serves every one."""
 
 
 def layouts_of(state: nnx.State) -> dict[str, MatrixLayout]:
@@ -49,3 +56,18 @@ def abstract_taken(
     return {
         name: kind.abstract(value, layouts[name]) if name in layouts else value for name, value in parameters.items()
     }
+
+
+def coded_taken(codes: Iterable[tuple[str, QuantisedMatrix]], target: Target) -> dict[str, Matrix]:
+    """What programs take of matrices that stay codes: each of the fastest kind for the device."""
+    return {name: coded_kind(matrix, target).of(matrix, target) for name, matrix in codes}
+
+
+def abstract_coded_taken(codes: Mapping[str, QuantisedMatrix], target: Target) -> dict[str, Matrix]:
+    """What ``coded_taken`` gives, without values."""
+    return {name: coded_kind(matrix, target).abstract(matrix, target) for name, matrix in codes.items()}
+
+
+def coded_kind(codes: QuantisedMatrix, target: Target) -> type[CodedKind]:
+    """The fastest for these codes on a device, but for PanelCodes, which take more to be chosen."""
+    return next(kind for kind in CODED_KINDS if kind.serves(codes, target))

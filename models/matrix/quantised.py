@@ -7,36 +7,25 @@ quarter or half of bfloat16's memory. Where a CPU has native products, PanelCode
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
 
-from jaxserve.models.matrix.layout import Gate, MatrixLayout, gate
+from jaxserve.kernels.backend import Target
+from jaxserve.models.matrix.coded import CodedMatrix, Division
+from jaxserve.models.matrix.layout import Matrix, MatrixLayout
 
-TILE_VALUES = 1 << 20
-"""Of a matrix, that are numbers at once."""
-
-
-@dataclass(frozen=True)
-class Division:
-    """Of a matrix among devices, those of ``mesh`` along its axis tensor."""
-
-    mesh: Mesh
-    outputs: tuple[str | None, ...]
-    """Which of its output dimensions they share."""
-    inputs: str | None
-    """Whether they share its inputs."""
-
-    def spec(self, inputs: str | None) -> PartitionSpec:
-        return PartitionSpec(*self.outputs, inputs)
+TILE_VALUES = {"cpu": 1 << 20, "gpu": 1 << 24}
+"""Of a matrix, that are numbers at once, by platform: what stays in a cache, and is enough for all of a GPU's
+multiprocessors."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class QuantisedMatrix:
+class QuantisedMatrix(CodedMatrix):
     """``(codes - zeros) * scales + minima``, ``[outputs..., in]``; ``group`` inputs of a row share the rest."""
 
     codes: jax.Array
@@ -57,85 +46,84 @@ class QuantisedMatrix:
     dtype: jnp.dtype = field(metadata={"static": True})
     """Of the weights, when they are numbers."""
     division: Division | None = field(metadata={"static": True})
+    tile_values: int = field(default=TILE_VALUES["cpu"], metadata={"static": True})
 
-    skips_padding: ClassVar[bool] = False
+    @classmethod
+    def serves(cls, codes: QuantisedMatrix, target: Target) -> bool:
+        return True
 
-    def multiply(
-        self,
-        x: jax.Array,
-        rows: jax.Array | None = None,
-        out_dtype: jnp.dtype | None = None,
-        groups: jax.Array | None = None,
-    ) -> jax.Array:
-        product = self._product(x if rows is None else x[rows], out_dtype or x.dtype)
-        return product.reshape(len(product), -1)
+    @classmethod
+    def of(cls, codes: QuantisedMatrix, target: Target) -> QuantisedMatrix:
+        return replace(codes, tile_values=TILE_VALUES[target.platform])
 
-    def gated(
-        self,
-        x: jax.Array,
-        rows: jax.Array | None,
-        activation: Gate,
-        bias: jax.Array | None,
-        groups: jax.Array | None = None,
-    ) -> jax.Array:
-        return gate(self._product(x if rows is None else x[rows], x.dtype), activation, bias)
+    @classmethod
+    def abstract(cls, codes: QuantisedMatrix, target: Target) -> QuantisedMatrix:
+        return cls.of(codes, target)
 
     def lookup(self, ids: jax.Array) -> jax.Array:
-        found = _numbers(jax.tree.map(lambda array: array[ids], replace(self, order=None)))
+        found = jax.tree.map(lambda array: array[ids], replace(self, order=None))
+        return replace(found, order=self.order).numbers()
+
+    def numbers(self) -> jax.Array:
+        """``[R, in]`` of a matrix ``[R, in]``."""
+        codes = self.codes
+        if self.bits == 4:
+            codes = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)
+        grouped = codes.astype(jnp.float32).reshape(len(codes), -1, self.group) - self.zero
+        if self.zeros is not None:
+            grouped = grouped - self.zeros[..., None].astype(jnp.float32)
+        grouped = grouped * self.scales[..., None].astype(jnp.float32)
+        if self.minima is not None:
+            grouped = grouped + self.minima[..., None].astype(jnp.float32)
+        found = grouped.reshape(codes.shape).astype(self.dtype)
         return found if self.order is None else jnp.zeros_like(found).at[:, self.order].set(found)
 
-    def _product(self, x: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-        """``[T, in]`` -> ``[T, outputs...]``."""
-        x = x if self.order is None else x[:, self.order]
-        matrix = replace(self, order=None)
-        if self.division is None:
-            return _multiply(matrix, x, out_dtype)
-        division = self.division
-        small = division.spec(division.inputs)
-        specs = jax.tree.map(lambda _: small, matrix)
+    def _specs(self, division: Division) -> QuantisedMatrix:
+        return jax.tree.map(lambda _: division.spec(), self)
 
-        def share(matrix: QuantisedMatrix, x: jax.Array) -> jax.Array:
-            partial_sums = _multiply(matrix, x, out_dtype)
-            return partial_sums if division.inputs is None else jax.lax.psum(partial_sums, division.inputs)
-
-        return jax.shard_map(
-            share, mesh=division.mesh, in_specs=(specs, PartitionSpec(None, division.inputs)),
-            out_specs=PartitionSpec(None, *division.outputs), check_vma=False,
-        )(matrix, x)  # fmt: skip
+    def _share(self, x: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+        outputs = self.codes.shape[:-1]
+        flat = jax.tree.map(lambda array: array.reshape(math.prod(outputs), -1), self)
+        product = multiply_in_tiles(x, flat, QuantisedMatrix.numbers, self.tile_values, out_dtype)
+        return product.reshape(len(x), *outputs)
 
 
-def _multiply(matrix: QuantisedMatrix, x: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-    """A device's share of ``_product``, as many rows of the matrix at a time as have TILE_VALUES."""
-    outputs = matrix.codes.shape[:-1]
-    flat = jax.tree.map(lambda array: array.reshape(math.prod(outputs), -1), matrix)
-    num_rows, inputs = math.prod(outputs), x.shape[1]
-    tile = max(1, min(num_rows, TILE_VALUES // inputs))
+class CodedKind(Matrix, Protocol):
+    """A Matrix that is made of codes as files are read into."""
 
-    def product(first: jax.Array) -> jax.Array:
-        part = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, first, tile), flat)
-        return jax.lax.dot_general(x, _numbers(part), (((1,), (1,)), ((), ())), preferred_element_type=out_dtype)
+    @classmethod
+    def serves(cls, codes: QuantisedMatrix, target: Target) -> bool:
+        """Whether it can be made of these, which may be without values, for a device."""
+        ...
+
+    @classmethod
+    def of(cls, codes: QuantisedMatrix, target: Target) -> Matrix: ...
+
+    @classmethod
+    def abstract(cls, codes: QuantisedMatrix, target: Target) -> Matrix:
+        """What ``of`` gives, without values."""
+        ...
+
+
+def multiply_in_tiles[T](
+    x: jax.Array, matrix: T, numbers: Callable[[T], jax.Array], tile_values: int, out_dtype: jnp.dtype
+) -> jax.Array:
+    """``[T, in]`` -> ``[T, R]``, by a matrix that is a tree of arrays ``[R, ...]``, so many rows at a time as have
+    ``tile_values``. ``numbers`` makes ``[n, in]`` of n rows."""
+    num_rows = len(jax.tree.leaves(matrix)[0])
+    tile = max(1, min(num_rows, tile_values // x.shape[1]))
+
+    def product(part: T) -> jax.Array:
+        return jax.lax.dot_general(x, numbers(part), (((1,), (1,)), ((), ())), preferred_element_type=out_dtype)
 
     def step(number: jax.Array, y: jax.Array) -> jax.Array:
         # The last ones overlap those before, where the rows are no multiple of a tile's.
         first = jnp.minimum(number * tile, num_rows - tile)
-        return jax.lax.dynamic_update_slice_in_dim(y, product(first), first, axis=1)
+        part = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, first, tile), matrix)
+        return jax.lax.dynamic_update_slice_in_dim(y, product(part), first, axis=1)
 
     if tile == num_rows:
-        y = product(jnp.int32(0))
-    else:
-        y = jax.lax.fori_loop(0, -(-num_rows // tile), step, jnp.zeros((len(x), num_rows), out_dtype))
-    return y.reshape(len(x), *outputs)
-
-
-def _numbers(matrix: QuantisedMatrix) -> jax.Array:
-    """``[R, in]`` of a matrix whose arrays are ``[R, ...]``."""
-    codes = matrix.codes
-    if matrix.bits == 4:
-        codes = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)
-    grouped = codes.astype(jnp.float32).reshape(len(codes), -1, matrix.group) - matrix.zero
-    if matrix.zeros is not None:
-        grouped = grouped - matrix.zeros[..., None].astype(jnp.float32)
-    grouped = grouped * matrix.scales[..., None].astype(jnp.float32)
-    if matrix.minima is not None:
-        grouped = grouped + matrix.minima[..., None].astype(jnp.float32)
-    return grouped.reshape(codes.shape).astype(matrix.dtype)
+        return product(matrix)
+    # A loop also of few turns: kernels of a CUDA graph that share no data may run at once, and then all tiles would be
+    # in memory.
+    return jax.lax.fori_loop(0, -(-num_rows // tile), step, jnp.zeros((len(x), num_rows), out_dtype))

@@ -254,10 +254,10 @@ def test_all_reduces_of_layers_stay_on_a_host(falcon: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two starts on a GPU, and of a compiled sampler; see gpu_programs.py."""
+    """A folder of two starts on a GPU, of a compiled sampler, and of steps with codes; see gpu_programs.py."""
     folder = tmp_path_factory.mktemp("start")
     run(gpu_packages.environment() | {"PYTHONHASHSEED": "1"}, str(PROGRAMS), str(folder), "first")
-    run(gpu_packages.environment() | {"PYTHONHASHSEED": "2"}, str(PROGRAMS), str(folder), "second", "sampler")
+    run(gpu_packages.environment() | {"PYTHONHASHSEED": "2"}, str(PROGRAMS), str(folder), "second", "more")
     return folder
 
 
@@ -290,6 +290,17 @@ def test_top_k_and_top_p_read_a_large_vocabulary_few_times(start: Path) -> None:
         passes[searched[1]].append(moved_bytes(program[body[1]]) / (rows * vocab * 4))
     assert passes[8192] == [pytest.approx(2 / 16, rel=0.1)] * 2
     assert passes[vocab] == [pytest.approx(1, rel=0.1)] * 2
+
+
+def test_steps_with_quantised_weights(start: Path) -> None:
+    """One graph too, and no matrix is numbers as a whole: all that steps need besides is less than the largest."""
+    few, *many = json.loads((start / "second" / "codes.json").read_text())
+    for program in (few, *many):
+        assert program["launches"] == [1, 0, 0]
+        assert program["alias_bytes"] == program["donated_bytes"]
+        assert program["temp_bytes"] < 2 * 28672 * 4096, program["rows"]
+    kernels = [program["custom_calls"]["triton_kernel_call_ffi"] / program["num_layers"] for program in (few, *many)]
+    assert kernels == [8, 4, 4], "of attention, and four of few rows' products"
 
 
 def test_a_missing_plugin_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

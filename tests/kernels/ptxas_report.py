@@ -11,8 +11,8 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,6 +38,7 @@ TRITON_TYPES = {
     "float32": "*fp32",
     "float8_e4m3fn": "*fp8e4nv",
     "int32": "*i32",
+    "int16": "*i16",
 }
 
 COMPILED = {name: (variant, "triton") for name, variant in VARIANTS.items()} | {
@@ -78,6 +79,10 @@ class Resources:
     """Instructions of each loop that multiplies matrices: one step for each tile of keys."""
     local_accesses: int
     """Instructions that access a thread's own memory, which is where spilled registers are."""
+    register_operands: int
+    """Of the matrix instructions of warpgroups those whose first operand comes from registers."""
+    conversions: int
+    """Instructions that make floats of integers."""
 
     @property
     def core_registers(self) -> int:
@@ -178,6 +183,7 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
         launch.name, launch.num_warps, int(registers), spilled, compiled.metadata.shared,
         ptx.count("wgmma.mma_async"), ptx.count("mma.sync"), matrix_loops(sass),
         len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        len(re.findall(r"\bHGMMA\S* R\d+, R\d+", sass)), len(re.findall(r"\bI2F", sass)),
     )  # fmt: skip
 
 
@@ -210,6 +216,15 @@ def report(variants: dict[str, tuple[Variant, str]]) -> dict[str, list[Resources
     return found
 
 
+def print_table(found: Mapping[str, Sequence[Resources]]) -> None:
+    print(f"Triton {triton.__version__}, for sm_90a.\n")
+    columns = ["variant", *(column.name for column in fields(Resources))]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for name, kernels in found.items():
+        for kernel in kernels:
+            print(f"| {name} | {' | '.join(map(str, astuple(kernel)))} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
@@ -219,12 +234,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({name: [kernel.to_json() for kernel in kernels] for name, kernels in found.items()}))
         return
-    print(f"Triton {triton.__version__}, for sm_90a.\n")
-    print("| variant | kernel | warps | registers | bytes spilled | shared bytes | wgmma | mma | loops | local |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for name, kernels in found.items():
-        for kernel in kernels:
-            print(f"| {name} | {' | '.join(map(str, astuple(kernel)))} |")
+    print_table(found)
 
 
 if __name__ == "__main__":

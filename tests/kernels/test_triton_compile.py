@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from jaxserve.kernels.triton_attention import DECODE_PROGRAMS_PER_CORE, PREFILL_PROGRAMS_PER_CORE
+from jaxserve.kernels.triton_product import TILES
 from tests import gpu_packages
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +47,8 @@ def reports() -> Iterator[dict[str, subprocess.Popen[str]]]:
         "3.6": report("ptxas_report", "--json", "--variants", *MISTRAL, triton_36=True),
         "overlap": report("overlap_report"),
         "groups": report("groups_report"),
+        "products": report("product_report", "--json"),
+        "products, 3.6": report("product_report", "--json", "--products", "16 rows", "256 rows", triton_36=True),
     }
     yield started
     for process in started.values():
@@ -126,3 +129,23 @@ def test_products_of_experts(reports: dict[str, subprocess.Popen[str]]) -> None:
             assert kernel["spilled_bytes"] == 0 or not case.startswith("chunks"), (case, kernel)
             assert kernel["occupancy"] >= 2, (case, kernel)
             assert (kernel["wgmma"] > 0) == case.startswith("chunks"), (case, kernel)
+
+
+@pytest.fixture(scope="module", params=["products", "products, 3.6"])
+def products(request: pytest.FixtureRequest, reports: dict[str, subprocess.Popen[str]]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = output(reports[request.param])
+    return found
+
+
+def test_products_of_codes_take_weights_from_registers(products: dict[str, dict[str, Any]]) -> None:
+    """That are made there: no float is made by converting an integer."""
+    for name, kernel in products.items():
+        assert kernel["wgmma"] == kernel["register_operands"] > 0, name
+        assert (kernel["mma"], kernel["conversions"]) == (0, 0), name
+        assert (kernel["spilled_bytes"], kernel["local_accesses"]) == (0, 0), name
+        assert kernel["shared_bytes"] <= SHARED_MEMORY_BYTES, name
+
+
+def test_as_many_products_run_at_once_as_inputs_are_cut_for(products: dict[str, dict[str, Any]]) -> None:
+    for name, tile in (("16 rows", TILES[0]), ("256 rows", TILES[-1])):
+        assert products[name]["occupancy"] >= tile.programs, name

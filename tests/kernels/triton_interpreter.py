@@ -6,7 +6,9 @@ kernel does not write stays not a number.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,6 +109,41 @@ def _dot(self: object, a: Any, b: Any, accumulator: Any, *precision: object) -> 
     return interpreter.TensorHandle(x @ y + accumulator.data, accumulator.dtype.scalar)
 
 
+def _binary_op(self: object, one: Any, other: Any, operation: Any) -> Any:
+    """The interpreter's own computes with the bits of bfloat16."""
+    if one.dtype.scalar != tl.bfloat16 or operation not in (np.add, np.subtract, np.multiply, np.divide):
+        return _plain_op(self, one, other, operation)
+    numbers = (handle.data.view(ml_dtypes.bfloat16).astype(np.float32) for handle in (one, other))
+    result = operation(*numbers).astype(ml_dtypes.bfloat16).view(np.uint16)
+    return interpreter.TensorHandle(result, tl.bfloat16)
+
+
+def _inline_asm(
+    self: object, text: str, constraints: str, values: list[Any], types: list[Any], is_pure: bool, pack: int
+) -> Any:
+    """Of one operand of 16 bits, two in a register, as many of PTX's instructions as kernels use."""
+    (operand,) = values
+    registers = {"$1": np.ascontiguousarray(operand.data).reshape(-1).view(np.uint32)}
+    for name, operands in re.findall(r"(shr|lop3)\.[ub]32 ([^;]+);", text):
+        target, *sources = operands.split(", ")
+        numbers = [registers[source] if source in registers else np.uint32(int(source, 0)) for source in sources]
+        registers[target] = numbers[0] >> numbers[1] if name == "shr" else _lop3(*numbers)
+    made = registers["$0"].view("V2").reshape(operand.data.shape)
+    dtype = types[0].scalar
+    result = interpreter.TensorHandle(made.view(interpreter._get_np_dtype(dtype)), dtype)
+    return SimpleNamespace(get_result=lambda _: result)
+
+
+def _lop3(one: np.ndarray, other: np.ndarray, third: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Each bit is that of the table which the three bits number, the first the highest."""
+    cases = [
+        (one if i & 4 else ~one) & (other if i & 2 else ~other) & (third if i & 1 else ~third)
+        for i in range(8)
+        if int(table) >> i & 1
+    ]
+    return functools.reduce(np.bitwise_or, cases)
+
+
 def _patch_lang(kernel: Any) -> Any:
     """Once a launch, all of the language; the interpreter's own does it for each call of a function, which is slow."""
     if not tl.core.is_builtin(tl.load):
@@ -114,10 +151,13 @@ def _patch_lang(kernel: Any) -> Any:
     return _patch_lang_for(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
 
 
+_plain_op = interpreter.InterpreterBuilder.binary_op
 _patch_lang_for = interpreter._patch_lang
 interpreter._patch_lang = _patch_lang
 interpreter._convert_float = _convert_float
 interpreter.InterpreterBuilder.create_dot = _dot
+interpreter.InterpreterBuilder.binary_op = _binary_op
+interpreter.InterpreterBuilder.create_inline_asm = _inline_asm
 # As in compiled kernels; checks that sums of indices fit into int32 take as long as the rest of a kernel.
 interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 

@@ -20,13 +20,20 @@ from jaxserve import LLM, SamplingParams
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError, ModelError
 from jaxserve.kernels import native
+from jaxserve.kernels.backend import Target
 from jaxserve.models import llama
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.loading import codes, gguf_codes
 from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.loading.quantised.tensor import Encoding, QuantisedTensor
-from jaxserve.models.matrix import MatrixLayout, QuantisedMatrix, layouts_of
-from jaxserve.models.matrix import quantised as quantised_matrix
+from jaxserve.models.matrix import (
+    MatrixLayout,
+    QuantisedMatrix,
+    RowScaledMatrix,
+    abstract_coded_taken,
+    coded_taken,
+    layouts_of,
+)
 from jaxserve.models.weights import Part, Weight, stacked, whole
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import abstract_model, abstract_parameters, divided
@@ -156,12 +163,47 @@ def test_a_group_of_odd_length_is_bytes() -> None:
     np.testing.assert_array_equal(numbers(matrix), tensor(15, (4, 45)).dequantised())
 
 
-def test_rows_that_are_no_multiple_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantised_matrix, "TILE_VALUES", 5 * 32)
+def test_rows_that_are_no_multiple_of_a_tile() -> None:
     one = tensor(8, (12, 32))
     matrix = made(Held({"a": one}), (12, 32), whole("a"), MatrixLayout())
     assert matrix is not None
-    np.testing.assert_array_equal(numbers(matrix), one.dequantised())
+    np.testing.assert_array_equal(numbers(replace(matrix, tile_values=5 * 32)), one.dequantised())
+
+
+GPU = Target("gpu", 90, 132)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, ml_dtypes.float8_e4m3fn])
+def test_a_gpu_multiplies_scales_of_rows_with_products(dtype: Any) -> None:
+    one = replace(tensor(32, dtype=dtype), zeros=None)
+    matrix = made(Held({"a": one}, bits=8), (6, 32), whole("a"), MatrixLayout())
+    assert matrix is not None
+    (found,) = coded_taken([("m", matrix)], GPU).values()
+    assert isinstance(found, RowScaledMatrix)
+    np.testing.assert_allclose(found.multiply(jnp.eye(32)).T, one.dequantised(), rtol=1e-6)
+    np.testing.assert_array_equal(found.lookup(jnp.array([5, 0])), one.dequantised()[[5, 0]])
+    halves = jnp.asarray(np.random.default_rng(0).normal(size=(3, 32)), jnp.bfloat16)
+    product = found.multiply(halves, out_dtype=jnp.dtype("float32"))
+    np.testing.assert_allclose(product, np.asarray(halves, np.float64) @ one.dequantised().T, rtol=1e-4, atol=1e-4)
+
+
+def test_other_codes_on_a_gpu() -> None:
+    """Groups, zeros, minima, or floats that an old one has no instructions for."""
+
+    def kind(one: QuantisedTensor, target: Target = GPU) -> type:
+        matrix = made(Held({"a": one}, bits=8), (6, 32), whole("a"), MatrixLayout())
+        assert matrix is not None
+        (found,) = abstract_coded_taken({"m": matrix}, target).values()
+        return type(found)
+
+    rows = replace(tensor(32, dtype=ml_dtypes.float8_e4m3fn), zeros=None)
+    assert kind(rows) == RowScaledMatrix
+    assert kind(rows, Target("gpu", 80, 108)) == QuantisedMatrix
+    assert kind(rows, Target("cpu")) == QuantisedMatrix
+    assert kind(tensor(16, dtype=np.int8)) == QuantisedMatrix
+    zeros = np.arange(6, dtype=np.uint8)[:, None]
+    assert kind(replace(tensor(32), zeros=zeros)) == QuantisedMatrix
+    assert kind(replace(tensor(32), minima=np.ones((6, 1), np.float16))) == QuantisedMatrix
 
 
 def test_no_dequantised_copy_is_kept() -> None:
