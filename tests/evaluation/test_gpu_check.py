@@ -38,6 +38,11 @@ def test_the_whole_of_it_on_a_cpu(tmp_path: Path) -> None:
     assert all(record["equal"] for record in records if record["kind"] == "graphs")
     assert all(len(record["errors"]) == 3 and record["right"] for record in records if record["kind"] == "correctness")
     assert [record["window"] for record in records if record["kind"] == "attention"] == [None, 64]
+    products = [record for record in records if record["kind"] == "product"]
+    assert [(record["pair"], record["rows"], record["product"]) for record in products] == [
+        (pair, rows, kind) for pair in ("MLP", "attention") for rows in (3, 300) for kind in ("bfloat16", "codes")
+    ]
+    assert all(record["seconds"]["median"] > 0 for record in products)
     steps = {record["step"]: record for record in records if record["kind"] == "step"}
     assert steps["decode 1 x 1024"]["seconds"]["median"] > 0
     assert steps["decode 128 x 1024"]["left_out"].startswith("needs max_num_seqs of 128, got 32")

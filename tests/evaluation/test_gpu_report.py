@@ -50,6 +50,10 @@ def record(kind: str, stage: str = "stage", **data: Any) -> dict[str, Any]:
     return {"time": 1.0, "stage": stage, "kind": kind, **data}
 
 
+def product(rows: int, kind: str, **data: Any) -> dict[str, Any]:
+    return record("product", pair="MLP", rows=rows, product=kind, **data)
+
+
 def correctness(variant: str, backend: str = "triton", **data: Any) -> dict[str, Any]:
     return record("correctness", variant=variant, backend=backend, **data)
 
@@ -77,6 +81,9 @@ def test_measurements_stand_beside_predictions() -> None:
             attention(window=4096, variant="window 4096", seconds={"median": 500e-6}),
             attention(case="hybrid", seconds=None, error=None, failure="RuntimeError: out of registers"),
             attention(variant="264 programs", plain=False, seconds={"median": 390e-6}),
+            product(1, "bfloat16", seconds={"median": 140e-6}, floor_seconds=118e-6, error=1e-3),
+            product(1, "codes", seconds={"median": 50e-6}, floor_seconds=31e-6, error=2e-3),
+            product(16, "codes", floor_seconds=31e-6, failure="ValueError: error of 1 above 0.01"),
             record("step", "steps", step="decode 1 x 1024", seconds={"median": 6e-3}, floor_seconds=4.8e-3),
             record("step", "steps", step="decode 128 x 1024", left_out="needs more"),
             record(
@@ -105,6 +112,8 @@ def test_measurements_stand_beside_predictions() -> None:
         "| decode-64x4k | triton | 4096 | 358 → 397 | 250 → 281 | 500.0 | 60% | 2,150 | 9 | 2.0e-03 |",
         "RuntimeError: out of registers | - | - | - | - |",
         "| decode-64x4k | triton | 264 programs | 390.0 | 400.0 | - |",
+        "| MLP | 1 | 30.3 → 46.1 (3.0x) | 21.1 → 33.4 (2.9x) | 140.0 | 50.0 | 2.8x | 62% | 2.0e-03 |",
+        "| - | ValueError: error of 1 above 0.01 | - | - | - |",
         "| decode 1 x 1024 | 4.8 → 6.2 | 3.3 → 4.6 | 6.00 | 80% | - | - |",
         "events of graphs: 12 of update",
         "| sarathi | TBT p50 | 6.2 | 4.7 | 7.0 |",

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 
 from jaxserve.evaluation.device_bench import Ceilings, Work
 from jaxserve.evaluation.gpu_check.models import MODEL, SERVER
+from jaxserve.evaluation.gpu_check.products import PAIRS
 from jaxserve.evaluation.gpu_check.server import LOAD
 from jaxserve.evaluation.kernel_bench import CASES, SHAPE
 from jaxserve.evaluation.step_bench import StepCase, step_work
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.loading.checkpoint import open_checkpoint
+from jaxserve.models.matrix import WordMatrix
 from jaxserve.models.registry import family_of
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import abstract_model, abstract_parameters
@@ -45,6 +47,29 @@ H100_STEPS one by one: 470 launches with gaps, products at 0.8 of the ceiling, a
 H100_STEPS = {"decode 1 x 1024": 6.2e-3, "decode 32 x 1024": 7.5e-3, "decode 128 x 1024": 12.3e-3,
               "chunk of 512 at 0": 12e-3, "chunk of 2048 at 0": 47e-3}  # fmt: skip
 """Seconds, expected before there was a formula."""
+
+DENSE_PRODUCT = (0.88, 0.8)
+"""Shares of the copy's rate and of the product's ceiling that cuBLASLt's products of a layer reach."""
+PRODUCT_LAUNCH_SECONDS = 2e-6
+CODES_MEMORY = {"MLP": 0.72, "attention": 0.5}
+"""Of the copy's rate. By its loop's instructions a product of few rows could take 6.5 TB/s of codes, but its programs
+wait for their loads at the beginning and for each other at the end, and attention's matrices are read in 3 to 4 us."""
+CODES_COMPUTE = 0.4
+"""Of the product's ceiling: weights are made between two matrix instructions, not beside them."""
+CODES_WRITTEN_BYTES = 2.5
+"""For each weight that is turned into a number before a large product: it is read as a code and written."""
+
+
+def product_seconds(name: str, rows: int, kind: str, ceilings: Ceilings) -> float:
+    """Of one of products.PAIRS."""
+    pair, shares, written_bytes = PAIRS[name], DENSE_PRODUCT, 0.0
+    if kind == "codes" and rows <= WordMatrix.MOST_ROWS:
+        work, shares = pair.work(rows, "codes"), (CODES_MEMORY[name], CODES_COMPUTE)
+    else:
+        work = pair.work(rows, "bfloat16")
+        written_bytes = CODES_WRITTEN_BYTES * pair.values if kind == "codes" else 0.0
+    seconds = max(work.memory_seconds(ceilings) / shares[0], work.compute_seconds(ceilings) / shares[1])
+    return seconds + written_bytes / ceilings.copy_bytes_per_second + 2 * PRODUCT_LAUNCH_SECONDS
 
 
 def attention_seconds(case: str, backend: str, window: int | None, ceilings: Ceilings) -> float:

@@ -19,6 +19,7 @@ STAGES = (
     Stage("correctness", "correctness", 40, 120, SEVERAL_PROCESSES),
     Stage("golden", "golden", 15, 40, HIGHEST_PRECISION),
     Stage("attention", "attention", 40, 110),
+    Stage("products", "products", 30, 60),
     Stage("steps", "steps", 60, 150, COUNT_GRAPHS, ("cublaslt", "16", "32", "128", "512", "2048")),
     Stage("server", "server", 70, 160),
     Stage("counters", "counters", 25, 50),
