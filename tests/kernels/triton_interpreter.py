@@ -29,6 +29,9 @@ NUMPY_TYPES = {
     tl.float32: np.dtype(np.float32),
 }
 
+ONE_AT_A_TIME = threading.Lock()
+"""Launches: devices of a mesh call at once, and the interpreter puts its own language in place while one runs."""
+
 
 class Tensor:
     """An array behind as much of torch.Tensor's face as the interpreter looks at; it is its own storage."""
@@ -85,7 +88,8 @@ def triton_call(
         filled = iter(operands)
         parameters = [Tensor(next(filled)) if given else None for given in present]
         parameters += [Tensor(output) for i, output in enumerate(outputs) if i not in aliased]
-        with np.errstate(over="ignore"):  # as on GPUs, where exp2 quietly becomes inf
+        # As on GPUs, where exp2 quietly becomes inf.
+        with ONE_AT_A_TIME, np.errstate(over="ignore"):
             kernel[grid](*parameters, **constants)
         return outputs
 
