@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,19 @@ def test_it_begins_with_nothing_and_scales_of_one() -> None:
     assert not np.asarray(cache.k, np.float32).any()
     assert not np.asarray(cache.v, np.float32).any()
     assert (np.asarray(cache.scales) == 1).all()
+
+
+def test_keys_that_are_values_take_half() -> None:
+    """One array of pages, one scale for each layer, and blocks of one."""
+    shape, mesh, numbers = dataclasses.replace(SHAPE, has_values=False), make_mesh(), jnp.array([1, 2])
+    assert 2 * shape.block_bytes == SHAPE.block_bytes
+    cache = shape.zeros(3, mesh, np.array([[0.5, 2.0]] * 4, np.float32))
+    assert cache.v is None
+    assert cache.scales.tolist() == [[0.5]] * 4
+    blocks = [jnp.full_like(block, 1 + i) for i, block in enumerate(shape.blocks_of(cache, numbers))]
+    assert {block.shape for block in blocks} == {shape.abstract_block(mesh).shape}
+    changed = shape.with_blocks(cache, numbers, blocks)
+    assert np.asarray(changed.k, np.float32).reshape(4, 3, -1).mean(axis=-1).tolist() == [[0, 1, 2]] * 4
 
 
 def test_what_is_stored() -> None:
