@@ -57,11 +57,10 @@ def test_bytes_of_a_token() -> None:
     [
         (V3, {"num_blocks": 11}),
         (LITE, {"tensor_parallel": 2}),
-        (V2, {"pipeline_parallel": 2}),
         (V2, {"tensor_parallel": 2, "pipeline_parallel": 2}),
         (V3, {"speculative": "ngram", "swap_space_bytes": 2**20}),
     ],
-    ids=["preempted", "two devices", "two stages", "both", "drafts and swap"],
+    ids=["preempted", "two devices", "two of each", "drafts and swap"],
 )
 def test_company_does_not_matter(golden: Golden, tiny_tokenizer: Path, settings: dict[str, Any]) -> None:
     """Prompts share blocks, and the cache has what transformers' greedy continuation needs, wherever chunks are cut."""
