@@ -25,7 +25,7 @@ QUANTIZATION = ("auto", "none", "codes")
 ACTIVATIONS = ("auto", "int8")
 GENERATION_CONFIGS = ("auto", "none")
 LOAD_FORMATS = ("auto", "dummy")
-SPECULATIVE = ("off", "ngram", "suffix", "draft")
+SPECULATIVE = ("off", "ngram", "suffix", "draft", "ppd")
 AUTO_TOKEN_BUDGET = 2048
 """The largest that token_budget auto tries: the paper's budget under relaxed objectives."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -144,7 +144,7 @@ class EngineConfig:
         "off",
         "guess the next tokens and verify them in rows that a step has free, which changes no output; ngram: what "
         "followed the last tokens before; suffix: the same, also in the outputs of other requests; draft: what "
-        "draft_model draws",
+        "draft_model draws; ppd: what the model draws behind ppd_probes (arXiv 2405.18628)",
         SPECULATIVE,
     )
     num_speculative_tokens: int = option(7, "most guesses of one sequence in a step")
@@ -152,6 +152,9 @@ class EngineConfig:
         100_000, "of outputs that speculative suffix keeps in the host's memory, some 500 bytes each"
     )
     draft_model: str | None = option(None, "as model, a smaller one with its vocabulary, which speculative draft needs")
+    ppd_probes: str | None = option(
+        None, "file that scripts/train_ppd.py writes, which speculative ppd needs; one for each guess, at least"
+    )
     tensor_parallel: int = option(1, "devices that share every layer: heads, MLPs and the vocabulary are divided")
     enable_expert_parallel: bool = option(
         False, "give each of the tensor_parallel devices experts of its own, instead of a share of every expert"
@@ -207,15 +210,16 @@ class EngineConfig:
         self._check_objective()
         self._check_switches()
         self._check_swap_space()
-        if (self.speculative == "draft") != (self.draft_model is not None):
+        for name, kind in (("draft_model", "draft"), ("ppd_probes", "ppd")):
+            value = getattr(self, name)
+            if (self.speculative == kind) != (value is not None):
+                raise ConfigError(
+                    f"{name} must be given with speculative {kind} and with no other, got {value!r} with "
+                    f"{self.speculative}"
+                )
+        if self.draft_model is not None and self.pipeline_parallel > 1:
             raise ConfigError(
-                f"draft_model must be given with speculative draft and with no other, got {self.draft_model!r} with "
-                f"{self.speculative}"
-            )
-        if self.speculative != "off" and self.pipeline_parallel > 1:
-            raise ConfigError(
-                f"pipeline_parallel must be 1 with speculative {self.speculative}: only a pipeline's last stage knows "
-                f"how far a request has come, got {self.pipeline_parallel}"
+                f"pipeline_parallel must be 1 with a draft_model, which has no stages, got {self.pipeline_parallel}"
             )
         if self.quantization == "codes" and self.pipeline_parallel > 1:
             raise ConfigError(f"pipeline_parallel must be 1 with quantization codes, got {self.pipeline_parallel}")
@@ -344,8 +348,10 @@ class ResolvedConfig(EngineConfig):
 
     @property
     def max_seq_drafts(self) -> int:
-        """Drafts of one sequence in a step, at most."""
-        return 0 if self.speculative == "off" else self.num_speculative_tokens
+        """Drafts of one sequence in a step, at most; with ppd as many guesses and probes."""
+        if self.speculative == "off":
+            return 0
+        return 2 * self.num_speculative_tokens if self.speculative == "ppd" else self.num_speculative_tokens
 
     @property
     def max_drafts(self) -> int:

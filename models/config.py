@@ -224,6 +224,9 @@ class ModelConfig:
     num_parallel_norms: int = 0
     """Where attention and MLP run side by side: one norm for both, or one each. 0: they follow each other."""
     tie_word_embeddings: bool = False
+    num_probes: int = 0
+    """Embeddings beside the vocabulary's, which no checkpoint has: -1 is the first one's id, -2 the second one's. They
+    are for what a model draws behind them (speculative ppd)."""
     tensor_parallel: int = 1
     """Devices among which every layer is divided."""
     expert_parallel: bool = False

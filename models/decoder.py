@@ -87,6 +87,8 @@ class Decoder(nnx.Module):
         vocab, hidden = config.vocab_size, config.hidden_size
         tied = config.tie_word_embeddings
         self.embedding = (matrix if tied else parameter)((vocab, hidden), ("vocab", "embed"), dtype, rngs)
+        probes = config.num_probes
+        self.probes = parameter((probes, hidden), (None, "embed"), dtype, rngs) if probes else None
         positions = config.max_position_embeddings
         self.positions = None if config.rope else parameter((positions, hidden), (None, "embed"), dtype, rngs)
         self.layers = nnx.List([self.layer_class(config, i, dtype, rngs) for i in range(config.num_layers)])
@@ -117,9 +119,12 @@ class Decoder(nnx.Module):
     def embed(self, token_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """``int32[T]`` each -> what the first layer takes, ``[T, hidden]``."""
         table = self.embedding.get_value()
-        x = table.lookup(token_ids) if self.lm_head is None else table[token_ids]
+        known = token_ids if self.probes is None else jnp.maximum(token_ids, 0)
+        x = table.lookup(known) if self.lm_head is None else table[known]
         if self.config.embedding_scale != 1:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        if self.probes is not None:
+            x = jnp.where(token_ids[:, None] < 0, self.probes[...][jnp.maximum(-1 - token_ids, 0)], x)
         return x if self.positions is None else x + self.positions[...][positions]
 
     def logits(self, hidden: jax.Array, rows: jax.Array | None = None) -> jax.Array:

@@ -65,7 +65,7 @@ class Engine:
         if self._tracer is not None:
             self.on_step.append(self._tracer.add)
         self._clock, self._random = clock, np.random.default_rng(config.seed)
-        self._packer = Packer(self.blocks, absolute=config.pipeline_parallel > 1)
+        self._packer = Packer(self.blocks)
         self._grammars = Grammars(self.tokenizer, self.model_config.vocab_size, self.eos_token_ids)
         self._edited = EditedRequests(self.runner.edits, self.tokenizer)
         self._suggester = Suggester(self.config, self._edited)
@@ -200,8 +200,7 @@ class Engine:
         if launched is not None and waits:
             self._sample(launched)
         # Not before: what has just been sampled was masked behind the drafts that had been suggested.
-        self._suggester.follow(() if previous is None else previous.chunks)
-        self._suggester.follow(() if launched is None else prefills_of(launched.chunks))
+        self._suggester.follow(() if launched is None else launched.chunks)
         self.metrics.observe_queues(self.scheduler, len(self._held), self.blocks, self.compiles.count)
         return deltas
 

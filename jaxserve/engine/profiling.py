@@ -147,7 +147,7 @@ class Profiler:
 
     def _run_seconds(self, step: Step) -> float:
         start = time.perf_counter()
-        self._runner.sample(self._runner.launch(step))
+        run_alone(self._runner, step)
         step.tokens()
         return time.perf_counter() - start
 
@@ -161,8 +161,16 @@ def pack_alone(runner: ModelRunner, batch: list[Chunk]) -> Step:
         blocks.grow(chunk.slot, chunk.start + chunk.num_tokens)
     layout = runner.layout(sum(chunk.num_tokens for chunk in batch))
     step = Packer(blocks, absolute=True).pack(layout, batch)
-    runner.sample(runner.launch(step))
+    run_alone(runner, step)
     return dataclasses.replace(step, admissions=())
+
+
+def run_alone(runner: ModelRunner, step: Step) -> None:
+    """Start a step, with nothing else in a pipeline's stages, as far as to its samples."""
+    entered = runner.launch(step)
+    while entered is not step:
+        entered = runner.launch(None)
+    runner.sample(step)
 
 
 def _identity(config: ResolvedConfig) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ from jaxserve.engine.memory import choose_num_blocks
 from jaxserve.engine.sampler import SamplingInputs, TokenLogprobs, optional_logprobs, sample, token_logprobs
 from jaxserve.engine.speculation import (
     PROPOSERS,
+    Draws,
     SequenceState,
     draw_places,
     most_suggested,
@@ -77,6 +79,7 @@ class StepPrograms:
 
     ``beside``: of another model, which keeps its parameters, and KV in as many blocks, in the same memory.
     ``plan_codes``: says which matrices may stay codes in memory, as Checkpoint.planned_codes does; none by default.
+    ``probes``: ``[num_probes, hidden]``, what the model has besides (models/loading/probes.py).
     ``target`` and ``gpu_memory_bytes`` are of the mesh's kind of device; asked of its first one by default. Raises
     ConfigError and ModelError.
     """
@@ -91,8 +94,11 @@ class StepPrograms:
         gpu_memory_bytes: int | None = None,
         beside: StepPrograms | None = None,
         plan_codes: PlanCodes | None = None,
+        probes: np.ndarray | None = None,
     ) -> None:
         self.config = config
+        self._added = {} if probes is None else {"probes": probes}
+        model_config = replace(model_config, num_probes=0 if probes is None else len(probes))
         self.model_config = model_config = divided(model_config, mesh, expert_parallel=config.enable_expert_parallel)
         self.mesh = mesh
         self.replicated, self.staged = NamedSharding(mesh, EVERYWHERE), NamedSharding(mesh, STAGES)
@@ -114,7 +120,8 @@ class StepPrograms:
         self._kind = choose_kind(target, dtype, mesh)
         plan: Callable[[], dict[str, QuantisedMatrix]] | None = None
         if plan_codes is not None and self.num_stages == 1:
-            everything = abstract_parameters(state, mesh)
+            every = abstract_parameters(state, mesh)
+            everything = {name: spec for name, spec in every.items() if name not in self._added}
             plan = partial(plan_codes, everything, family.weights(model_config), self._matrices)
         self._codes = CodedMatrices(config, target, is_native, plan)
         self.forward: Forward
@@ -130,14 +137,15 @@ class StepPrograms:
         else:
             self.forward = StagedForward(graph, state, mesh, model_config, self.backend)
         everything = self.forward.abstract_parameters
+        self._stored = {name: spec for name, spec in everything.items() if name not in self._added}
         coded = self._codes.names
-        self.abstract_parameters = {name: spec for name, spec in everything.items() if name not in coded}
+        self.abstract_parameters = {name: spec for name, spec in self._stored.items() if name not in coded}
         """Those that are loaded dense; see ``load``."""
         if coded:
             others = ", ".join(name for name in self._matrices if name not in coded) or "none"
             logger.info("%d of %d matrices are kept as codes; dequantised: %s", len(coded), len(self._matrices), others)
         dense = abstract_taken(self.abstract_parameters, self._matrices, self._kind)
-        everything_taken: dict[str, AbstractParameter] = {**dense, **self._codes.abstract()}
+        everything_taken: dict[str, AbstractParameter] = {**everything, **dense, **self._codes.abstract()}
         self._abstract_taken = self._in_order(everything_taken)
         self.kv_cache = KVCacheShape(
             len(self.forward.cache_layers), model_config.num_held_kv_heads, model_config.head_dim, config.block_size,
@@ -178,13 +186,15 @@ class StepPrograms:
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise ModelError where a checkpoint does not fit; see Checkpoint.check."""
-        checkpoint.check(self.forward.abstract_parameters, self.weights())
+        checkpoint.check(self._stored, self.weights())
 
     def load(self, checkpoint: Checkpoint) -> list[Parameter]:
         """What the programs take, on the devices, from a checkpoint that fits. Raises ModelError."""
         weights = self.weights()
         dense = taken(checkpoint.load(self.abstract_parameters, weights), self._matrices, self._kind)
-        parameters: dict[str, Parameter] = {**dense, **dict(self._codes.load(checkpoint, weights))}
+        everything = self.forward.abstract_parameters
+        added = {name: _placed(array, everything[name]) for name, array in self._added.items()}
+        parameters: dict[str, Parameter] = {**dense, **dict(self._codes.load(checkpoint, weights)), **added}
         return jax.block_until_ready(self._in_order(parameters))
 
     def _in_order[P](self, parameters: Mapping[str, P]) -> list[P]:
@@ -303,13 +313,12 @@ class StepPrograms:
         edits: jax.Array | None = None,
     ) -> tuple[SequenceState[jax.Array], StepOutputs]:
         fields = layout.split_draws(draws)
-        is_draw, positions = fields["draw_rows"] >= 0, fields["draw_positions"]
+        is_draw, seqs, positions = fields["draw_rows"] >= 0, fields["draw_seqs"], fields["draw_positions"]
         if sequences.num_drafts is not None:
-            seqs = fields["draw_seqs"]
             offsets, positions = draw_places(positions, sequences.lengths[seqs])
             is_draw &= offsets <= sequences.num_drafts[seqs]
-        drawn = jnp.where(is_draw, jnp.arange(layout.num_draws, dtype=jnp.int32), -1)
-        logits = self.forward.head(outside).logits(rows, drawn)
+        wanted_rows = jnp.where(is_draw, jnp.arange(layout.num_draws, dtype=jnp.int32), -1)
+        logits = self.forward.head(outside).logits(rows, wanted_rows)
         wanted = fields["want_logprobs"][0] > 0
 
         def sample_rows(logits: jax.Array, inputs: SamplingInputs, *edits: jax.Array) -> StepOutputs:
@@ -323,13 +332,15 @@ class StepPrograms:
         fields["draw_positions"] = positions
         inputs = SamplingInputs(*(fields[name] for name in SamplingInputs._fields))
         # Slots that do not exist are dropped.
-        slots = jnp.where(fields["draw_seqs"] >= 0, fields["draw_seqs"], self.config.max_num_seqs)
+        slots = jnp.where(is_draw, seqs, self.config.max_num_seqs)
         changes = () if edits is None else (edits, sequences.history[slots])
         outputs = over_rows(sample_rows, self.mesh, logits, inputs, *changes)
         if sequences.num_drafts is not None:
-            known, tokens = verify(sequences, slots, offsets, positions, outputs.tokens)
+            drawn = Draws(slots, offsets, positions, sequences.history[seqs, positions - 1], outputs.tokens)
+            known, tokens = verify(sequences, drawn)
             if (propose := PROPOSERS.get(self.config.speculative)) is not None:
-                known = with_drafts(known, propose(known, self.config.max_seq_drafts))
+                has_drawn = jnp.zeros_like(known.lengths, bool).at[slots].set(True, mode="drop")
+                known = with_drafts(known, propose(known, self.config.max_seq_drafts, drawn), has_drawn)
             return known, outputs._replace(tokens=tokens)
         history = sequences.history.at[slots, positions].set(outputs.tokens, mode="drop")
         return SequenceState(history, sequences.lengths.at[slots].set(positions + 1, mode="drop")), outputs
@@ -342,6 +353,11 @@ class StepPrograms:
 def zeros(abstract: jax.ShapeDtypeStruct) -> jax.Array:
     """Made on the device: the host may not have as much memory."""
     return jnp.zeros(abstract.shape, abstract.dtype, device=abstract.sharding)
+
+
+def _placed(array: np.ndarray, spec: jax.ShapeDtypeStruct) -> jax.Array:
+    cast = array.astype(spec.dtype)
+    return jax.make_array_from_callback(spec.shape, spec.sharding, lambda index: cast[index])
 
 
 def _admit(sequences: SequenceState[jax.Array], new: jax.Array) -> SequenceState[jax.Array]:

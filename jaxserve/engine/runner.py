@@ -31,6 +31,7 @@ from jaxserve.engine.step import Step, StepLayout, StepOutputs, prompt_targets
 from jaxserve.engine.swapped import SwappedBlocks
 from jaxserve.errors import ConfigError, ModelError
 from jaxserve.models.loading.checkpoint import Checkpoint, OrbaxCheckpoint, open_checkpoint
+from jaxserve.models.loading.probes import read_probes
 from jaxserve.models.matrix import Parameter
 from jaxserve.models.rope import longest_sequence
 from jaxserve.scheduler.buckets import bubble_share, bucket_of
@@ -100,8 +101,11 @@ class ModelRunner:
                 raise ConfigError(f"draft_model must have no recurrent layers, got {config.draft_model!r}")
             least = dataclasses.replace(config, num_blocks=1 + config.blocks_per_seq)
             beside = StepPrograms(least, draft_checkpoint.config, mesh)
+        probes = None
+        if config.ppd_probes is not None:
+            probes = read_probes(Path(config.ppd_probes), config.num_speculative_tokens, checkpoint.config.hidden_size)
         self._programs = programs = StepPrograms(
-            config, checkpoint.config, mesh, beside=beside, plan_codes=checkpoint.planned_codes
+            config, checkpoint.config, mesh, beside=beside, plan_codes=checkpoint.planned_codes, probes=probes
         )
         self.model_config = programs.model_config
         programs.check(checkpoint)
@@ -173,8 +177,6 @@ class ModelRunner:
         """
         step = step or Step.empty(self._layouts[self.buckets[0]])
         for slot, token_ids in step.admissions:
-            for earlier in list(self._in_stages)[:-1]:
-                earlier.disown(slot)
             self.run(Kind.ADMIT, 0, self._admission(slot, token_ids))
         if step.suggestions is not None:
             self.run(Kind.SUGGEST, 0, step.suggestions)

@@ -21,7 +21,7 @@ from jaxserve.kernels.plan import AttentionPlan
 LONGEST_MATCH, SHORTEST_MATCH = 4, 2
 """Tokens of an n-gram."""
 REJECTED, ABSENT = -1, -2
-"""Instead of the tokens of draws behind drafts that do not hold, and behind rows that had no draft."""
+"""Instead of the tokens of draws behind drafts that do not hold, and behind rows that had no draft, or a probe."""
 
 
 class SequenceState[Array](NamedTuple):
@@ -44,8 +44,21 @@ class Proposal(NamedTuple):
     """``int32[S]``: how many of them there are, the first ones."""
 
 
-Proposer = Callable[[SequenceState[jax.Array], int], Proposal]
-"""Proposes up to so many tokens, from sequences that have no drafts."""
+class Draws(NamedTuple):
+    """What a step draws, ``int32[R]`` each. The draws of a sequence follow each other."""
+
+    slots: jax.Array
+    """Of the sequences. Those that do not exist are of nobody, and of rows that had no draft."""
+    offsets: jax.Array
+    """How many drafts come before."""
+    positions: jax.Array
+    after: jax.Array
+    """The token or the draft that it follows; a probe's is negative (ModelConfig.num_probes)."""
+    tokens: jax.Array
+
+
+Proposer = Callable[[SequenceState[jax.Array], int, Draws], Proposal]
+"""Proposes up to so many tokens, from sequences that have no drafts, and what the last step has drawn."""
 
 
 def ngrams(sequences: SequenceState[jax.Array], num_speculative_tokens: int) -> Proposal:
@@ -71,7 +84,24 @@ def ngrams(sequences: SequenceState[jax.Array], num_speculative_tokens: int) -> 
     return Proposal(token_ids, jnp.where(best >= 0, num_speculative_tokens, 0))
 
 
-PROPOSERS: dict[str, Proposer] = {"ngram": ngrams}
+def probed(sequences: SequenceState[jax.Array], most: int, draws: Draws) -> Proposal:
+    """What was drawn behind probes, and as many probes again behind it, of each half of ``most`` (Hardware-Aware
+    Parallel Prompt Decoding, arXiv 2405.18628).
+
+    Probes follow the last draft. Where all drafts held, the first probe's draw is a guess of the token behind the one
+    that came of it, the second probe's of the next, and so on. Where not, they have guessed what follows a mistake.
+    """
+    num_slots = len(sequences.lengths)
+    ahead, is_probed = draws.positions - sequences.lengths[draws.slots], draws.after < 0
+    all_held = jnp.zeros(num_slots, bool).at[jnp.where(ahead == 0, draws.slots, num_slots)].set(is_probed, mode="drop")
+    owners = jnp.where(is_probed & (ahead >= 0), draws.slots, num_slots)
+    guesses = jnp.zeros((num_slots, most), jnp.int32).at[owners, ahead].set(draws.tokens, mode="drop")
+    number = jnp.where(all_held, jnp.zeros(num_slots, jnp.int32).at[owners].add(1, mode="drop"), 0)
+    behind = jnp.arange(most) - number[:, None]
+    return Proposal(jnp.where(behind < 0, guesses, -1 - behind), jnp.minimum(number + most // 2, most))
+
+
+PROPOSERS: dict[str, Proposer] = {"ngram": lambda sequences, most, _: ngrams(sequences, most), "ppd": probed}
 """By the option ``speculative``."""
 
 
@@ -82,15 +112,13 @@ def draw_places(draw_positions: jax.Array, lengths: jax.Array) -> tuple[jax.Arra
     return offsets, jnp.where(draw_positions < 0, lengths + offsets, draw_positions)
 
 
-def verify(
-    sequences: SequenceState[jax.Array], slots: jax.Array, offsets: jax.Array, positions: jax.Array, tokens: jax.Array
-) -> tuple[SequenceState[jax.Array], jax.Array]:
-    """The sequences with the draws that hold, and without drafts; ``tokens`` with REJECTED and ABSENT for the others.
-
-    All ``int32[R]``: ``offsets`` and ``positions`` as ``draw_places`` has them; those of a sequence follow each other.
-    Slots that do not exist are of nobody.
+def verify(sequences: SequenceState[jax.Array], draws: Draws) -> tuple[SequenceState[jax.Array], jax.Array]:
+    """The sequences with the draws that hold, those that draw without drafts; the draws' tokens, with REJECTED and
+    ABSENT for the others. Sequences that do not draw keep their drafts: in a pipeline rows for these may be on their
+    way.
     """
     history, lengths, num_drafts = sequences
+    slots, offsets, positions, after, tokens = draws
     assert num_drafts is not None
     num_slots, max_len = history.shape
     numbers = num_drafts.at[slots].get(mode="fill", fill_value=0)
@@ -101,18 +129,21 @@ def verify(
     history = history.at[owners, positions].set(tokens, mode="drop")
     # A sequence that is as long as it may be has ended; what a step in flight draws behind it is nobody's.
     lengths = jnp.minimum(lengths.at[owners].add(1, mode="drop"), max_len)
-    known = SequenceState(history, lengths, jnp.zeros_like(num_drafts))
-    return known, jnp.where(holds, tokens, jnp.where(offsets <= numbers, REJECTED, ABSENT))
+    known = SequenceState(history, lengths, num_drafts.at[slots].set(0, mode="drop"))
+    is_rejected = (offsets <= numbers) & (after >= 0)
+    return known, jnp.where(holds, tokens, jnp.where(is_rejected, REJECTED, ABSENT))
 
 
-def with_drafts(sequences: SequenceState[jax.Array], proposal: Proposal) -> SequenceState[jax.Array]:
-    """The sequences with drafts, as far as ``max_model_len`` reaches."""
-    history, lengths, _ = sequences
+def with_drafts(sequences: SequenceState[jax.Array], proposal: Proposal, of: jax.Array) -> SequenceState[jax.Array]:
+    """The sequences, of which those ``of`` ``bool[S]`` have these drafts, as far as ``max_model_len`` reaches."""
+    history, lengths, num_drafts = sequences
+    assert num_drafts is not None
     num_slots, max_len = history.shape
     number = jnp.arange(proposal.token_ids.shape[1])
-    places = jnp.where(number < proposal.counts[:, None], lengths[:, None] + number, max_len)
+    is_draft = of[:, None] & (number < proposal.counts[:, None])
+    places = jnp.where(is_draft, lengths[:, None] + number, max_len)
     history = history.at[jnp.arange(num_slots)[:, None], places].set(proposal.token_ids, mode="drop")
-    return SequenceState(history, lengths, jnp.minimum(proposal.counts, max_len - lengths))
+    return SequenceState(history, lengths, jnp.where(of, jnp.minimum(proposal.counts, max_len - lengths), num_drafts))
 
 
 class Suggestions[Array](NamedTuple):
@@ -149,7 +180,7 @@ def suggested(
 ) -> SequenceState[jax.Array]:
     """The sequences, of which some have as drafts what is left of the host's suggestions, ``int32[S, 2 + N]``: none
     where the tokens that have come since are others."""
-    history, lengths, num_drafts = sequences
+    history, lengths, _ = sequences
     starts, counts, token_ids = suggestions_of(packed)
     number = jnp.arange(token_ids.shape[1])
     places = jnp.clip(starts + number, 0, history.shape[1] - 1)
@@ -157,12 +188,7 @@ def suggested(
     fits = (jnp.take_along_axis(history, places, axis=1) == token_ids) | (number >= num_since)
     behind = jnp.clip(num_since + jnp.arange(num_speculative_tokens), 0, token_ids.shape[1] - 1)
     left = jnp.where(fits.all(axis=1), jnp.clip(counts - num_since, 0, num_speculative_tokens)[:, 0], 0)
-    is_suggested = starts[:, 0] >= 0
-    proposal = Proposal(jnp.take_along_axis(token_ids, behind, axis=1), jnp.where(is_suggested, left, 0))
-    drafted = with_drafts(sequences, proposal)
-    assert num_drafts is not None
-    assert drafted.num_drafts is not None
-    return drafted._replace(num_drafts=jnp.where(is_suggested, drafted.num_drafts, num_drafts))
+    return with_drafts(sequences, Proposal(jnp.take_along_axis(token_ids, behind, axis=1), left), starts[:, 0] >= 0)
 
 
 def moved(plan: AttentionPlan[jax.Array], kv_lens: jax.Array) -> AttentionPlan[jax.Array]:

@@ -232,11 +232,6 @@ class Step:
         _add_plan(to, fields, self.sequences)
         return ints
 
-    def disown(self, slot: int) -> None:
-        """The slot has another owner now: what this step samples for the one before does not enter its history."""
-        draw_seqs = self.layout.split(self.ints)["draw_seqs"]
-        draw_seqs[draw_seqs == slot] = -1
-
 
 class Packer:
     """Packs the batches of one engine.
@@ -245,9 +240,9 @@ class Packer:
     so are its tokens, on the device, and its blocks, in the BlockManager. A large batch is mostly decodes, for which
     nothing is left to do one by one.
 
-    A decode's row is where the device finds it to be, or ``absolute``: where the host says. In a pipeline the host has
-    to, for a slot may have another owner before the last stage works on the row; and it can, for a request waits until
-    its token has left the last stage.
+    A decode's row is where the device finds it to be, in all stages of a pipeline, for what the device knows of a
+    sequence does not change before its token has left the last one; or ``absolute``: where the host says, for steps
+    that are run again and again.
     """
 
     def __init__(self, blocks: BlockManager, *, absolute: bool = False) -> None:

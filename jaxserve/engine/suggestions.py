@@ -42,7 +42,8 @@ class Suggester:
         self._proposer = None if make is None else make(config)
 
     def follow(self, chunks: Iterable[Chunk]) -> None:
-        """Suggest what follows the tokens that are known now, to those of a step that draw and have not ended."""
+        """Suggest what follows the tokens that are known now, to those of a step that draw, have just been sampled, and
+        have not ended."""
         if self._most_drafts:
             for chunk in chunks:
                 if chunk.samples and chunk.request.status is not RequestStatus.FINISHED:

@@ -151,10 +151,16 @@ class Scheduler(ABC):
         return batch
 
     def sampled(self, batch: Iterable[Chunk]) -> None:
-        """Note that a batch has left the last stage of the pipeline: its tokens exist, on the device at least."""
+        """Note that a batch has left the last stage of the pipeline: its tokens exist, on the device at least.
+
+        Nothing is left in the pipeline then that goes by what the device knows of a slot: if the request has lost it
+        meanwhile, others may have it.
+        """
         if self.limits.pipeline_depth > 1:
             for chunk in batch:
                 chunk.request.num_unsampled_tokens -= chunk.samples
+                if chunk.samples and chunk.request.slot < 0:
+                    self._free_slots.append(chunk.slot)
 
     def verified(self, chunk: Chunk, num_verified: int, num_held: int) -> None:
         """Note how many of a chunk's drafts there were, and how many have turned out to be tokens."""
@@ -167,7 +173,7 @@ class Scheduler(ABC):
         request.acceptance.note(num_verified if speculation.absent_cost_nothing else chunk.num_drafts, num_held)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
-        """End a request wherever it is; its blocks and slot are free at once.
+        """End a request wherever it is; its blocks are free at once, and so is its slot outside of a pipeline.
 
         A step that still computes for it has been launched before any step that reuses the blocks, so it does no harm:
         every stage of a pipeline, which has the blocks of its own layers, works on batches in the order of their launch
@@ -250,7 +256,7 @@ class Scheduler(ABC):
         A preempted request whose last token is still in a pipeline waits for it: its recomputation needs the token
         itself, and what a later step could feed back lies under the slot that it has lost.
         """
-        if batch.preempted or len(self.running) >= self.limits.max_num_seqs:
+        if batch.preempted or not self._free_slots:
             return None
         head = self.waiting.head()
         if head is None or head.num_pending_tokens:
@@ -326,5 +332,6 @@ class Scheduler(ABC):
 
     def _release(self, request: Request) -> None:
         self.blocks.release(request.slot)
-        self._free_slots.append(request.slot)
+        if not request.num_unsampled_tokens:  # else see ``sampled``
+            self._free_slots.append(request.slot)
         request.slot = -1

@@ -25,7 +25,7 @@ from jaxserve import LLM, SamplingParams
 from jaxserve.engine import speculation
 from jaxserve.engine.metrics import DraftCounts, StepRecord
 from jaxserve.engine.profiling import Profiler
-from jaxserve.engine.speculation import Proposal, Proposer, SequenceState, ngrams
+from jaxserve.engine.speculation import PROPOSERS, Draws, Proposal, Proposer, SequenceState, ngrams
 from jaxserve.evaluation.report import text_table
 from jaxserve.scheduler.step_time import StepTimeModel
 
@@ -35,7 +35,7 @@ FLAT = StepTimeModel({1: 1.0, 64: 1.0}, 0.0, 0.0)
 """Rows cost nothing: how many drafts are granted does not depend on how busy this machine is."""
 
 
-def corrupted(sequences: SequenceState[jax.Array], num_speculative_tokens: int) -> Proposal:
+def corrupted(sequences: SequenceState[jax.Array], num_speculative_tokens: int, _: Draws) -> Proposal:
     """N-grams with wrong tokens, and fewer than there are."""
     found = ngrams(sequences, num_speculative_tokens)
     noise = (sequences.lengths[:, None] + jnp.arange(num_speculative_tokens)) * 7919
@@ -44,7 +44,7 @@ def corrupted(sequences: SequenceState[jax.Array], num_speculative_tokens: int) 
 
 
 CASES: Mapping[str, tuple[str, Proposer | None]] = {
-    "ngram": ("ngram", ngrams), "corrupted": ("ngram", corrupted), "suffix": ("suffix", None),
+    "ngram": ("ngram", PROPOSERS["ngram"]), "corrupted": ("ngram", corrupted), "suffix": ("suffix", None),
 }  # fmt: skip
 """The option ``speculative``, and what proposes on the device."""
 

@@ -22,7 +22,7 @@ from jaxserve.engine.engine import Engine
 from jaxserve.engine.metrics import StepRecord
 from jaxserve.engine.profiling import Profiler
 from jaxserve.engine.sampler import SamplingInputs, sample
-from jaxserve.engine.speculation import REJECTED, Proposal, SequenceState, ngrams, verify
+from jaxserve.engine.speculation import ABSENT, REJECTED, Draws, Proposal, SequenceState, ngrams, probed, verify
 from jaxserve.errors import ConfigError
 from jaxserve.request import Completion
 from jaxserve.sampling_params import SamplingParams
@@ -43,7 +43,7 @@ class Oracle:
         self.texts: list[list[int]] = []
         self._random = np.random.default_rng(0)
 
-    def __call__(self, sequences: SequenceState[jax.Array], num_speculative_tokens: int) -> Proposal:
+    def __call__(self, sequences: SequenceState[jax.Array], num_speculative_tokens: int, _: Draws) -> Proposal:
         counts = jnp.zeros_like(sequences.lengths)
         shapes = Proposal(jnp.zeros((len(counts), num_speculative_tokens), jnp.int32), counts)
         return jax.pure_callback(self._propose, shapes, sequences.history, sequences.lengths, shapes.token_ids)
@@ -242,12 +242,42 @@ def test_an_aborted_request_leaves_nothing_behind(pair: Pair) -> None:
         assert index % 2 == 0 or len(completion.token_ids) == 40
 
 
-def test_tensor_parallel(plain: Callable[[str], Engine], tiny_tokenizer: Path) -> None:
-    engine = make_engine("yi_gqa", tiny_tokenizer, speculative="ngram", tensor_parallel=2)
-    prompts = prompts_of(4, 6)
-    params = GREEDY, replace(GREEDY, temperature=0.8, seed=1)
-    want = [completion.token_ids for completion in serve(plain("yi_gqa"), prompts, *params)]
-    assert [completion.token_ids for completion in serve(engine, prompts, *params)] == want
+@pytest.mark.parametrize(
+    ("tensor", "pipe", "speculative"), [(2, 1, "ngram"), (1, 2, "ngram"), (2, 2, "suffix")], ids=str
+)
+def test_several_devices(
+    plain: Callable[[str], Engine],
+    tiny_tokenizer: Path,
+    tensor: int,
+    pipe: int,
+    speculative: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Preempted and aborted in every stage as well."""
+    monkeypatch.setattr(Profiler, "draft_times", lambda _: FLAT)
+    engine = make_engine(
+        "yi_gqa", tiny_tokenizer, speculative=speculative, tensor_parallel=tensor, pipeline_parallel=pipe
+    )
+    pair = Pair(plain("yi_gqa"), engine, Oracle())
+    sampled = replace(GREEDY, temperature=0.8, top_p=0.9, seed=1)
+    forced = SamplingParams(temperature=0, max_tokens=40, structured_outputs={"regex": "(<5><6><7><8>){9}"})
+    pair.check(prompts_of(4, 7), GREEDY, sampled, forced)
+    want, prompt = serve(pair.plain, [[5, 6, 7] * 5], GREEDY)[0].token_ids, [5, 6, 7] * 5
+    for num_steps in range(6, 10):
+        completions = {name: Completion(name, prompt, GREEDY) for name in (str(next(numbers)) for _ in range(6))}
+        for name in completions:
+            engine.add_request(name, prompt, GREEDY)
+        for _ in range(num_steps):
+            for delta in engine.step():
+                completions[delta.request_id].add(delta)
+        for name in list(completions)[1:4]:
+            engine.abort(name)
+        finish(engine, completions)
+        assert [len(c.token_ids) == 40 for c in completions.values()] == [True, False, False, False, True, True]
+        assert all(c.token_ids == want[: len(c.token_ids)] for c in completions.values())
+    metrics = engine.metrics
+    assert metrics.registry.get_sample_value("jaxserve_num_preemptions_total")
+    assert metrics.registry.get_sample_value("jaxserve_spec_decode_num_accepted_tokens_total")
     engine.close()
 
 
@@ -273,6 +303,25 @@ def test_ngrams(texts: list[list[int]]) -> None:
             assert drafted == text[found[0]]
             text = [*text, drafted]
             found[0] += 1
+
+
+def test_what_is_drawn_behind_probes() -> None:
+    """Where all drafts held, where there were none, and where one did not hold."""
+    texts, lengths = [[1, 2, 3, 7, 8, -1, -2], [1, 2, -1, -2], [1, 2, 9, -1]], np.array([3, 2, 2], np.int32)
+    drawn = [[7, 8, 50, 51, 52], [40, 41, 42], [30, 31, 32]]
+    history = np.zeros((3, 12), np.int32)
+    for row, text in zip(history, texts, strict=True):
+        row[: len(text)] = text
+    slots, offsets = np.array([(slot, i) for slot, row in enumerate(drawn) for i in range(len(row))], np.int32).T
+    positions = lengths[slots] + offsets
+    given = slots, offsets, positions, history[slots, positions - 1], np.concatenate(drawn)
+    draws = Draws(*map(jnp.asarray, given))
+    drafted = np.array([4, 2, 2], np.int32)
+    known, tokens = verify(SequenceState(*map(jnp.asarray, (history, lengths, drafted))), draws)
+    assert tokens.tolist() == [7, 8, 50, ABSENT, ABSENT, 40, ABSENT, ABSENT, 30, REJECTED, ABSENT]
+    proposal = probed(known, 4, draws)
+    guesses = [ids[:n] for ids, n in zip(proposal.token_ids.tolist(), proposal.counts.tolist(), strict=True)]
+    assert guesses == [[51, 52, -1, -2], [41, 42, -1, -2], [-1, -2]]
 
 
 @pytest.mark.parametrize(("drafter", "most_share"), [("yi_gqa", 0.3), ("llama_gqa_tied", 1.1)])
@@ -327,7 +376,10 @@ def test_outputs_have_the_models_distribution() -> None:
     sequences = SequenceState(*map(jnp.array, (history, zeros + 1, zeros + 1)))
     drawn = np.stack([draw(first, 1), draw(after[drafts], 2)], axis=1).reshape(-1)
     offsets = np.tile(np.array([0, 1], np.int32), num_seqs)
-    known, tokens = verify(sequences, *map(jnp.array, (np.repeat(slots, 2), offsets, 1 + offsets, drawn)))
+    followed = np.stack([zeros, drafts], axis=1).reshape(-1)
+    known, tokens = verify(
+        sequences, Draws(*map(jnp.array, (np.repeat(slots, 2), offsets, 1 + offsets, followed, drawn)))
+    )
     one, two = np.asarray(tokens).reshape(-1, 2).T
     held = two >= 0
     assert (np.asarray(known.lengths) == 2 + held).all()
@@ -348,13 +400,18 @@ def test_outputs_have_the_models_distribution() -> None:
     [
         ({"speculative": "draft"}, "draft_model must be given with speculative draft .*got None with draft"),
         ({"draft_model": "x"}, "draft_model must be given with speculative draft .*got 'x' with off"),
-        ({"speculative": "medusa"}, "speculative must be one of off, ngram, suffix, draft, got 'medusa'"),
+        ({"speculative": "ppd"}, "ppd_probes must be given with speculative ppd .*got None with ppd"),
+        ({"speculative": "ngram", "ppd_probes": "x"}, "ppd_probes must be given with .* ppd .*got 'x' with ngram"),
+        ({"speculative": "medusa"}, "speculative must be one of off, ngram, suffix, draft, ppd, got 'medusa'"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens must be an integer of at least 1, got 0"),
         (
             {"suffix_decoding_max_cached_tokens": 0},
             "suffix_decoding_max_cached_tokens must be an integer of at least 1",
         ),
-        ({"speculative": "ngram", "pipeline_parallel": 2}, "pipeline_parallel must be 1 with speculative ngram.*got 2"),
+        (
+            {"speculative": "draft", "draft_model": "x", "pipeline_parallel": 2},
+            "pipeline_parallel must be 1 with a draft_model, which has no stages, got 2",
+        ),
     ],
 )
 def test_settings_that_cannot_work(options: dict[str, Any], message: str) -> None:

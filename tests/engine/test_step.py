@@ -166,18 +166,6 @@ def test_a_request_that_comes_back_to_a_slot_is_admitted_again() -> None:
     assert admitted == [[(1, [5, 6, 7])], [], [(0, [5, 6, 7, 8, 9])], [(1, [5, 6, 7, 8, 9, 10])]]
 
 
-def test_a_step_forgets_who_has_lost_the_slot() -> None:
-    def chunk(slot: int) -> Chunk:
-        request = Request(str(slot), [5, 6], SamplingParams(), 4, RequestMetrics(0.0), slot=slot)
-        return Chunk(request, 0, 2, slot, samples=True)
-
-    batch = [chunk(2), chunk(0)]
-    layout = layout_for(batch, 0)
-    step = Packer(make_blocks(batch, np.random.default_rng(0))).pack(layout, batch)
-    step.disown(2)
-    assert layout.split(step.ints)["draw_seqs"].tolist() == [-1, 0, -1, -1]
-
-
 @settings(max_examples=50, deadline=None)
 @given(batches(), batches(), st.integers(0, 2**32))
 def test_slots_forget_the_requests_before(first: list[Chunk], second: list[Chunk], seed: int) -> None:
