@@ -326,9 +326,13 @@ def speculation(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--output-tokens", type=int, default=96, help="forced output tokens of each request")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16], help="requests at once")
     parser.add_argument("--texts", nargs="+", choices=speculation_bench.KINDS, default=list(speculation_bench.KINDS))
+    parser.add_argument("--load", action="store_true", help="a workload instead of these texts, for TBT under load")
     parser.set_defaults(speculative="ngram", max_model_len=1024)
-    config, args = parse_config(parser, argv, EngineConfig)
+    config, workload, args = parse_config(parser, argv, EngineConfig, WorkloadConfig)
     bench = speculation_bench.SpeculationBench(config, rounds=args.rounds, output_tokens=args.output_tokens)
+    if args.load:
+        print(text_table(speculation_bench.load_rows(bench.loads(workload))))
+        return
     speeds = []
     for speed in bench.speeds(args.texts, args.batches):
         speeds.append(speed)

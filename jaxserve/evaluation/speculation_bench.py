@@ -12,7 +12,10 @@ from typing import NamedTuple
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.metrics import DraftCounts, StepRecord
+from jaxserve.evaluation.latency import RunSummary
+from jaxserve.evaluation.serving import run_engine
 from jaxserve.evaluation.throughput import measure_throughput
+from jaxserve.evaluation.workload import WorkloadConfig
 
 NAMES = (
     "order", "ticket", "parcel", "invoice", "voucher", "booking", "contract", "payment", "receipt", "customer",
@@ -110,6 +113,19 @@ class SpeculationBench:
             for kind in kinds:
                 yield self._measure(kind, batch)
 
+    def loads(self, workload: WorkloadConfig) -> list[tuple[RunSummary, RunSummary]]:
+        """The workload without drafts and with them, in each round of another seed, after a warm-up."""
+        engines = [self._plain, self._speculating]
+        for engine in engines:
+            run_engine(engine, dataclasses.replace(workload, num_requests=2, duration_seconds=None))
+        found = []
+        for number in range(self._rounds):
+            same = dataclasses.replace(workload, workload_seed=workload.workload_seed + number)
+            engines.reverse()
+            runs = {engine: run_engine(engine, same).summary() for engine in engines}
+            found.append((runs[self._plain], runs[self._speculating]))
+        return found
+
     def close(self) -> None:
         self._plain.close()
         self._speculating.close()
@@ -139,6 +155,25 @@ class SpeculationBench:
         text, tokenizer = KINDS[kind](name), self._plain.tokenizer
         asked = tokenizer.apply_chat_template([{"role": "user", "content": text.asked}])
         return tokenizer.encode(asked + text.answer, add_special_tokens=False)
+
+
+MEASURES: dict[str, Callable[[RunSummary], float]] = {
+    "output tokens/s": lambda run: run.output_tokens_per_second,
+    "P50 TBT, ms": lambda run: 1000 * run.tbt.at(50),
+    "P99 TBT, ms": lambda run: 1000 * run.tbt.at(99),
+    "P50 TTFT, ms": lambda run: 1000 * run.ttft.at(50),
+}
+
+
+def load_rows(rounds: Sequence[tuple[RunSummary, RunSummary]]) -> list[dict[str, str]]:
+    """Medians over the rounds, and of the rounds' ratios."""
+    rows = []
+    for name, measure in MEASURES.items():
+        values = [(measure(plain), measure(speculating)) for plain, speculating in rounds]
+        off, drafts = (statistics.median(column) for column in zip(*values, strict=True))
+        ratio = statistics.median(speculating / plain for plain, speculating in values)
+        rows.append({"": name, "off": f"{off:.1f}", "drafts": f"{drafts:.1f}", "ratio": f"{ratio:.3f}"})
+    return rows
 
 
 def mean_gains(speeds: Sequence[Speed]) -> dict[int, float]:
