@@ -102,11 +102,8 @@ class StagedModel:
 
     def stack(self, weights: Mapping[str, Weight]) -> dict[str, Weight]:
         """How the parameters are assembled, from how the whole model's are."""
-        stacked = {}
-        for name in self.abstract_parameters:
-            if name in weights and not name.startswith("layers."):
-                stacked[name] = weights[name]
-                continue
+        stacked = {name: weight for name, weight in weights.items() if not name.startswith("layers.")}
+        for name in list(self.abstract_parameters)[self.num_outside :]:
             _, slot, rest = name.split(".", 2)
             layers = enumerate(self.stages.layers(int(slot)))
             stacked[name] = tuple(

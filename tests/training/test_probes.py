@@ -21,6 +21,8 @@ from tests.engine.test_speculation import FLAT, GREEDY, Oracle, Pair, make_engin
 from tests.models.golden import Golden
 
 NUMBER = 2
+PROMPT = [82, 62, 50, 28, 31, 6, 9, 4]
+LONG = dataclasses.replace(GREEDY, max_tokens=80)
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +34,21 @@ def plain(tiny_tokenizer: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def trained(plain: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Probes for a tiny model, of what it writes itself."""
-    random = np.random.default_rng(0)
-    prompts = [random.integers(3, 96, 8).tolist() for _ in range(12)]
-    sampled = [dataclasses.replace(GREEDY, temperature=0.3 * (seed % 2), seed=seed) for seed in range(len(prompts))]
-    texts = [Text([*one.prompt_token_ids, *one.token_ids], 8) for one in serve(plain, prompts, *sampled)]
+    """Probes that know one text, which a tiny model writes: what others they could learn of it are few."""
+    (written,) = serve(plain, [PROMPT], LONG)
+    text = Text([*PROMPT, *written.token_ids], len(PROMPT))
     checkpoint = open_checkpoint(str(Golden("yi_gqa").checkpoint))
-    model = DenseModel(checkpoint, dataclasses.replace(checkpoint.config, num_probes=NUMBER), max_len=48)
-    plan = list(batches(texts[2:], 5, epochs=20))
-    trainer = ProbeTrainer(model, num_anchors=24, num_steps=len(plan), learning_rate=0.03)
-    before = trainer.accuracy(texts[:2])
+    config = dataclasses.replace(checkpoint.config, num_probes=NUMBER)
+    plan = list(batches([text], 1, epochs=150))
+    trainer = ProbeTrainer(
+        DenseModel(checkpoint, config, max_len=96), num_anchors=48, num_steps=len(plan), learning_rate=0.05
+    )
+    before = trainer.accuracy([text])
     losses = [trainer.step(batch) for batch in plan]
-    after = trainer.accuracy(texts[:2])
-    assert np.mean(losses[-5:]) < 0.93 * losses[0]
-    assert after[1][0] > before[1][0]
+    after = trainer.accuracy([text])
+    assert np.mean(losses[-5:]) < 0.8 * losses[0]
+    for depth in range(1, 1 + NUMBER):
+        assert after[depth][-1] > 1.3 * before[depth][-1]
     path = tmp_path_factory.mktemp("probes") / "probes.safetensors"
     write_probes(path, np.asarray(trainer.probes))
     return path
@@ -60,9 +63,10 @@ def test_outputs_are_those_without(
         "yi_gqa", tiny_tokenizer, speculative="ppd", ppd_probes=str(trained), num_speculative_tokens=NUMBER, **options
     )
     pair = Pair(plain, engine, Oracle())
-    assert pair.check(prompts_of(1, 1), GREEDY) < 1
+    # A tick of a pipeline is a step, and a request's token takes as many as there are stages.
+    assert pair.check([PROMPT], LONG) < engine.config.pipeline_parallel
     forced = dataclasses.replace(
-        GREEDY, ignore_eos=False, structured_outputs={"regex": "(<5><6>){3}[<5>|<6>]{1,9}<7><8>"}
+        GREEDY, ignore_eos=False, structured_outputs={"regex": "(<5><6>){3}(<5>|<6>){1,9}<7><8>"}
     )
     edited = dataclasses.replace(GREEDY, repetition_penalty=1.3, frequency_penalty=0.5, logprobs=2)
     sampled = dataclasses.replace(GREEDY, temperature=0.8, top_p=0.9, seed=1, max_tokens=None)
@@ -74,7 +78,7 @@ def test_outputs_are_those_without(
     engine.close()
 
 
-def test_a_model_without_probes_says_the_same(plain: Engine) -> None:
+def test_a_probe_that_is_a_token() -> None:
     """The dense forward pass beside the engine's: a probe that is a token guesses what the model says behind it."""
     checkpoint = open_checkpoint(str(Golden("yi_gqa").checkpoint))
     golden = Golden("yi_gqa")
@@ -82,7 +86,7 @@ def test_a_model_without_probes_says_the_same(plain: Engine) -> None:
     trainer = ProbeTrainer(model, num_anchors=1, num_steps=1)
     token_ids = [*golden.prompt, *golden.greedy]
     decoder = model.bind(model.parameters, trainer.probes)
-    at = len(token_ids) - 3
+    at = len(token_ids) - 2
     trainer.probes = decoder.embed(np.array([token_ids[at + 1]]), np.zeros(1, np.int32))
     assert trainer.accuracy([Text(token_ids, at)]) == {1: [1.0, 1.0, 1.0]}
     assert trainer.step([Text(token_ids, at)]) == pytest.approx(0, abs=1e-5)
