@@ -81,8 +81,8 @@ class DenseModel:
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, *, max_len: int) -> None:
         """``config``: the checkpoint's, with probes; sequences are of ``max_len`` tokens at most. Raises ModelError."""
-        if config.recurrent is not None:
-            raise ModelError("a model with recurrent layers cannot be trained for")
+        if config.recurrent is not None or not config.has_values:
+            raise ModelError("probes are for models whose layers keep keys and values")
         self.config, self._dtype = config, jnp.dtype("float32")
         family = family_of(config.architecture)
         self._graph, state = abstract_model(family.model, config, max_len=max_len, dtype=self._dtype)
