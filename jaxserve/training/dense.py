@@ -60,6 +60,7 @@ class Dense(Xla):
         softcap: float | None,
     ) -> jax.Array:
         assert isinstance(inputs, DenseInputs)
+        assert cache.v is not None
         (rows, heads, dim), kv_heads = q.shape, cache.k.shape[2]
         k, v = cache.k[layer], cache.v[layer]
         q = q.reshape(rows, kv_heads, heads // kv_heads, dim)
