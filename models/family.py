@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.hf_config import RawConfig
@@ -16,6 +18,10 @@ from jaxserve.models.weights import Weight
 
 def same_name(name: str) -> str | None:
     return name
+
+
+def undivided(name: str, tensor: np.ndarray) -> Mapping[str, np.ndarray]:
+    return {name: tensor}
 
 
 def language_model_name(name: str) -> str | None:
@@ -54,6 +60,8 @@ class Family:
     """Whether files have layers behind the last one, which guess further tokens and are left out."""
     tensor_name: Callable[[str], str | None] = same_name
     """A file's tensor name as ``weights`` has it, up to the prefix ``base``; None for tensors that are not needed."""
+    divide: Callable[[str, np.ndarray], Mapping[str, np.ndarray]] = undivided
+    """Such a name and its tensor -> the tensors in it, views, where some files have those of ``weights`` in one."""
 
     def names_for(self, config: ModelConfig) -> Callable[[str], str | None]:
         """A file's tensor name -> the name in ``weights`` of ``config``, whether it has the prefix ``base`` or not.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,4 +116,19 @@ def moe_weights(ours: str, router: str, expert: str, gate: str, up: str, down: s
             for half, name in enumerate((gate, up))
         ),
         f"{ours}.down": tuple(Part(f"{expert.format(i)}.{down}.weight", inputs_first, (i,)) for i in range(count)),
+    }
+
+
+def separate_experts(name: str, tensor: np.ndarray) -> Mapping[str, np.ndarray]:
+    """Each expert's matrices, where ``tensor`` is those of all, ``gate_up_proj`` ``[experts, 2 * inner, hidden]`` or
+    ``down_proj`` ``[experts, hidden, inner]``, as views under the names that files have which keep them apart."""
+    prefix, _, last = name.rpartition(".experts.")
+    kinds = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last, ())
+    if not kinds or tensor.ndim != 3 or tensor.shape[1] % len(kinds):
+        return {name: tensor}
+    apart = tensor.reshape(len(tensor), len(kinds), -1, tensor.shape[2])
+    return {
+        f"{prefix}.experts.{i}.{kind}.weight": apart[i, place]
+        for i in range(len(apart))
+        for place, kind in enumerate(kinds)
     }

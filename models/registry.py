@@ -27,7 +27,13 @@ from jaxserve.models.mixtral import MIXTRAL, PHIMOE
 from jaxserve.models.olmo import EXAONE4, OLMO2, OLMO3
 from jaxserve.models.phi3 import PHI3
 from jaxserve.models.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
-from jaxserve.models.qwen_hybrid import QWEN3_5, QWEN3_5_VISION, QWEN3_NEXT
+from jaxserve.models.qwen_hybrid import (
+    QWEN3_5,
+    QWEN3_5_MOE,
+    QWEN3_5_MOE_VISION,
+    QWEN3_5_VISION,
+    QWEN3_NEXT,
+)
 from jaxserve.models.seed_oss import SEED_OSS
 from jaxserve.models.smollm3 import SMOLLM3
 
@@ -58,6 +64,8 @@ FAMILIES: dict[str, Family] = {
     "Qwen3NextForCausalLM": QWEN3_NEXT,
     "Qwen3_5ForCausalLM": QWEN3_5,
     "Qwen3_5ForConditionalGeneration": QWEN3_5_VISION,
+    "Qwen3_5MoeForCausalLM": QWEN3_5_MOE,
+    "Qwen3_5MoeForConditionalGeneration": QWEN3_5_MOE_VISION,
     "FalconForCausalLM": FALCON,
     "GemmaForCausalLM": GEMMA,
     "Gemma2ForCausalLM": GEMMA2,

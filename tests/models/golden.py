@@ -37,6 +37,7 @@ SAME_AS = {
     "Llama4ForConditionalGeneration": "Llama4ForCausalLM",
     "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",
     "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM",
     "PhiMoEForCausalLM": "PhimoeForCausalLM",
 }
 """Architectures without a reference of their own: another's names, or the text of models that can see."""

@@ -97,6 +97,7 @@ DEFAULTS = {
     "GraniteForCausalLM": "granite", "SeedOssForCausalLM": "seed_oss", "Cohere2ForCausalLM": "cohere2",
     "Qwen2MoeForCausalLM": "qwen2_moe", "PhimoeForCausalLM": "phimoe", "Llama4ForCausalLM": "llama4_text",
     "GptOssForCausalLM": "gpt_oss", "Qwen3NextForCausalLM": "qwen3_next", "Qwen3_5ForCausalLM": "qwen3_5_text",
+    "Qwen3_5MoeForCausalLM": "qwen3_5_moe_text",
 }  # fmt: skip
 
 
