@@ -19,6 +19,8 @@ SPLIT_TOKENS = 128
 """KV tokens below which splitting costs a GPU more than it gains."""
 DECODE_PROGRAMS_PER_CORE = 3
 """As many as fit into shared memory: of a multiprocessor's 227 KiB each takes 70."""
+LARGEST_HEAD = 256
+"""Longer ones' accumulators have no room in a multiprocessor's registers."""
 PREFILL_PROGRAMS_PER_CORE = 1
 """A prefill program's accumulators take all registers of a multiprocessor."""
 
@@ -50,6 +52,8 @@ class Triton(Backend):
             return f"a GPU of compute capability 8.0 or newer, got {target.compute_capability / 10}"
         if shape.page_size < 16:
             return f"a block_size of at least 16, got {shape.page_size}"
+        if shape.head_dim > LARGEST_HEAD:
+            return f"a head_dim of at most {LARGEST_HEAD}, got {shape.head_dim}"
         missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
         return f"the package {missing[0]}, which jaxserve's extras cuda12 and cuda13 install" if missing else None
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxserve.models.config import ModelConfig, SharedExpert
 from jaxserve.models.layers import GatedMLP, gate_of, matrix, parameter
 from jaxserve.models.matrix import MatrixLayout
-from jaxserve.models.routing import ROUTE
+from jaxserve.models.routing import ROUTE, Choice
 from jaxserve.models.weights import Part, Weight, whole
 
 
@@ -50,12 +50,20 @@ class MoE(nnx.Module):
 
     def __call__(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
         """As GatedMLP's."""
-        count, per_token = self.experts.count, self.experts.per_token
+        return self.mixed(x, rows, self.choose(x, rows))
+
+    def choose(self, x: jax.Array, rows: jax.Array | None) -> Choice:
+        """Of each row the experts, and their weights."""
         logits = self.router.get_value().multiply(x, rows, jnp.dtype("float32"))
         if self.router_bias is not None:
             logits = logits + self.router_bias[...]
         choice_bias = None if self.choice_bias is None else self.choice_bias[...]
-        weights, chosen = ROUTE[self.experts.router](self.experts, logits, choice_bias)
+        return ROUTE[self.experts.router](self.experts, logits, choice_bias)
+
+    def mixed(self, x: jax.Array, rows: jax.Array | None, choice: Choice) -> jax.Array:
+        """What the experts that are chosen make of the rows."""
+        count, per_token = self.experts.count, self.experts.per_token
+        weights, chosen = choice
         weights = weights.astype(x.dtype)
 
         expert_of = chosen.reshape(-1)

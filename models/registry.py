@@ -13,6 +13,7 @@ from jaxserve.models.falcon import FALCON
 from jaxserve.models.family import Family
 from jaxserve.models.fields import Fields
 from jaxserve.models.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_VISION
+from jaxserve.models.gemma4 import GEMMA4, GEMMA4_UNIFIED_VISION, GEMMA4_VISION
 from jaxserve.models.glm import GLM4, GLM4_MOE
 from jaxserve.models.gpt2 import GPT2
 from jaxserve.models.gpt_oss import GPT_OSS
@@ -71,6 +72,9 @@ FAMILIES: dict[str, Family] = {
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": GEMMA3_VISION,
+    "Gemma4ForCausalLM": GEMMA4,
+    "Gemma4ForConditionalGeneration": GEMMA4_VISION,
+    "Gemma4UnifiedForConditionalGeneration": GEMMA4_UNIFIED_VISION,
     "Phi3ForCausalLM": PHI3,
     "PhiMoEForCausalLM": PHIMOE,  # the hub's name; below, transformers'
     "PhimoeForCausalLM": PHIMOE,

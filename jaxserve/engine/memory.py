@@ -79,7 +79,7 @@ def working_bytes(config: ResolvedConfig, model: ModelConfig) -> int:
     take for full-size models (tests/engine/test_aot.py)."""
     share, itemsize = model.tensor_parallel, jnp.dtype(config.dtype).itemsize
     rows = config.token_budget
-    width = model.experts.count * model.experts.intermediate_size if model.experts else model.intermediate_size
+    width = model.experts.count * model.experts.intermediate_size if model.experts else model.widest_mlp
     activations = rows * (4 * model.hidden_size + 3 * width // share) * itemsize
     # Logits of a step's samples in five forms (see sampler.py), or of all its rows in three where prompts are scored.
     logits = max(5 * (config.max_num_seqs + config.max_drafts), 3 * rows) * model.vocab_size // share * 4

@@ -60,6 +60,7 @@ def test_gpus_without_their_packages_are_served_slowly_and_told(
         ("triton", CPU, MISTRAL, "triton needs a GPU, got cpu"),
         ("triton", V100, MISTRAL, "triton needs a GPU of compute capability 8.0 or newer, got 7.0"),
         ("triton", H100, MISTRAL._replace(page_size=8), "triton needs a block_size of at least 16, got 8"),
+        ("triton", H100, MISTRAL._replace(head_dim=512), "triton needs a head_dim of at most 256, got 512"),
         ("pod", A100, MISTRAL, "pod needs a GPU of compute capability 9.0 or newer, got 8.0"),
         ("pod", H100, MISTRAL._replace(head_dim=256), "pod needs a head_dim of at most 128, got 256"),
         ("mosaic", A100, MISTRAL, "mosaic needs a Hopper GPU \\(compute capability 9.0\\), got 8.0"),

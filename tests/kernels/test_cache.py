@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,23 @@ def test_it_begins_with_nothing_and_scales_of_one() -> None:
     assert not np.asarray(cache.k, np.float32).any()
     assert not np.asarray(cache.v, np.float32).any()
     assert (np.asarray(cache.scales) == 1).all()
+
+
+def test_blocks_of_layers_of_two_shapes() -> None:
+    """A block has pages of both, and comes back as it was."""
+    shape = replace(SHAPE, local=replace(SHAPE, num_layers=3, head_dim=4))
+    assert shape.block_bytes == 16 * 2 * (4 * 2 * 8 + 3 * 2 * 4) * 2
+    mesh = make_mesh(2)
+    cache = jax.tree.map(
+        lambda x: jax.device_put(jax.random.normal(jax.random.key(x.size), x.shape).astype(x.dtype), x.sharding),
+        shape.zeros(6, mesh),
+    )
+    blocks = shape.blocks_of(cache, jnp.array([2, 5]))
+    assert [[x.shape for x in block] for block in blocks] == [[x.shape for x in shape.abstract_block(mesh)]] * 2
+    moved = shape.with_blocks(shape.zeros(6, mesh), jnp.array([4, 1]), blocks)
+    for before, after in zip(blocks, shape.blocks_of(moved, jnp.array([4, 1])), strict=True):
+        for one, other in zip(before, after, strict=True):
+            np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
 
 
 def test_what_is_stored() -> None:
