@@ -21,7 +21,8 @@ from jaxserve.scheduler.speculation import most_step_drafts
 ATTENTION_BACKENDS = ("auto", "xla", "native", "triton", "pod", "mosaic")
 KV_CACHE_DTYPES = ("auto", "fp8_e4m3")
 GEMM_BACKENDS = ("auto", "no_split_k", "cublaslt")
-QUANTIZATION = ("none", "codes")
+QUANTIZATION = ("auto", "none", "codes")
+ACTIVATIONS = ("auto", "int8")
 GENERATION_CONFIGS = ("auto", "none")
 LOAD_FORMATS = ("auto", "dummy")
 SPECULATIVE = ("off", "ngram", "suffix", "draft")
@@ -67,16 +68,23 @@ class EngineConfig:
     load_format: str = option(
         "auto",
         "dummy: random weights in the shape of a folder's or hub id's config.json, or of mistral-7b, yi-34b, "
-        "llama2-70b or falcon-180b",
+        "llama2-70b, falcon-180b, deepseek-v2-lite or qwen3-30b-a3b",
         LOAD_FORMATS,
     )
     tokenizer: str | None = option(None, "folder or hub id of the tokenizer; the model's own by default")
     chat_template: str | None = option(None, "file of a chat template (Jinja) in place of the tokenizer's own")
     dtype: str = option("auto", "weights and activations; auto: float32 on CPUs, bfloat16 on GPUs", DTYPES)
     quantization: str = option(
-        "none",
-        "quantised weights in memory; none: as dtype, codes: as they are stored, which takes less memory and is slower",
+        "auto",
+        "quantised weights in memory; none: as dtype, codes: as they are stored, which takes less memory; auto: codes "
+        "where a CPU multiplies by them natively, and as fast",
         QUANTIZATION,
+    )
+    activations: str = option(
+        "auto",
+        "what weights that are codes are multiplied by, on CPUs; auto: dtype, int8: rounded to 8 bits, which is faster "
+        "and less precise",
+        ACTIVATIONS,
     )
     max_model_len: int | None = option(None, "longest prompt + output; the model's own limit by default")
     generation_config: str = option(
@@ -145,6 +153,9 @@ class EngineConfig:
     )
     draft_model: str | None = option(None, "as model, a smaller one with its vocabulary, which speculative draft needs")
     tensor_parallel: int = option(1, "devices that share every layer: heads, MLPs and the vocabulary are divided")
+    enable_expert_parallel: bool = option(
+        False, "give each of the tensor_parallel devices experts of its own, instead of a share of every expert"
+    )
     pipeline_parallel: int = option(
         1, "stages, on tensor_parallel devices each, that the layers are divided into; each works on a batch of its own"
     )
@@ -182,6 +193,7 @@ class EngineConfig:
             ("scheduler", tuple(POLICIES)),
             ("dtype", DTYPES),
             ("quantization", QUANTIZATION),
+            ("activations", ACTIVATIONS),
             ("attention_backend", ATTENTION_BACKENDS),
             ("gemm_backend", GEMM_BACKENDS),
             ("kv_cache_dtype", KV_CACHE_DTYPES),
@@ -207,6 +219,12 @@ class EngineConfig:
             )
         if self.quantization == "codes" and self.pipeline_parallel > 1:
             raise ConfigError(f"pipeline_parallel must be 1 with quantization codes, got {self.pipeline_parallel}")
+        if self.activations == "int8":
+            if self.quantization == "none":
+                raise ConfigError("quantization must be auto or codes with activations int8, got none")
+            for name in ("tensor_parallel", "pipeline_parallel"):
+                if getattr(self, name) > 1:
+                    raise ConfigError(f"{name} must be 1 with activations int8, got {getattr(self, name)}")
         for policy in POLICIES.values():
             policy.check_options(self)
         if not 0.1 <= self.gpu_memory_utilization <= 1.0:
@@ -240,7 +258,7 @@ class EngineConfig:
             )
 
     def _check_switches(self) -> None:
-        for name in ("warmup", "enable_prefix_caching"):
+        for name in ("warmup", "enable_prefix_caching", "enable_expert_parallel"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if not self.warmup and self.token_budget == "auto" and self.needs_step_times:

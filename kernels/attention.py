@@ -33,8 +33,9 @@ def rotate_and_write(
 ) -> tuple[jax.Array, KVCache[jax.Array]]:
     """Rotate the rows' queries and keys, and store keys and values in layer number ``layer``, a scalar.
 
-    qkv: ``[T, kv_heads, group + 2, head_dim]``, for each KV head its query heads, its key and its value. Returns the
-    queries ``[T, heads, head_dim]`` and the cache. local: of which part of it ``layer`` is.
+    qkv: ``[T, kv_heads, group + 2, head_dim]``, for each KV head its query heads, its key and its value; ``group + 1``
+    where a key is its own value. Returns the queries ``[T, heads, head_dim]`` and the cache.
+    local: of which part of the cache ``layer`` is.
     """
     specs = HEADS, REPLICATED, CACHE, REPLICATED, REPLICATED
     write = per_shard(inputs.backend.rotate_and_write, inputs.mesh, specs, (HEADS, CACHE))

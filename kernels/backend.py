@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
@@ -39,6 +40,16 @@ class Target(NamedTuple):
         return cls("gpu", int(float(device.compute_capability) * 10), device.core_count)
 
 
+def triton_needs(target: Target) -> str | None:
+    """What the device or its machine lack for kernels in Triton, after "needs"; None where they serve."""
+    if target.platform != "gpu":
+        return f"a GPU, got {target.platform}"
+    if target.compute_capability < 80:
+        return f"a GPU of compute capability 8.0 or newer, got {target.compute_capability / 10}"
+    missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
+    return f"the package {missing[0]}, which jaxserve's extras cuda12 and cuda13 install" if missing else None
+
+
 class AttentionShape(NamedTuple):
     """What one device computes: heads are its own, under tensor parallelism a share of the model's."""
 
@@ -49,6 +60,8 @@ class AttentionShape(NamedTuple):
     dtype: jnp.dtype
     """Of queries and outputs."""
     cache_dtype: jnp.dtype
+    has_values: bool = True
+    """Whether values lie apart from keys in the cache (KVCache.v)."""
 
 
 @dataclass(frozen=True)

@@ -26,20 +26,30 @@ class RecurrentState[Array](NamedTuple):
 class KVCache[Array](NamedTuple):
     """Keys and values of all layers, ``[layers * pages, page_size, kv_heads, head_dim]`` each.
 
-    Page ``p`` of layer ``l`` is row ``l * pages + p``, so a layer is an offset and no slice is ever copied. Page 0 of
-    each layer is the dummy page that padding rows write to.
+    ``v`` is None where a key is its own value (models/latent.py). Page ``p`` of layer ``l`` is row ``l * pages + p``,
+    so a layer is an offset and no slice is ever copied. Page 0 of each layer is the dummy page that padding rows write
+    to.
     """
 
     k: Array
-    v: Array
+    v: Array | None
     scales: Array
-    """``float32[layers, 2]``: what a layer's stored keys and values stand for is so many times as large. Read where
-    ``is_quantised``."""
+    """``float32[layers, 2]``: what a layer's stored keys and values stand for is so many times as large; one number
+    where a key is its own value. Read where ``is_quantised``."""
     recurrent: RecurrentState[Array] | None = None
     """Of the other layers, where a model has layers that have no keys and values."""
     local: KVCache[Array] | None = None
     """Of the layers with a window, where their keys and values are of another shape: as many pages, which blocks count
     as they do those of the other layers."""
+
+    @property
+    def pages(self) -> tuple[Array, ...]:
+        """The arrays of pages: the first has the keys, the last the values."""
+        return (self.k,) if self.v is None else (self.k, self.v)
+
+    def with_pages(self, pages: Sequence[Array]) -> KVCache[Array]:
+        """The cache with these as its ``pages``."""
+        return self._replace(k=pages[0], v=None if self.v is None else pages[1])
 
     def part(self, local: bool) -> KVCache[Array]:
         """By itself what a layer of either kind reads and writes."""
@@ -121,6 +131,9 @@ class KVCacheShape:
     dtype: jnp.dtype
     """As stored."""
     recurrent: RecurrentShape | None = None
+    has_values: bool = True
+    """Whether they lie apart from keys; without, a key is its own value."""
+
     local: KVCacheShape | None = None
     """Of the layers with a window, where theirs is another."""
 
@@ -130,9 +143,14 @@ class KVCacheShape:
         return (self,) if self.local is None else (self, self.local)
 
     @property
+    def num_arrays(self) -> int:
+        """Of KVCache.pages."""
+        return 2 if self.has_values else 1
+
+    @property
     def block_bytes(self) -> int:
         """Of a block, which is a page of every layer, its keys and its values."""
-        return sum(2 * math.prod(part.pages_shape(1)) * part.dtype.itemsize for part in self.parts)
+        return sum(part.num_arrays * math.prod(part.pages_shape(1)) * part.dtype.itemsize for part in self.parts)
 
     def pages_shape(self, num_pages: int) -> tuple[int, int, int, int]:
         """Of the keys, and of the values, with ``num_pages`` in each layer."""
@@ -145,12 +163,12 @@ class KVCacheShape:
         """
         pipe = "pipe" if mesh.shape["pipe"] > 1 else None
         specs = cache_specs(pipe=pipe, tensor="tensor")
-        k, v, scales = (NamedSharding(mesh, spec) for spec in (specs.k, specs.v, specs.scales))
-        shape = self.pages_shape(num_pages)
+        pages, scales = (NamedSharding(mesh, spec) for spec in (specs.k, specs.scales))
+        array = jax.ShapeDtypeStruct(self.pages_shape(num_pages), self.dtype, sharding=pages)
         return KVCache(
-            k=jax.ShapeDtypeStruct(shape, self.dtype, sharding=k),
-            v=jax.ShapeDtypeStruct(shape, self.dtype, sharding=v),
-            scales=jax.ShapeDtypeStruct((self.num_layers, 2), jnp.float32, sharding=scales),
+            k=array,
+            v=array if self.has_values else None,
+            scales=jax.ShapeDtypeStruct((self.num_layers, self.num_arrays), jnp.float32, sharding=scales),
             recurrent=None if self.recurrent is None else self.recurrent.abstract(mesh),
             local=None if self.local is None else self.local.abstract(num_pages, mesh),
         )
@@ -163,15 +181,16 @@ class KVCacheShape:
         """Of a Block."""
         sharding = NamedSharding(mesh, PartitionSpec(None, None, None, "tensor"))
         return tuple(
-            jax.ShapeDtypeStruct((2, *part.pages_shape(1)), part.dtype, sharding=sharding) for part in self.parts
+            jax.ShapeDtypeStruct((part.num_arrays, *part.pages_shape(1)), part.dtype, sharding=sharding)
+            for part in self.parts
         )
 
     def blocks_of(self, cache: KVCache[jax.Array], numbers: jax.Array) -> list[Block]:
         """The blocks ``numbers`` ``int32[n]`` of a cache that is in one stage."""
         found = [(shape, cache.part(bool(local))) for local, shape in enumerate(self.parts)]
-        arrays = [[shape._by_layer(pages) for pages in (part.k, part.v)] for shape, part in found]
+        arrays = [[shape._by_layer(pages) for pages in part.pages] for shape, part in found]
         return [
-            tuple(jnp.stack([dynamic_index_in_dim(x, number, 1, keepdims=False) for x in kv]) for kv in arrays)
+            tuple(jnp.stack([dynamic_index_in_dim(x, number, 1, keepdims=False) for x in pages]) for pages in arrays)
             for number in numbers
         ]
 
@@ -180,12 +199,11 @@ class KVCacheShape:
         for local, (shape, of_part) in enumerate(zip(self.parts, zip(*blocks, strict=True), strict=True)):
             part = cache.part(bool(local))
             # All in one: XLA changes a CPU's cache in place then, and copies it for one after the other.
-            new_k, new_v = jnp.stack(of_part, axis=2)
-            k, v = (
-                shape._by_layer(pages).at[:, numbers].set(new).reshape(pages.shape)
-                for pages, new in ((part.k, new_k), (part.v, new_v))
+            changed = zip(part.pages, jnp.stack(of_part, axis=2), strict=True)
+            part = part.with_pages(
+                [shape._by_layer(pages).at[:, numbers].set(new).reshape(pages.shape) for pages, new in changed]
             )
-            cache = cache.with_part(bool(local), part._replace(k=k, v=v))
+            cache = cache.with_part(bool(local), part)
         return cache
 
     def _by_layer(self, pages: jax.Array) -> jax.Array:
@@ -194,11 +212,11 @@ class KVCacheShape:
     def zeros(self, num_pages: int, mesh: Mesh, scales: Sequence[np.ndarray] = ()) -> KVCache[jax.Array]:
         """The same of no sequences, made on the devices: the host may not have as much memory.
 
-        scales: ``float32[layers, 2]`` of each part; 1 by default.
+        scales: ``float32[layers, 2]`` of each part, of keys and of values; 1 by default.
         """
         abstract = replace(self, local=None).abstract(num_pages, mesh)
         made = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), abstract)
-        values = scales[0] if scales else np.ones(abstract.scales.shape, np.float32)
+        values = scales[0][:, : self.num_arrays] if scales else np.ones(abstract.scales.shape, np.float32)
         placed = jax.make_array_from_callback(values.shape, abstract.scales.sharding, lambda index: values[index])
         local = None if self.local is None else self.local.zeros(num_pages, mesh, scales[1:])
         return made._replace(scales=placed, local=local)

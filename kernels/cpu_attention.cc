@@ -1,5 +1,5 @@
 // Paged attention on a CPU, over the work list of kernels/plan.py: the native twin of kernels/xla.py. Queries,
-// cache and outputs are float32 or bfloat16; everything in between is float32.
+// cache and outputs are float32 or bfloat16; everything in between is float32, but on AMX weights are bfloat16.
 //
 // Decode items hold a partial softmax over one KV tile (split-KV, as in Flash-Decoding) and are combined per sequence;
 // prefill items walk their pages with an online softmax (as in FlashAttention). A task is one item for one KV head, whose
@@ -8,14 +8,11 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu_common.h"
+#include "cpu_attention.h"
+#include "cpu_attention_tiles.h"
 
 namespace {
 
-// Columns of a work item.
-enum { kSequence, kRow, kNumRows, kPosition, kFirstPage, kEndPage, kKvLength, kPartial, kItemFields };
-
-constexpr float kUnseen = -1e30f;  // the greatest score of a row that has seen no key yet
 constexpr int kVecs = 4;           // of a register tile's columns
 constexpr int kBlock = kVecs * kLanes;  // keys that a prefill task scores together
 #ifdef __AVX512F__
@@ -26,51 +23,14 @@ constexpr int kRows = 3;  // 12 of 16
 constexpr int kHeads = 4;       // query heads that a decode task handles together
 constexpr int64_t kAhead = 16;  // keys that a decode task has under way from memory
 
-struct Shape {
-  int64_t heads, kv_heads, group, dim, page_size, table_stride;
-};
-
-template <typename T>
-struct Inputs {
-  Shape shape;
-  const T *q, *k_pages, *v_pages;  // [T, heads, dim], [pages, page_size, kv_heads, dim]
-  const int32_t* tables;               // [sequences, pages]
-  int64_t layer_page;                  // the layer's first
-  float scale;
-  int64_t window;  // a query at position i sees the keys i - window < j <= i
-  int64_t chunk;   // or, if it is not 0, those from i / chunk * chunk on
-  float softcap;   // 0: none
-  const float* sinks;  // [heads]: the score of a key without a value that all queries see; null: none
-
-  // The first key that a query at a position sees; may be negative.
-  int64_t first_key(int64_t position) const {
-    return chunk > 0 ? position / chunk * chunk : position + 1 - window;
-  }
-
-  // Where the keys and values of tokens begin ... end - 1 begin.
-  void find_tokens(int32_t sequence, int64_t begin, int64_t end, int64_t kv_head, std::vector<int64_t>& offsets) const {
-    offsets.clear();
-    for (int64_t page = begin / shape.page_size; page * shape.page_size < end; ++page) {
-      const int64_t first = page * shape.page_size;
-      const int64_t place = (layer_page + tables[sequence * shape.table_stride + page]) * shape.page_size - first;
-      for (int64_t t = std::max(begin, first); t < std::min(end, first + shape.page_size); ++t)
-        offsets.push_back(((place + t) * shape.kv_heads + kv_head) * shape.dim);
-    }
-  }
-};
-
 void add_scaled(float* out, const float* x, float factor, int64_t dim) {
   for (int64_t d = 0; d < dim; ++d) out[d] += factor * x[d];
 }
 
-// softcap * tanh(x / softcap), through exp of a negative number, which cannot overflow.
 void soft_cap(float* x, int64_t count, float softcap) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t some = std::min<int64_t>(kLanes, count - i);
-    const Vec v = load_some(x + i, some), magnitude = v < 0 ? -v : v;
-    const Vec e = exp_of_negative(magnitude * (-2 / softcap));
-    const Vec capped = softcap * (1 - e) / (1 + e);
-    store_some(x + i, v < 0 ? -capped : capped, some);
+    store_some(x + i, soft_cap(load_some(x + i, some), softcap), some);
   }
 }
 
@@ -174,6 +134,8 @@ void decode_heads(const Inputs<T>& in, const float* q, const std::vector<int64_t
 // the window hides the whole item, they are kUnseen, 0 and 0.
 template <typename T>
 void decode_item(const Inputs<T>& in, const int32_t* item, int64_t kv_head, float* top, float* total, float* value) {
+  if constexpr (kMultipliesTiles<T>)
+    if (fits_tiles(in.shape)) return decode_by_tiles(in, item, kv_head, top, total, value);
   const Shape& s = in.shape;
   const int64_t begin = std::max<int64_t>(item[kFirstPage] * s.page_size, in.first_key(item[kKvLength] - 1));
   const int64_t end = std::min<int64_t>(item[kEndPage] * s.page_size, item[kKvLength]);
@@ -261,6 +223,8 @@ float softmax_row(float* scores, int64_t hidden, int64_t visible, float* top) {
 // One prefill item for one KV head. Its queries are the item's rows times the group's heads, padded to kRows.
 template <typename T>
 void prefill_item(const Inputs<T>& in, const int32_t* item, int64_t kv_head, T* out) {
+  if constexpr (kMultipliesTiles<T>)
+    if (fits_tiles(in.shape)) return prefill_by_tiles(in, item, kv_head, out);
   const Shape& s = in.shape;
   const int64_t num_queries = item[kNumRows] * s.group;
   const int64_t padded = (num_queries + kRows - 1) / kRows * kRows;

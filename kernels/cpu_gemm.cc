@@ -1,7 +1,7 @@
 // y[T, N] = x[T, K] @ w[N, K]^T on a CPU, with weights packed once, in float32 or bfloat16 with float32 sums.
 //
 // A panel holds 16 outputs: [K, 16] float32, or [K / 2, 16, 2] bfloat16, in which two neighbours along K lie together as
-// vdpbf16ps wants them (and AMX would). Either is [depth, 16] units of 32 bits, and a unit of a row meets a vector of
+// vdpbf16ps and AMX (cpu_gemm_tiles.h) want them. Either is [depth, 16] units of 32 bits, and a unit of a row meets a vector of
 // a panel, so one loop serves both.
 //
 // Every sum runs over K in one order, whatever the number of rows: a row's result does not depend on its batch-mates.
@@ -20,12 +20,11 @@
 #include <cstddef>
 #include <vector>
 
-#include "cpu_common.h"
+#include "cpu_gemm.h"
+#include "cpu_gemm_tiles.h"
 
 namespace {
 
-constexpr int kPanel = 16;
-constexpr int kVecs = kPanel / kLanes;  // vectors of a panel
 #ifdef __AVX512F__
 constexpr int kRows = 9, kPanels = 3;  // of a register tile: 27 sums of 32 registers, nine rows for three vectors
 #else
@@ -36,8 +35,6 @@ constexpr int64_t kDepth = 768;              // units of a block: its part of th
 constexpr int64_t kAhead = 48;               // units that are under way from memory
 constexpr int64_t kTiles = 16;               // row tiles of a task
 constexpr int64_t kInlineUnits = 16 * 1024;  // rows that are arranged faster than a thread is woken
-
-typedef uint32_t __attribute__((may_alias)) Unit;
 
 struct Float32 {
   using Value = float;
@@ -62,17 +59,6 @@ struct Pairs {
 #endif
   }
 };
-
-struct Matrix {
-  int64_t inputs, depth, outputs, panels;
-};
-
-// A row of y and the row of x that it is made of.
-struct Row {
-  int32_t to, from;
-};
-
-enum class Gate { kNone, kSilu, kGeluTanh };
 
 // sums[kNumRows, kNumPanels * kPanel] (+)= x[depth, kNumRows] times kNumPanels panels of `stride` units each.
 template <class Kind, int kNumPanels, int kNumRows>
@@ -113,27 +99,6 @@ void arrange(const typename Kind::Value* x, const Row* rows, const Matrix& m, Un
   for (int r = 0; whole < m.depth && r < kNumRows; ++r) {
     out[whole * kNumRows + r] = 0;
     std::memcpy(out + whole * kNumRows + r, from[r] + whole * Kind::kWidth, sizeof *x);
-  }
-}
-
-// out[c] = activation(gate) * value, of `count` outputs. Both activations are gate * sigmoid(z): z is the gate itself for
-// SiLU, and 2 sqrt(2 / pi) (gate + 0.044715 gate^3) for GELU with tanh, as tanh(z / 2) = 2 sigmoid(z) - 1.
-template <typename Out>
-void gated(const float* sums, int64_t count, Gate gate, Out* out) {
-  for (int64_t begin = 0; begin < count; begin += kLanes, sums += 2 * kLanes) {
-#ifdef __AVX512F__  // two panels, if there is another, make one vector of gates and one of values
-    const float* next = begin + kLanes / 2 < count ? sums + kPanel : sums;
-    const auto halves = [](const float* low, const float* high) {
-      return (Vec)_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(low)), _mm256_loadu_ps(high), 1);
-    };
-    const Vec g = halves(sums, next), value = halves(sums + kPanel / 2, next + kPanel / 2);
-#else
-    const Vec g = load(sums), value = load(sums + kPanel / 2);
-#endif
-    const Vec z = gate == Gate::kSilu ? g : 1.59576912f * (g + 0.044715f * g * g * g);
-    const Vec e = exp_of_negative(z < 0 ? z : -z);
-    const Vec sigmoid = (z < 0 ? e : splat(1.0f)) / (1.0f + e);
-    store_some(out + begin, g * sigmoid * value, std::min<int64_t>(kLanes, count - begin));
   }
 }
 
@@ -194,17 +159,8 @@ void multiply(ffi::ThreadPool& pool, const typename Kind::Value* x, const Unit* 
                            m.depth * kPanel, k == 0, sums + (row - first_row) * width * kPanel);
         }
       }
-      const int64_t panel_outputs = gate == Gate::kNone ? kPanel : kPanel / 2, column = panel * panel_outputs;
-      const int64_t num_columns = std::min(width * panel_outputs, m.outputs - column);
-      for (int64_t row = first_row; row < end_row; ++row) {
-        const float* from = sums + (row - first_row) * width * kPanel;
-        Out* to = y + rows[row].to * m.outputs + column;
-        if (gate == Gate::kNone) {
-          convert(to, from, num_columns);
-        } else {
-          gated(from, num_columns, gate, to);
-        }
-      }
+      for (int64_t row = first_row; row < end_row; ++row)
+        finish(sums + (row - first_row) * width * kPanel, width, panel, m.outputs, gate, y + rows[row].to * m.outputs);
     }
   });
 }
@@ -260,9 +216,14 @@ ffi::Error Multiply(ffi::ThreadPool pool, int64_t gate, ffi::AnyBuffer x, ffi::A
       for (const int64_t end = row + group_sizes.typed_data()[group]; row < end; ++row)
         if (rows.typed_data()[row] >= 0) wanted.push_back({static_cast<int32_t>(row), rows.typed_data()[row]});
       if (wanted.empty()) continue;
-      multiply<Kind>(pool, static_cast<const typename Kind::Value*>(x.untyped_data()),
-                     static_cast<const Unit*>(panels.untyped_data()) + group * m.panels * m.depth * kPanel, wanted, m,
-                     static_cast<Gate>(gate), static_cast<decltype(out)*>(y->untyped_data()));
+      const auto* values = static_cast<const typename Kind::Value*>(x.untyped_data());
+      const auto* matrix = static_cast<const Unit*>(panels.untyped_data()) + group * m.panels * m.depth * kPanel;
+      auto* results = static_cast<decltype(out)*>(y->untyped_data());
+      if constexpr (kHasTiles && Kind::kWidth == 2) {
+        multiply_by_tiles(pool, values, matrix, wanted, m, static_cast<Gate>(gate), results);
+      } else {
+        multiply<Kind>(pool, values, matrix, wanted, m, static_cast<Gate>(gate), results);
+      }
     }
   };
   if (x.element_type() == ffi::F32) {

@@ -32,12 +32,16 @@ def pack(weight: jax.Array) -> jax.Array:
 
 
 def pack_pairs(weight: jax.Array) -> jax.Array:
-    """``[..., 2 * outputs, inputs]``, for a product that ends with a gate: half a panel of each half in turn."""
+    """``[..., 2 * outputs, inputs]``, for a product that ends with a gate."""
+    return pack(in_turns(weight))
+
+
+def in_turns(weight: jax.Array) -> jax.Array:
+    """``[..., 2 * outputs, inputs]`` with half a panel of each half in turn; an output that is not there is zero."""
     *groups, outputs, inputs = weight.shape
     half = PANEL // 2
     halves = _padded(weight.reshape(*groups, 2, outputs // 2, inputs), half)
-    turns = halves.reshape(*groups, 2, -1, half, inputs).swapaxes(-4, -3)
-    return pack(turns.reshape(*groups, -1, inputs))
+    return halves.reshape(*groups, 2, -1, half, inputs).swapaxes(-4, -3).reshape(*groups, -1, inputs)
 
 
 def _padded(weight: jax.Array, multiple: int) -> jax.Array:

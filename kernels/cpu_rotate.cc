@@ -1,5 +1,6 @@
 // Rotates a step's queries and keys, and stores keys and values in the paged cache, on a CPU: the native twin of
-// xla.rotate_and_write, in one pass over the rows that hold tokens. float32 or bfloat16, rotated in float32.
+// xla.rotate_and_write, in one pass over the rows that hold tokens. float32 or bfloat16, rotated in float32. There is one
+// array of pages where a key is its own value.
 
 #include "cpu_common.h"
 
@@ -22,12 +23,18 @@ void rotate(const T* x, const float* cos, const float* sin, int64_t half, int64_
 }
 
 ffi::Error RotateAndWrite(ffi::ThreadPool pool, ffi::AnyBuffer qkv, ffi::Buffer<ffi::F32> cos, ffi::Buffer<ffi::F32> sin,
-                          ffi::AnyBuffer k_pages, ffi::AnyBuffer v_pages, ffi::Buffer<ffi::S32> slots,
-                          ffi::Buffer<ffi::S32> layer_page, ffi::Result<ffi::AnyBuffer> q,
-                          ffi::Result<ffi::AnyBuffer> new_k_pages, ffi::Result<ffi::AnyBuffer> new_v_pages) {
+                          ffi::Buffer<ffi::S32> slots, ffi::Buffer<ffi::S32> layer_page, ffi::RemainingArgs pages,
+                          ffi::Result<ffi::AnyBuffer> q, ffi::RemainingRets new_pages) {
   const auto dims = qkv.dimensions();
-  const int64_t rows = dims[0], kv_heads = dims[1], group = dims[2] - 2, dim = dims[3], half = cos.dimensions()[1];
-  const int64_t page_size = k_pages.dimensions()[1], layer_slot = layer_page.typed_data()[0] * page_size;
+  const int64_t arrays = pages.size(), rows = dims[0], kv_heads = dims[1], width = dims[2], dim = dims[3];
+  const int64_t group = width - arrays, half = cos.dimensions()[1];
+  void* stored[2];  // keys, and values if they are not the keys
+  for (int64_t i = 0; i < arrays; ++i) {
+    stored[i] = (*new_pages.get<ffi::AnyBuffer>(i))->untyped_data();
+    if (stored[i] != pages.get<ffi::AnyBuffer>(i)->untyped_data()) return ffi::Error::Internal("the KV cache was copied");
+  }
+  const int64_t page_size = pages.get<ffi::AnyBuffer>(0)->dimensions()[1];
+  const int64_t layer_slot = layer_page.typed_data()[0] * page_size;
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const T* in = static_cast<const T*>(qkv.untyped_data());
@@ -36,12 +43,12 @@ ffi::Error RotateAndWrite(ffi::ThreadPool pool, ffi::AnyBuffer qkv, ffi::Buffer<
       const int64_t slot = slots.typed_data()[row];
       if (slot < page_size) return;  // padding, whose place would be in the dummy page
       for (int64_t h = 0; h < kv_heads; ++h) {
-        const T* heads = in + (row * kv_heads + h) * (group + 2) * dim;
+        const T* heads = in + (row * kv_heads + h) * width * dim;
         T* queries = static_cast<T*>(q->untyped_data()) + (row * kv_heads + h) * group * dim;
         for (int64_t g = 0; g < group; ++g) rotate(heads + g * dim, c, s, half, dim, queries + g * dim);
         const int64_t place = ((layer_slot + slot) * kv_heads + h) * dim;
-        rotate(heads + group * dim, c, s, half, dim, static_cast<T*>(new_k_pages->untyped_data()) + place);
-        std::memcpy(static_cast<T*>(new_v_pages->untyped_data()) + place, heads + (group + 1) * dim, dim * sizeof(T));
+        rotate(heads + group * dim, c, s, half, dim, static_cast<T*>(stored[0]) + place);
+        if (arrays == 2) std::memcpy(static_cast<T*>(stored[1]) + place, heads + (group + 1) * dim, dim * sizeof(T));
       }
     };
     parallel_for(pool, (rows + kRows - 1) / kRows, [&](int64_t task) {
@@ -49,8 +56,6 @@ ffi::Error RotateAndWrite(ffi::ThreadPool pool, ffi::AnyBuffer qkv, ffi::Buffer<
       for (int64_t row = task * kRows; row < end; ++row) rotate_row(row);
     });
   };
-  if (new_k_pages->untyped_data() != k_pages.untyped_data() || new_v_pages->untyped_data() != v_pages.untyped_data())
-    return ffi::Error::Internal("the KV cache was copied");
   qkv.element_type() == ffi::F32 ? run(float{}) : run(BFloat16{});
   return ffi::Error::Success();
 }
@@ -63,10 +68,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_rotate_and_write, RotateAndWrite,
                                   .Arg<ffi::AnyBuffer>()          // qkv
                                   .Arg<ffi::Buffer<ffi::F32>>()   // cos
                                   .Arg<ffi::Buffer<ffi::F32>>()   // sin
-                                  .Arg<ffi::AnyBuffer>()          // k_pages
-                                  .Arg<ffi::AnyBuffer>()          // v_pages
                                   .Arg<ffi::Buffer<ffi::S32>>()   // slots
                                   .Arg<ffi::Buffer<ffi::S32>>()   // the layer's first page
+                                  .RemainingArgs()                // pages
                                   .Ret<ffi::AnyBuffer>()          // q
-                                  .Ret<ffi::AnyBuffer>()          // k_pages, in place
-                                  .Ret<ffi::AnyBuffer>());        // v_pages, in place
+                                  .RemainingRets());              // pages, in place

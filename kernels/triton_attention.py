@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import jax
 
-from jaxserve.kernels.backend import AttentionShape, Backend, Target
+from jaxserve.kernels.backend import AttentionShape, Backend, Target, triton_needs
 from jaxserve.kernels.cache import KVCache
 from jaxserve.kernels.inputs import AttentionInputs, Rotation
 from jaxserve.kernels.plan import BusyPrograms, Tiling
@@ -46,16 +45,13 @@ class Triton(Backend):
 
     @staticmethod
     def needs(target: Target, shape: AttentionShape) -> str | None:
-        if target.platform != "gpu":
-            return f"a GPU, got {target.platform}"
-        if target.compute_capability < 80:
-            return f"a GPU of compute capability 8.0 or newer, got {target.compute_capability / 10}"
         if shape.page_size < 16:
-            return f"a block_size of at least 16, got {shape.page_size}"
+            return triton_needs(target) or f"a block_size of at least 16, got {shape.page_size}"
         if shape.head_dim > LARGEST_HEAD:
-            return f"a head_dim of at most {LARGEST_HEAD}, got {shape.head_dim}"
-        missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
-        return f"the package {missing[0]}, which jaxserve's extras cuda12 and cuda13 install" if missing else None
+            return triton_needs(target) or f"a head_dim of at most {LARGEST_HEAD}, got {shape.head_dim}"
+        if not shape.has_values:
+            return triton_needs(target) or "keys and values that lie apart, not a latent that is both"
+        return triton_needs(target)
 
     def with_prefill_programs(self, programs: int) -> Self:
         """``programs`` on a multiprocessor, which share its registers (triton_launch tells the compiler)."""

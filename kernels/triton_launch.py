@@ -62,7 +62,7 @@ def rotate_and_write(
     q, k, v = triton_call(
         qkv, inputs.slots, layer, cache.scales, cache.k, cache.v, *(rotation or (None, None)),
         kernel=triton_rotate.rotate_and_write,
-        out_type=(_struct((rows, kv_heads * (width - 2), dim), qkv.dtype), *map(_like, cache[:2])),
+        out_type=(_struct((rows, kv_heads * (width - 2), dim), qkv.dtype), *map(_like, cache.pages)),
         input_output_aliases={4: 1, 5: 2},
         grid=(kv_heads * width, -(-rows // ROTATE_ROWS)),
         num_warps=4,

@@ -53,14 +53,16 @@ class Xla(Backend):
         rows, kv_heads, width, dim = qkv.shape
         slots = inputs.slots + layer * inputs.limits.num_pages * cache.k.shape[1]
         scales = cache.scales[layer]
-        q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+        group = width - len(cache.pages)
+        q, (k, *values) = qkv[:, :, :group], (qkv[:, :, i] for i in range(group, width))
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
+        stored = [k, *values]
         if is_quantised(cache.k.dtype):
             most = float(jnp.finfo(cache.k.dtype).max)
-            k, v = (jnp.clip(x / scale, -most, most) for x, scale in zip((k, v), scales, strict=True))
-        q = q.reshape(rows, kv_heads * (width - 2), dim)
-        return q, cache._replace(k=_write_rows(cache.k, k, slots), v=_write_rows(cache.v, v, slots))
+            stored = [jnp.clip(x / scale, -most, most) for x, scale in zip(stored, scales, strict=True)]
+        written = [_write_rows(pages, x, slots) for pages, x in zip(cache.pages, stored, strict=True)]
+        return q.reshape(rows, kv_heads * group, dim), cache.with_pages(written)
 
     def attend(
         self,
@@ -81,10 +83,11 @@ class Xla(Backend):
         q = (q * (scale * scales[0] if quantised else scale)).astype(q.dtype)
         q = q.reshape(rows, kv_heads, heads // kv_heads, dim)
         sinks = None if sinks is None else sinks.reshape(kv_heads, -1)
-        decoded = _decode(q, cache.k, cache.v, tables, plan, tiling, reach, softcap, sinks)
+        keys, values = cache.k, cache.pages[-1]
+        decoded = _decode(q, keys, values, tables, plan, tiling, reach, softcap, sinks)
         out = jnp.zeros_like(q).at[plan.combine[:, 0]].set(decoded, mode="drop")
-        out = _prefill(q, cache.k, cache.v, tables, plan, tiling, out, reach, softcap, sinks)
-        return (out * scales[1] if quantised else out).astype(q.dtype).reshape(rows, heads, dim)
+        out = _prefill(q, keys, values, tables, plan, tiling, out, reach, softcap, sinks)
+        return (out * scales[-1] if quantised else out).astype(q.dtype).reshape(rows, heads, dim)
 
 
 def _write_rows(pages: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:

@@ -82,11 +82,11 @@ class Experts:
     scale: float = 1.0
     """Of the chosen experts' weights."""
     num_groups: int = 1
-    """Of the router grouped_sigmoid: experts are in groups, one after the other."""
+    """Of the routers softmax and grouped_sigmoid: experts are in groups, one after the other."""
     groups_per_token: int = 1
     """From how many of them a token's experts are chosen."""
     choice_bias: bool = False
-    """Of the same: choose by scores with a bias."""
+    """Of the router grouped_sigmoid: choose by scores with a bias."""
     jitter: float = 0.0
     """Of the router sparse_mixer: how near to the best score those are that share its weight."""
     weighs_inputs: bool = False
@@ -151,6 +151,20 @@ class Recurrent:
     def num_channels(self) -> int:
         """Of a key head, what goes through the convolution: query, key and values."""
         return 2 * self.key_dim + self.value_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latent:
+    """Multi-head latent attention (arXiv 2405.04434, models/latent.py): a token has one key for all heads, its rotated
+    part (``rope.dim``) and a latent from which every head would make the rest of its key, and its value."""
+
+    rank: int
+    """Of the latent."""
+    query_rank: int | None
+    """Of what queries are made from; None: they are made from the hidden state."""
+    key_dim: int
+    """Of a head's key, as far as it is not rotated."""
+    value_dim: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +250,8 @@ class ModelConfig:
     """Every head has the score of a key without a value that all queries see (kernels/attention.py)."""
     attention_gate: bool = False
     """Whether what a head reads is multiplied by the sigmoid of a projection of its own."""
+    latent: Latent | None = None
+    """In place of keys and values: ``num_kv_heads`` is 1 and ``head_dim`` what is kept of a token."""
     recurrent: Recurrent | None = None
     logits_softcap: float | None = None
     logits_scale: float = 1.0
@@ -247,6 +263,8 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     tensor_parallel: int = 1
     """Devices among which every layer is divided."""
+    expert_parallel: bool = False
+    """Whether they have experts of their own, instead of a share of each."""
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -296,6 +314,16 @@ class ModelConfig:
     def group_size(self) -> int:
         """Query heads that share one copy of a KV head."""
         return self.num_heads // self.num_held_kv_heads
+
+    @property
+    def has_values(self) -> bool:
+        """Whether the KV cache has values beside keys."""
+        return self.latent is None
+
+    @property
+    def kv_width(self) -> int:
+        """How many numbers a layer keeps of a token, for each KV head."""
+        return 2 * self.head_dim if self.has_values else self.head_dim
 
     @property
     def window(self) -> int | None:

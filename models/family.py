@@ -26,7 +26,7 @@ def undivided(name: str, tensor: np.ndarray) -> Mapping[str, np.ndarray]:
 
 def language_model_name(name: str) -> str | None:
     """The language model's tensors of a file that can also see."""
-    if re.match(r"(model\.)?(vision_tower|vision_model|multi_modal_projector)\.", name):
+    if re.match(r"(model\.)?(vision_tower|vision_model|multi_modal_projector|mm_projector)\.", name):
         return None
     # transformers 5 puts the model's prefix first, the hub's files have it second.
     return re.sub(r"^(model\.language_model|language_model\.model)\.", "model.", name).removeprefix("language_model.")

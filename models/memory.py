@@ -25,7 +25,9 @@ def cache_shape(
     num_slots: of how many sequences there are states, in no pages.
     """
     full, local = (
-        KVCacheShape(len(kept[memory]), kind.num_held_kv_heads, kind.head_dim, page_size, cache_dtype)
+        KVCacheShape(
+            len(kept[memory]), kind.num_held_kv_heads, kind.head_dim, page_size, cache_dtype, has_values=kind.has_values
+        )
         for memory, kind in ((Memory.PAGES, config), (Memory.LOCAL_PAGES, config.of_kind(local=True)))
     )
     states = _recurrent_shape(config, len(kept[Memory.STATE]), num_slots, dtype)

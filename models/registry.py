@@ -9,12 +9,13 @@ from typing import Any
 from jaxserve.errors import ModelError
 from jaxserve.models.cohere import COHERE2
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, KIMI_VISION, YOUTU
 from jaxserve.models.falcon import FALCON
 from jaxserve.models.family import Family
 from jaxserve.models.fields import Fields
 from jaxserve.models.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_VISION
 from jaxserve.models.gemma4 import GEMMA4, GEMMA4_UNIFIED_VISION, GEMMA4_VISION
-from jaxserve.models.glm import GLM4, GLM4_MOE
+from jaxserve.models.glm import GLM4, GLM4_LITE, GLM4_MOE
 from jaxserve.models.gpt2 import GPT2
 from jaxserve.models.gpt_oss import GPT_OSS
 from jaxserve.models.granite import GRANITE
@@ -23,6 +24,7 @@ from jaxserve.models.hf_config import RawConfig
 from jaxserve.models.internlm import INTERNLM, INTERNLM2
 from jaxserve.models.llama import LLAMA, MISTRAL
 from jaxserve.models.llama4 import LLAMA4, LLAMA4_VISION
+from jaxserve.models.minicpm import MINICPM3
 from jaxserve.models.ministral import MINISTRAL3, MISTRAL3
 from jaxserve.models.mixtral import MIXTRAL, PHIMOE
 from jaxserve.models.olmo import EXAONE4, OLMO2, OLMO3
@@ -52,6 +54,12 @@ FAMILIES: dict[str, Family] = {
     "Exaone4ForCausalLM": EXAONE4,
     "Glm4ForCausalLM": GLM4,
     "Glm4MoeForCausalLM": GLM4_MOE,
+    "Glm4MoeLiteForCausalLM": GLM4_LITE,
+    "DeepseekV2ForCausalLM": DEEPSEEK_V2,
+    "DeepseekV3ForCausalLM": DEEPSEEK_V3,
+    "KimiK25ForConditionalGeneration": KIMI_VISION,
+    "YoutuForCausalLM": YOUTU,
+    "MiniCPM3ForCausalLM": MINICPM3,
     "GraniteForCausalLM": GRANITE,
     "GraniteMoeHybridForCausalLM": GRANITE_HYBRID,
     "SeedOssForCausalLM": SEED_OSS,

@@ -40,18 +40,29 @@ def _dynamic(rope: Rope, trained: int, max_len: int) -> Frequencies:
     return _inverse_frequencies(rope.theta * stretch ** (dim / (dim - 2)), dim), 1.0
 
 
+def _magnitude(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def score_magnitude(rope: Rope) -> float:
+    """What scores of queries and keys grow by where only a part of their dimensions is rotated, and cos and sin of yarn
+    scale just that: both grow by the magnitude of ``mscale_all_dim``, as in DeepSeek-V2's code."""
+    mscale = rope.options.get("mscale_all_dim")
+    return _magnitude(rope.options.get("factor") or 1.0, mscale) ** 2 if mscale else 1.0
+
+
 def _yarn(rope: Rope, trained: int, max_len: int) -> Frequencies:
     dim, theta, options = rope.dim, rope.theta, rope.options
     original = options["original_max_position_embeddings"]
     factor = options.get("factor") or trained / original
 
-    def magnitude(mscale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
     scale = options.get("attention_factor")
     if scale is None:
         mscale, mscale_all = options.get("mscale"), options.get("mscale_all_dim")
-        scale = magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude(1.0)
+        if mscale and mscale_all:
+            scale = _magnitude(factor, mscale) / _magnitude(factor, mscale_all)
+        else:
+            scale = _magnitude(factor, 1.0)
 
     def dimension_of(rotations: float) -> float:
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))

@@ -14,8 +14,8 @@ Choice = tuple[jax.Array, jax.Array]
 
 
 def _softmax(experts: Experts, logits: jax.Array, choice_bias: jax.Array | None) -> Choice:
-    """The likeliest (arXiv 2401.04088)."""
-    weights, chosen = jax.lax.top_k(jax.nn.softmax(logits), experts.per_token)
+    """The likeliest (arXiv 2401.04088), from the groups that have the likeliest (arXiv 2405.04434)."""
+    weights, chosen = jax.lax.top_k(_of_best_groups(experts, jax.nn.softmax(logits), 1), experts.per_token)
     return _normalised(experts, weights), chosen
 
 
@@ -29,13 +29,7 @@ def _grouped_sigmoid(experts: Experts, logits: jax.Array, choice_bias: jax.Array
     """From the groups whose best two experts are best together, by scores with a bias that balances the experts' load
     and is not in their weights (arXiv 2412.19437)."""
     scores = jax.nn.sigmoid(logits)
-    biased = scores if choice_bias is None else scores + choice_bias
-    if experts.num_groups > 1:
-        groups = biased.reshape(len(biased), experts.num_groups, -1)
-        best_two = jax.lax.top_k(groups, min(2, groups.shape[-1]))[0].sum(axis=-1)
-        _, kept = jax.lax.top_k(best_two, experts.groups_per_token)
-        is_kept = jax.nn.one_hot(kept, experts.num_groups, dtype=bool).any(axis=1)
-        biased = jnp.where(is_kept[..., None], groups, -jnp.inf).reshape(biased.shape)
+    biased = _of_best_groups(experts, scores if choice_bias is None else scores + choice_bias, 2)
     _, chosen = jax.lax.top_k(biased, experts.per_token)
     return _normalised(experts, jnp.take_along_axis(scores, chosen, axis=-1)), chosen
 
@@ -53,6 +47,17 @@ def _sparse_mixer(experts: Experts, logits: jax.Array, choice_bias: jax.Array | 
         chosen.append(number)
         left = jnp.where(jnp.arange(experts.count) == number, -jnp.inf, left)
     return jnp.concatenate(weights, axis=-1), jnp.concatenate(chosen, axis=-1)
+
+
+def _of_best_groups(experts: Experts, scores: jax.Array, num_best: int) -> jax.Array:
+    """The scores, but -inf outside of the groups whose ``num_best`` greatest have the greatest sum."""
+    if experts.num_groups == 1:
+        return scores
+    groups = scores.reshape(len(scores), experts.num_groups, -1)
+    sums = jax.lax.top_k(groups, min(num_best, groups.shape[-1]))[0].sum(axis=-1)
+    _, kept = jax.lax.top_k(sums, experts.groups_per_token)
+    is_kept = jax.nn.one_hot(kept, experts.num_groups, dtype=bool).any(axis=1)
+    return jnp.where(is_kept[..., None], groups, -jnp.inf).reshape(scores.shape)
 
 
 def _normalised(experts: Experts, weights: jax.Array) -> jax.Array:

@@ -6,7 +6,9 @@ bench.py load         time and host memory to load a synthetic checkpoint of 4 G
 bench.py serve        TTFT, TBT, scheduling delay and goodput of a workload: through a gRPC server or in this process
 bench.py capacity     the highest request rate at which each policy meets a TBT objective
 bench.py kernels      attention kernels alone on a GPU: errors, times, shares of the ceilings
+bench.py products     matrix products of a CPU by dense weights and by codes, for 1 to 256 rows
 bench.py step         whole steps of the engine beside their roofline, and what the device waits for between them
+bench.py experts      a layer's mixture of experts beside the products of the experts that its rows choose
 bench.py host         what the host does in a step with 1,000 running requests and up to 100,000 waiting, by part
 bench.py soak         hundreds of streams that leave, are aborted and dawdle, and a few that do not: what is left behind
 bench.py sharing      what requests do to one another: grammars, prefixes, fairness, or the floor of a running stream
@@ -37,7 +39,15 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.memory import claim_gpu_memory
 from jaxserve.errors import ConfigError, ModelError
-from jaxserve.evaluation import host_bench, kernel_bench, sharing_report, speculation_bench, step_bench
+from jaxserve.evaluation import (
+    expert_bench,
+    host_bench,
+    kernel_bench,
+    product_bench,
+    sharing_report,
+    speculation_bench,
+    step_bench,
+)
 from jaxserve.evaluation.capacity import SearchConfig, Trial
 from jaxserve.evaluation.device_bench import QUICK, THOROUGH, measure_ceilings
 from jaxserve.evaluation.front_end import FrontEndConfig, measure_front_end
@@ -49,6 +59,7 @@ from jaxserve.evaluation.report import (
     capacity_rows,
     check_can_report,
     draft_rows,
+    processor,
     summary_row,
     text_table,
     write_report,
@@ -223,6 +234,16 @@ def kernels(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     print("written: {}, {}".format(*paths))
 
 
+def products(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    for name, known in (("shapes", list(product_bench.SHAPES)), ("weights", product_bench.KINDS)):
+        parser.add_argument(f"--{name}", nargs="+", choices=known, default=known)
+    parser.add_argument("--rows", nargs="+", type=int, default=product_bench.ROWS, help="of x")
+    parser.add_argument("--quick", action="store_true", help="shorter measurements")
+    args = parser.parse_args(argv)
+    effort = QUICK if args.quick else THOROUGH
+    print(text_table(list(product_bench.measure_products(args.shapes, args.weights, args.rows, effort))))
+
+
 def step(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="shorter measurements")
     parser.add_argument(
@@ -263,6 +284,17 @@ def step(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     print(f"\nunder load: {1e3 * gap['gap_seconds_per_step']:.3f} ms between steps in which the device waits, "
           f"{1e3 * gap['device_seconds_per_step']:.3f} ms in which it works")  # fmt: skip
     print("written: {}, {}".format(*write(gap=gap)))
+
+
+def experts(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    parser.add_argument("--quick", action="store_true", help="shorter measurements")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 64, 256], help="of the batch")
+    parser.set_defaults(model="qwen3-30b-a3b", dtype="bfloat16")
+    config, args = parse_config(parser, argv, EngineConfig)
+    effort = QUICK if args.quick else THOROUGH
+    rows = [case.measure(effort) for case in expert_bench.expert_cases(config, args.rows)]
+    print(f"a layer of {config.model}, {config.dtype}")
+    print(text_table([row.describe() for row in rows]))
 
 
 def host(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -363,7 +395,9 @@ COMMANDS = {
     "serve": serve,
     "capacity": capacity,
     "kernels": kernels,
+    "products": products,
     "step": step,
+    "experts": experts,
     "host": host,
     "soak": soak,
     "speculation": speculation,
@@ -381,6 +415,7 @@ def main() -> int:
     # Rounds and rates repeat their prompts, of which a cache would leave little to measure.
     benchmark.set_defaults(enable_prefix_caching=False)
     try:
+        print(processor(), flush=True)
         return COMMANDS[args.benchmark](benchmark, args.flags) or 0
     except (ConfigError, ModelError, ServerProcessError, TimeoutError) as error:
         print(f"bench.py: error: {error}", file=sys.stderr)

@@ -18,7 +18,7 @@ from jaxserve.cli import parse_config
 from jaxserve.errors import ConfigError, ModelError
 from jaxserve.evaluation.compare import CompareConfig, compare, rows, to_json
 from jaxserve.evaluation.contestants import PROGRAMS, Contestant
-from jaxserve.evaluation.report import check_can_report, text_table
+from jaxserve.evaluation.report import check_can_report, processor, text_table
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = [f"{name}:{dtype}" for name, program in PROGRAMS.items() for dtype in program.dtypes]
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, ModelError) as error:
         print(f"compare.py: error: {error}", file=sys.stderr)
         return 2
-    print(f"\n{text_table(rows(outcomes))}")
+    print(f"\n{processor()}\n{text_table(rows(outcomes))}")
     for outcome in outcomes:
         if outcome.failure is not None:
             print(f"{outcome.name} failed, {outcome.failure}")

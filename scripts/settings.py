@@ -15,7 +15,9 @@ INTRODUCTION = """# Settings
 Every setting of `scripts/serve.py` is a flag, and a line of the YAML file that `--config FILE` names; the command line
 wins. Those from model to parallelism are arguments of `LLM` as well. An empty default is none, or what the last column
 says. Secrets are in the variables `JAXSERVE_API_KEYS` and `JAXSERVE_GROUP_SECRET`; `JAXSERVE_CACHE` is the folder of
-weights and compiled programs. `make settings` writes this page from `jaxserve/config.py` and `jaxserve/hosts/group.py`.
+weights and compiled programs; `JAXSERVE_CPU_ISA` is what native CPU kernels are compiled for, generic, avx2, avx512,
+avx512_vnni, avx512_bf16 or amx, otherwise the fastest that the processor has. `make settings` writes this page from
+`jaxserve/config.py` and `jaxserve/hosts/group.py`.
 """
 
 

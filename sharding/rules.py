@@ -17,7 +17,7 @@ RULES: dict[str, str | None] = {
     "vocab": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
-    "experts": None,
+    "experts": "tensor",
     "embed": None,
 }
 
@@ -26,8 +26,9 @@ def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
 
 
-def divided(config: ModelConfig, mesh: Mesh) -> ModelConfig:
-    """``config`` of the model on a mesh, whose devices share its heads. Raises ModelError where they do not divide."""
+def divided(config: ModelConfig, mesh: Mesh, *, expert_parallel: bool = False) -> ModelConfig:
+    """``config`` of the model on a mesh, whose devices share its heads, and with ``expert_parallel`` its experts, of
+    which otherwise each has a share of all. Raises ModelError where heads do not divide."""
     tensor = mesh.shape["tensor"]
     local = config.of_kind(local=True)
     for name, count in (
@@ -37,7 +38,7 @@ def divided(config: ModelConfig, mesh: Mesh) -> ModelConfig:
     ):
         if count % tensor and (name == "num_heads" or tensor % count):
             raise ModelError(f"{name} of {count} does not divide over tensor_parallel {tensor}")
-    return replace(config, tensor_parallel=tensor)
+    return replace(config, tensor_parallel=tensor, expert_parallel=expert_parallel)
 
 
 def abstract_model(

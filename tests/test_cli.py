@@ -190,7 +190,9 @@ def test_settings_of_other_programs_are_unknown(tmp_path: Path) -> None:
     """A program without a server knows no port."""
     path = settings_file(tmp_path, "port: 1\n")
     assert read_config_file(path, EngineConfig, ServerConfig) == {"port": 1}
-    with pytest.raises(ConfigError, match=r"unknown setting 'port' in .*; known: attention_backend, block_size"):
+    with pytest.raises(
+        ConfigError, match=r"unknown setting 'port' in .*; known: activations, attention_backend, block_size"
+    ):
         read_config_file(path, EngineConfig)
 
 

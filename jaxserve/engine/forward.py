@@ -184,7 +184,8 @@ class WholeForward:
         rows = rows_of(fields, sequences, layout.limits.page_size)
         model = nnx.merge(self._graph, jax.tree.unflatten(self._tree, parameters))
         inputs = _attention_inputs(layout, fields, rows, self._backend, self._config, self._mesh)
-        hidden, cache = model(rows.token_ids, rows.positions, self._counted(rows.is_token), state.cache, inputs)
+        with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
+            hidden, cache = model(rows.token_ids, rows.positions, self._counted(rows.is_token), state.cache, inputs)
         return ModelState(cache, None), Drawn(hidden[fields["draw_rows"]], layout.draws_of(ints[0]), hidden)
 
     def _counted(self, is_token: jax.Array) -> jax.Array | None:

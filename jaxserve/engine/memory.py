@@ -79,12 +79,22 @@ def working_bytes(config: ResolvedConfig, model: ModelConfig) -> int:
     take for full-size models (tests/engine/test_aot.py)."""
     share, itemsize = model.tensor_parallel, jnp.dtype(config.dtype).itemsize
     rows = config.token_budget
-    width = model.experts.count * model.experts.intermediate_size if model.experts else model.widest_mlp
-    activations = rows * (4 * model.hidden_size + 3 * width // share) * itemsize
+    wide = max(model.hidden_size, model.num_heads * model.head_dim // share)
+    activations = rows * (4 * wide + max(3 * model.widest_mlp // share, _mixed(model))) * itemsize
     # Logits of a step's samples in five forms (see sampler.py), or of all its rows in three where prompts are scored.
     logits = max(5 * (config.max_num_seqs + config.max_drafts), 3 * rows) * model.vocab_size // share * 4
     history = 4 * config.max_num_seqs * config.max_model_len
     return activations + logits + history + STEP_BYTES
+
+
+def _mixed(model: ModelConfig) -> int:
+    """What a mixture has of a row at most, in values: of each expert that it chooses the inner ones, before and after
+    their gate, and what the expert makes."""
+    experts = model.experts
+    if experts is None:
+        return 0
+    share = 1 if model.expert_parallel else model.tensor_parallel
+    return experts.per_token * (3 * experts.intermediate_size // share + model.hidden_size)
 
 
 def budget_in_memory(

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxserve.config import ResolvedConfig
+from jaxserve.engine.coded import CodedMatrices
 from jaxserve.engine.compile import gpu_options
 from jaxserve.engine.forward import (
     EVERYWHERE,
@@ -44,14 +45,12 @@ from jaxserve.kernels.registry import choose_backend
 from jaxserve.models.config import Memory, ModelConfig
 from jaxserve.models.loading.checkpoint import Checkpoint
 from jaxserve.models.matrix import (
-    DenseKind,
-    DenseMatrix,
     Matrix,
     MatrixLayout,
-    PanelMatrix,
     Parameter,
     QuantisedMatrix,
     abstract_taken,
+    choose_kind,
     layouts_of,
     taken,
 )
@@ -59,7 +58,7 @@ from jaxserve.models.memory import cache_shape
 from jaxserve.models.registry import family_of
 from jaxserve.models.weights import Weight
 from jaxserve.sharding.rows import over_rows
-from jaxserve.sharding.rules import abstract_model, divided
+from jaxserve.sharding.rules import abstract_model, abstract_parameters, divided
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +76,7 @@ class StepPrograms:
     sampling of as many draws. ``admit`` begins the history of a sequence, ``score`` is for prompt logprobs.
 
     ``beside``: of another model, which keeps its parameters, and KV in as many blocks, in the same memory.
-    ``plan_codes``: says which matrices stay codes in memory, as Checkpoint.planned_codes does; none by default.
+    ``plan_codes``: says which matrices may stay codes in memory, as Checkpoint.planned_codes does; none by default.
     ``target`` and ``gpu_memory_bytes`` are of the mesh's kind of device; asked of its first one by default. Raises
     ConfigError and ModelError.
     """
@@ -94,7 +93,7 @@ class StepPrograms:
         plan_codes: PlanCodes | None = None,
     ) -> None:
         self.config = config
-        self.model_config = model_config = divided(model_config, mesh)
+        self.model_config = model_config = divided(model_config, mesh, expert_parallel=config.enable_expert_parallel)
         self.mesh = mesh
         self.replicated, self.staged = NamedSharding(mesh, EVERYWHERE), NamedSharding(mesh, STAGES)
         dtype = jnp.dtype(config.dtype)
@@ -104,6 +103,7 @@ class StepPrograms:
             AttentionShape(
                 kind.num_heads // mesh.shape["tensor"], kind.num_held_kv_heads // mesh.shape["tensor"], kind.head_dim,
                 config.block_size, dtype, cache_dtype,
+                kind.has_values,
             )
             for kind in (model_config, model_config.of_kind(local=True))
         ]  # fmt: skip
@@ -111,24 +111,36 @@ class StepPrograms:
             self.backend = choose_backend(config.attention_backend, target, *shapes)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        model_class = family_of(model_config.architecture).model
-        graph, state = abstract_model(model_class, model_config, max_len=config.max_model_len, dtype=dtype)
-        self._kind: type[DenseKind] = PanelMatrix if mesh.size == 1 and native.serves(target, dtype) else DenseMatrix
+        family = family_of(model_config.architecture)
+        graph, state = abstract_model(family.model, model_config, max_len=config.max_model_len, dtype=dtype)
+        self._matrices, is_native = layouts_of(state), mesh.size == 1 and native.serves(target, dtype)
+        self._kind = choose_kind(target, dtype, mesh)
+        plan: Callable[[], dict[str, QuantisedMatrix]] | None = None
+        if plan_codes is not None and self.num_stages == 1:
+            everything = abstract_parameters(state, mesh)
+            plan = partial(plan_codes, everything, family.weights(model_config), self._matrices)
+        self._codes = CodedMatrices(config, is_native, plan)
         self.forward: Forward
         self.skips_padding = (
-            self.num_stages == 1 and self.backend.skips_padding and self._kind.skips_padding and plan_codes is None
+            self.num_stages == 1
+            and self.backend.skips_padding
+            and self._kind.skips_padding
+            and self._codes.skip_padding
         )
         """Whether padding costs nothing, so that a step takes what its tokens do."""
         if self.num_stages == 1:
             self.forward = WholeForward(graph, state, mesh, model_config, self.backend, self.skips_padding)
         else:
             self.forward = StagedForward(graph, state, mesh, model_config, self.backend)
-        self._matrices, everything = layouts_of(state), self.forward.abstract_parameters
-        self._codes = {} if plan_codes is None else plan_codes(everything, self.weights(), self._matrices)
-        self.abstract_parameters = {name: spec for name, spec in everything.items() if name not in self._codes}
+        everything = self.forward.abstract_parameters
+        coded = self._codes.names
+        self.abstract_parameters = {name: spec for name, spec in everything.items() if name not in coded}
         """Those that are loaded dense; see ``load``."""
+        if coded:
+            others = ", ".join(name for name in self._matrices if name not in coded) or "none"
+            logger.info("%d of %d matrices are kept as codes; dequantised: %s", len(coded), len(self._matrices), others)
         dense = abstract_taken(self.abstract_parameters, self._matrices, self._kind)
-        everything_taken: dict[str, AbstractParameter] = {**dense, **self._codes}
+        everything_taken: dict[str, AbstractParameter] = {**dense, **self._codes.abstract()}
         self._abstract_taken = self._in_order(everything_taken)
         self.kv_cache = cache_shape(
             model_config, self.forward.kept, page_size=config.block_size, num_slots=config.max_num_seqs, dtype=dtype,
@@ -173,8 +185,7 @@ class StepPrograms:
         """What the programs take, on the devices, from a checkpoint that fits. Raises ModelError."""
         weights = self.weights()
         dense = taken(checkpoint.load(self.abstract_parameters, weights), self._matrices, self._kind)
-        coded = checkpoint.load_codes(self._codes, weights) if self._codes else {}
-        parameters: dict[str, Parameter] = {**dense, **coded}
+        parameters: dict[str, Parameter] = {**dense, **dict(self._codes.load(checkpoint, weights))}
         return jax.block_until_ready(self._in_order(parameters))
 
     def _in_order[P](self, parameters: Mapping[str, P]) -> list[P]:

@@ -100,8 +100,9 @@ class ModelRunner:
                 raise ConfigError(f"draft_model must have no recurrent layers, got {config.draft_model!r}")
             least = dataclasses.replace(config, num_blocks=1 + config.blocks_per_seq)
             beside = StepPrograms(least, draft_checkpoint.config, mesh)
-        plan_codes = checkpoint.planned_codes if config.quantization == "codes" else None
-        self._programs = programs = StepPrograms(config, checkpoint.config, mesh, beside=beside, plan_codes=plan_codes)
+        self._programs = programs = StepPrograms(
+            config, checkpoint.config, mesh, beside=beside, plan_codes=checkpoint.planned_codes
+        )
         self.model_config = programs.model_config
         programs.check(checkpoint)
         self._layouts, self.buckets, self.edits = programs.layouts, list(programs.layouts), programs.edits

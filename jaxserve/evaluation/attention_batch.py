@@ -126,7 +126,7 @@ def random_batch(
     cache = _random_cache(keys[2], cache_shape, num_pages, shape.dtype, value_width)
     if poison is not None:
         everywhere = jnp.tile(owned.reshape(num_pages, page_size), (num_layers, 1))[:, :, None, None]
-        k, v = (jnp.where(everywhere, pages, jnp.asarray(poison, pages.dtype)) for pages in cache[:2])
+        k, v = (jnp.where(everywhere, pages, jnp.asarray(poison, pages.dtype)) for pages in cache.pages)
         cache = cache._replace(k=k, v=v)
     return RandomBatch(sequences, shape, num_layers, qkv, rotation, cache, inputs, window, chunk, softcap, sinks)
 
@@ -200,7 +200,7 @@ def rotation_error(batch: RandomBatch) -> float:
     q, cache = rotate(batch.qkv, batch.rotation, batch.cache, batch.inputs)
     slots = batch.inputs.slots + layer * batch.inputs.limits.num_pages * batch.shape.page_size
     written = []
-    for before, after, scale in zip(batch.cache[:2], cache[:2], batch.cache.scales[layer], strict=True):
+    for before, after, scale in zip(batch.cache.pages, cache.pages, batch.cache.scales[layer], strict=True):
         flat_before, flat_after = (pages.reshape(-1, *pages.shape[2:]) for pages in (before, after))
         same = flat_before.at[slots].set(flat_after[slots]) == flat_after
         if not bool((same | jnp.isnan(flat_after)).all()):  # poison is not equal to itself
@@ -323,7 +323,7 @@ def _exact_sequence(
     def one_head(head: jax.Array) -> jax.Array:
         k, v = (
             jnp.where(held, array[table, :, head].reshape(-1, dim)[:length], 0).astype(jnp.float64) * scales[i]
-            for i, array in enumerate(cache[:2])
+            for i, array in enumerate(cache.pages)
         )
         scores = jnp.einsum("rgd,td->grt", queries[:, head].astype(jnp.float64), k) * scale
         if softcap is not None:

@@ -21,6 +21,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.evaluation.capacity import CapacityResult
 from jaxserve.evaluation.drafts import drafts_row
 from jaxserve.evaluation.latency import Objective, RunResult
+from jaxserve.kernels import native
 
 PACKAGES = (
     "jaxserve",
@@ -127,8 +128,9 @@ def text_table(rows: Sequence[Mapping[str, str]]) -> str:
     )
 
 
-def machine() -> dict[str, str]:
-    """Where this process runs, and on which versions."""
+def processor() -> str:
+    """The CPU, how many of its cores this process may use, and what native kernels are compiled for on it. Raises
+    ConfigError, see ``native.instruction_set``."""
     model = ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -136,9 +138,16 @@ def machine() -> dict[str, str]:
         model = next(names, "").strip()
     # Cores that this process may use, which a container may have fewer of than the machine.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    instructions = native.instruction_set()
+    kernels = "no native kernels" if instructions is None else f"native kernels for {instructions.name}"
+    return f"{model or platform.processor() or platform.machine()}, {cores} cores, {kernels}"
+
+
+def machine() -> dict[str, str]:
+    """Where this process runs, and on which versions."""
     facts = {
         "time": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "processor": f"{model or platform.processor() or platform.machine()}, {cores} cores",
+        "processor": processor(),
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "Python": platform.python_version(),
     }

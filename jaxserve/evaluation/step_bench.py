@@ -85,7 +85,7 @@ def step_work(
     spans: Iterable[tuple[int, int]],
     cache_dtype: jnp.dtype,
 ) -> Work:
-    """What one step must compute and read. ``parameters`` are StepPrograms.abstract_parameters."""
+    """What one step must compute and read. ``parameters`` are all of them, as dense ones."""
     spans = list(spans)
     rows = sum(num_tokens for _, num_tokens in spans)
     head = "embedding" if model.tie_word_embeddings else "lm_head"
@@ -104,7 +104,7 @@ def step_work(
         pairs = sum(num_seen_keys(start, num_tokens, window) for start, num_tokens in spans)
         flops += 4 * pairs * model.num_heads * model.head_dim
         keys = sum(start + n if window is None else min(start + n, window - 1 + n) for start, n in spans)
-        num_bytes += 2 * keys * model.num_kv_heads * model.head_dim * cache_dtype.itemsize
+        num_bytes += keys * model.num_kv_heads * model.kv_width * cache_dtype.itemsize
     return Work(flops, num_bytes)
 
 
@@ -141,7 +141,8 @@ class StepBench:
     ) -> None:
         self._effort = effort
         checkpoint, resolved = prepare(config)
-        self._programs = StepPrograms(resolved, checkpoint.config, make_mesh(config.tensor_parallel))
+        mesh, plan_codes = make_mesh(config.tensor_parallel), checkpoint.planned_codes
+        self._programs = StepPrograms(resolved, checkpoint.config, mesh, plan_codes=plan_codes)
         compiled = _chosen(buckets, self._programs.buckets)
         with ThreadPoolExecutor() as pool:
             launches = pool.map(lambda rows: compile_into_cache(self._programs.lower_forward(rows)), compiled)
@@ -155,7 +156,8 @@ class StepBench:
     def measure(self, case: StepCase) -> StepRow:
         num_rows = bucket_of(case.num_tokens, self.runner.buckets)
         cache_dtype = self._programs.kv_cache.dtype
-        work = step_work(self.runner.model_config, self._programs.abstract_parameters, case.spans, cache_dtype)
+        parameters = self._programs.forward.abstract_parameters
+        work = step_work(self.runner.model_config, parameters, case.spans, cache_dtype)
         seconds = time_launches(self._launcher(case), self._effort)
         return StepRow(case, num_rows, seconds, work, self._launches[num_rows])
 

@@ -131,7 +131,7 @@ class RooflineCost:
     @property
     def kv_bytes_per_token(self) -> int:
         """On one device, in the stage with the most layers."""
-        return 2 * self.kv_heads * self.model.head_dim * DTYPE_BYTES * max(s.total() for s in self.stages)
+        return self.kv_heads * self.model.kv_width * DTYPE_BYTES * max(s.total() for s in self.stages)
 
     @property
     def weight_bytes(self) -> float:
@@ -149,13 +149,8 @@ class RooflineCost:
         layers = self.stages[stage]
         num_layers = layers.total()
         hidden_bytes = rows * model.hidden_size * DTYPE_BYTES
-        heads, inner = model.num_heads / self.tensor, model.head_dim
         seconds = {
-            "projections": num_layers
-            * (
-                self._matmul_seconds(rows, model.hidden_size, (heads + 2 * self.kv_heads) * inner)
-                + self._matmul_seconds(rows, heads * inner, model.hidden_size)
-            ),
+            "projections": num_layers * sum(self._matmul_seconds(rows, *sizes) for sizes in self._attention_matrices()),
             "mlp": sum(count * self._mlp_seconds(rows, kind.sparse) for kind, count in layers.items()),
             "prefill attention": sum(n * self._prefill_seconds(spans, kind.window) for kind, n in layers.items()),
             "decode attention": sum(n * self._decode_seconds(spans, kind.window) for kind, n in layers.items()),
@@ -169,6 +164,21 @@ class RooflineCost:
         else:
             seconds["send"] = self._handover.send_seconds(hidden_bytes)
         return seconds
+
+    def _attention_matrices(self) -> list[tuple[float, float]]:
+        """Inputs and outputs of what a layer's attention multiplies rows by, on one device."""
+        model, heads = self.model, self.model.num_heads / self.tensor
+        hidden, latent = model.hidden_size, model.latent
+        if latent is None:
+            return [(hidden, (heads + 2 * self.kv_heads) * model.head_dim), (heads * model.head_dim, hidden)]
+        query_rank = latent.query_rank or 0
+        return [
+            (hidden, query_rank + model.head_dim),
+            (query_rank or hidden, heads * (model.head_dim - latent.rank + latent.key_dim)),
+            (latent.key_dim, heads * latent.rank),
+            (latent.rank, heads * latent.value_dim),
+            (heads * latent.value_dim, hidden),
+        ]
 
     def _matmul_seconds(self, rows: float, inner: float, outer: float) -> float:
         if not rows:
@@ -213,7 +223,7 @@ class RooflineCost:
         return self.device.kernel_seconds + self._kv_read_seconds(keys) if keys else 0.0
 
     def _kv_read_seconds(self, keys: int) -> float:
-        return keys * 2 * self.kv_heads * self.model.head_dim * DTYPE_BYTES / self._bytes_per_second
+        return keys * self.kv_heads * self.model.kv_width * DTYPE_BYTES / self._bytes_per_second
 
     def _small_seconds(self, rows: int) -> float:
         """Norms and additions read and write the hidden state, the activation the MLP's, the rotation the heads."""
@@ -225,8 +235,7 @@ class RooflineCost:
 
     def _stage_weight_bytes(self, stage: int) -> float:
         model, matrices = self.model, 3 if self.model.gated_mlp else 2
-        heads = model.num_heads / self.tensor
-        attention = model.hidden_size * model.head_dim * 2 * (heads + self.kv_heads)
+        attention = sum(inner * outer for inner, outer in self._attention_matrices())
         parameters = 0.0
         for kind, count in self.stages[stage].items():
             inner = model.intermediate_size

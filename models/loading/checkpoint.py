@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,18 +86,15 @@ class Checkpoint(ABC):
     ) -> dict[str, QuantisedMatrix]:
         """Of the parameters ``abstract`` those that may stay codes in memory, as ``load_codes`` takes them, by headers.
 
-        Raises ModelError where none is, and as ``check`` does.
+        Raises ModelError as ``check`` does.
         """
         self.check(abstract, weights)
-        planned = {} if self._codes is None else codes.plan(self._codes, abstract, weights, layouts)
-        if not planned:
-            raise ModelError(f"{self.path}: quantization codes needs quantised weights of a supported kind, found none")
-        return planned
+        return {} if self._codes is None else codes.plan(self._codes, abstract, weights, layouts)
 
     def load_codes(
         self, planned: Mapping[str, QuantisedMatrix], weights: Mapping[str, Weight]
-    ) -> dict[str, QuantisedMatrix]:
-        """As ``load`` does, the matrices of ``planned_codes``."""
+    ) -> Iterator[tuple[str, QuantisedMatrix]]:
+        """The matrices of ``planned_codes``, each when it is asked for. Raises ModelError."""
         assert self._codes is not None, "planned"
         return codes.load(self._codes, planned, weights)
 

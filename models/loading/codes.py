@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -17,8 +16,6 @@ from jaxserve.models.loading.quantised.tensor import Encoding, QuantisedTensor
 from jaxserve.models.matrix import MatrixLayout, QuantisedMatrix
 from jaxserve.models.matrix.quantised import Division
 from jaxserve.models.weights import TensorSource, Weight
-
-logger = logging.getLogger(__name__)
 
 
 class CodeSource(TensorSource, Protocol):
@@ -53,19 +50,14 @@ def plan(
     Experts' are not among them, nor what mixes codes with floats, or has columns in orders of its own.
     """
     found = {name: _planned(source, abstract[name], weights[name], layout) for name, layout in layouts.items()}
-    planned = {name: matrix for name, matrix in found.items() if matrix is not None}
-    others = [name for name, matrix in found.items() if matrix is None]
-    logger.info(
-        "%d of %d matrices are kept as codes; dequantised: %s", len(planned), len(found), ", ".join(others) or "none"
-    )
-    return planned
+    return {name: matrix for name, matrix in found.items() if matrix is not None}
 
 
 def load(
     source: CodeSource, planned: Mapping[str, QuantisedMatrix], weights: Mapping[str, Weight]
-) -> dict[str, QuantisedMatrix]:
-    """The matrices that ``plan`` has given, one after the other. Raises ModelError."""
-    return {name: _assembled(source, matrix, weights[name]) for name, matrix in planned.items()}
+) -> Iterator[tuple[str, QuantisedMatrix]]:
+    """The matrices that ``plan`` has given, each when it is asked for. Raises ModelError."""
+    return ((name, _assembled(source, matrix, weights[name])) for name, matrix in planned.items())
 
 
 def _planned(

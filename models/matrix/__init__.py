@@ -1,7 +1,8 @@
 """The matrices that layers multiply by: what a layer asks of one, whatever its weights look like in memory.
 
 A model declares its matrices as dense parameters (layers.matrix), and so they are loaded and stored. How they lie in
-memory is a kind, chosen for the device, or the file's own codes: programs take ``kind.of`` of each, or the codes.
+memory is a kind, chosen for the device, and programs take ``kind.of`` of each. What stays the file's own codes is a
+QuantisedMatrix, or PanelCodes made of one.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import jax
 from flax import nnx
 
 from jaxserve.models.matrix.dense import DenseMatrix
+from jaxserve.models.matrix.kinds import choose_kind
 from jaxserve.models.matrix.layout import DenseKind, Gate, Matrix, MatrixLayout
 from jaxserve.models.matrix.panel import PanelMatrix
+from jaxserve.models.matrix.panel_codes import PanelCodes
 from jaxserve.models.matrix.quantised import QuantisedMatrix
 
 __all__ = [
-    "DenseKind", "DenseMatrix", "Gate", "Matrix", "MatrixLayout", "PanelMatrix", "Parameter", "QuantisedMatrix",
-    "abstract_taken", "layouts_of", "taken",
+    "DenseKind", "DenseMatrix", "Gate", "Matrix", "MatrixLayout", "PanelCodes", "PanelMatrix", "Parameter",
+    "QuantisedMatrix", "abstract_taken", "choose_kind", "layouts_of", "taken",
 ]  # fmt: skip
 
 Parameter = jax.Array | Matrix
@@ -32,7 +35,7 @@ def layouts_of(state: nnx.State) -> dict[str, MatrixLayout]:
 
 
 def taken(
-    parameters: Mapping[str, jax.Array], layouts: Mapping[str, MatrixLayout], kind: type[DenseKind]
+    parameters: Mapping[str, jax.Array], layouts: Mapping[str, MatrixLayout], kind: DenseKind
 ) -> dict[str, Parameter]:
     """What programs take of dense ``parameters``: matrices of this kind. One after the other, so that memory need not
     hold two forms of all."""
@@ -40,7 +43,7 @@ def taken(
 
 
 def abstract_taken(
-    parameters: Mapping[str, jax.ShapeDtypeStruct], layouts: Mapping[str, MatrixLayout], kind: type[DenseKind]
+    parameters: Mapping[str, jax.ShapeDtypeStruct], layouts: Mapping[str, MatrixLayout], kind: DenseKind
 ) -> dict[str, jax.ShapeDtypeStruct | Matrix]:
     """What ``taken`` gives, without values."""
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple, Protocol, Self
+from typing import ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,8 @@ class Matrix(Protocol):
     """A pytree, whose leaves are the arrays that a program takes.
 
     rows: ``int32[R]``, of x those to multiply; for a negative number the result is anything. None: all, in order.
-    groups: ``int32[G]``, of a grouped matrix how many of these rows, one after the other, belong to each group.
+    groups: ``int32[G]``, of a grouped matrix how many of these rows, one after the other, belong to each group; for
+    those behind, which belong to none, the result is anything.
     """
 
     skips_padding: ClassVar[bool]
@@ -65,16 +66,19 @@ class Matrix(Protocol):
         ...
 
 
-class DenseKind(Matrix, Protocol):
-    """A Matrix that is made of the dense parameter."""
+class DenseKind(Protocol):
+    """What makes matrices of dense parameters."""
 
-    @classmethod
-    def of(cls, weight: jax.Array, layout: MatrixLayout) -> Self:
+    @property
+    def skips_padding(self) -> bool:
+        """As of all that it makes."""
+        ...
+
+    def of(self, weight: jax.Array, layout: MatrixLayout) -> Matrix:
         """From the dense parameter ``[out..., in...]``, which is deleted unless it is kept."""
         ...
 
-    @classmethod
-    def abstract(cls, weight: jax.ShapeDtypeStruct, layout: MatrixLayout) -> Self:
+    def abstract(self, weight: jax.ShapeDtypeStruct, layout: MatrixLayout) -> Matrix:
         """What ``of`` gives, without values."""
         ...
 

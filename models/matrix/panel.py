@@ -14,9 +14,39 @@ from jaxserve.kernels import cpu_gemm
 from jaxserve.models.matrix.layout import Gate, MatrixLayout, gate
 
 
+class Gated:
+    """Panels whose product ends with ``gate``, or with none."""
+
+    num_outputs: int
+    gate: str | None
+
+    def multiply(
+        self,
+        x: jax.Array,
+        rows: jax.Array | None = None,
+        out_dtype: jnp.dtype | None = None,
+        groups: jax.Array | None = None,
+    ) -> jax.Array:
+        """See Matrix."""
+        raise NotImplementedError
+
+    def gated(
+        self,
+        x: jax.Array,
+        rows: jax.Array | None,
+        activation: Gate,
+        bias: jax.Array | None,
+        groups: jax.Array | None = None,
+    ) -> jax.Array:
+        product = self.multiply(x, rows, groups=groups)
+        return (
+            product if self.gate is not None else gate(product.reshape(-1, 2, self.num_outputs // 2), activation, bias)
+        )
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class PanelMatrix:
+class PanelMatrix(Gated):
     """In the panels of kernels/cpu_gemm.py, whose native products are faster than XLA's on CPUs.
 
     float32 or bfloat16, on one device: a division of the matrix would have to follow its panels.
@@ -52,19 +82,6 @@ class PanelMatrix:
         rows = jnp.arange(len(x), dtype=jnp.int32) if rows is None else rows
         groups = jnp.array([len(rows)], jnp.int32) if groups is None else groups
         return cpu_gemm.multiply(x, self.panels, rows, groups, self.num_outputs, out_dtype or x.dtype, self.gate)
-
-    def gated(
-        self,
-        x: jax.Array,
-        rows: jax.Array | None,
-        activation: Gate,
-        bias: jax.Array | None,
-        groups: jax.Array | None = None,
-    ) -> jax.Array:
-        product = self.multiply(x, rows, groups=groups)
-        return (
-            product if self.gate is not None else gate(product.reshape(-1, 2, self.num_outputs // 2), activation, bias)
-        )
 
     def lookup(self, ids: jax.Array) -> jax.Array:
         found = self.panels[ids // cpu_gemm.PANEL, :, ids % cpu_gemm.PANEL]

@@ -1,7 +1,7 @@
 """Matrices in memory as codes of 4 or 8 bits, which are turned into numbers in every product, a few rows at a time.
 
 A product is XLA's, on any device. It is slower than one of dense weights, which it writes out each time, and takes a
-quarter or half of bfloat16's memory.
+quarter or half of bfloat16's memory. Where a CPU has native products, PanelCodes are made of these.
 """
 
 from __future__ import annotations

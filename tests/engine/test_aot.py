@@ -40,6 +40,8 @@ YI_LAYERS, FALCON_LAYERS, SHALLOW_LAYERS = 2, 4, 2
 FEW_SEQUENCES = "--max-num-seqs=16"
 """So that all buckets draw from one sampler."""
 BFLOAT16 = jnp.dtype("bfloat16")
+OF_ATTENTION = {"attend", "combine", "rotate_and_write"}
+"""Triton's kernels."""
 
 
 def run(environment: dict[str, str], *command: str) -> str:
@@ -100,6 +102,14 @@ def drafting(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     narrow = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 1}
     model = shallow_model(folder, "mistral-7b", SHALLOW_LAYERS, **narrow)
     return compiled(folder, model, FEW_SEQUENCES, "--speculative=ngram", "--rows", "64")
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Layers of Qwen3-30B-A3B, of a small vocabulary, in a bucket of decodes and one of chunks."""
+    folder = tmp_path_factory.mktemp("mixture")
+    model = shallow_model(folder, "qwen3-30b-a3b", SHALLOW_LAYERS, vocab_size=2048)
+    return compiled(folder, model, FEW_SEQUENCES, "--rows", *map(str, ROWS))
 
 
 @pytest.fixture(params=["mistral", "yi", "falcon", "shallow", "drafting"])
@@ -204,6 +214,20 @@ def test_layers_run_in_triton_kernels(report: dict[str, Any]) -> None:
         assert calls == {"triton_kernel_call_ffi": 4 * program["num_layers"]}, program["rows"]
 
 
+def test_a_mixture_multiplies_what_its_rows_choose(mixture: dict[str, Any]) -> None:
+    """In kernels of its own, two a layer, where XLA would multiply all rows by all experts, each masked for itself; the
+    step stays one graph, and its memory what rows and their experts make."""
+    model = open_checkpoint(mixture["settings"]["model"], "dummy").config
+    kept_free = working_bytes(SimpleNamespace(**mixture["settings"]), model)  # type: ignore[arg-type]
+    for program in forward_passes(mixture):
+        assert program["custom_calls"] == {"triton_kernel_call_ffi": 6 * program["num_layers"]}
+        assert program["num_layer_kernels"] <= 27 * program["num_layers"]
+        assert program["temp_bytes"] <= kept_free
+        assert program["launches"] == {"num_graphs": 1, "num_others": 0, "num_waits": 0}
+    assert {kernel["name"] for kernel in mixture["kernels"]} == OF_ATTENTION | {"multiply_groups"}
+    assert max(kernel["spilled_bytes"] for kernel in mixture["kernels"]) <= 16
+
+
 def test_collectives_of_tensor_parallelism(yi: dict[str, Any]) -> None:
     """Two all-reduces a layer and the embedding's; an exchange of logits; tokens and logprobs, gathered at once."""
     for program in yi["programs"]:
@@ -280,5 +304,5 @@ def test_stages_must_divide_over_the_hosts() -> None:
 
 
 def test_no_kernel_spills_registers(report: dict[str, Any]) -> None:
-    assert {kernel["name"] for kernel in report["kernels"]} == {"attend", "combine", "rotate_and_write"}
+    assert {kernel["name"] for kernel in report["kernels"]} == OF_ATTENTION
     assert [kernel for kernel in report["kernels"] if kernel["spilled_bytes"]] == []

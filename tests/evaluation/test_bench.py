@@ -22,7 +22,8 @@ def test_serve_against_a_running_server(server, tmp_path):
     done = bench("serve", "--target", server.target, *workload, "--num-requests", "5", "--rate", "50",
                  "--tbt-seconds", "30", "--report", str(report))  # fmt: skip
     assert done.returncode == 0, done.stderr
-    names, numbers = done.stdout.splitlines()[:2]
+    processor, names, numbers = done.stdout.splitlines()[:3]
+    assert "native kernels" in processor
     assert names.startswith("policy")
     assert numbers.split()[:4] == [server.target, "50", "5", "0"]
     assert report.read_text().startswith("<!doctype html>")

@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,11 @@ class Resources:
 
 def launches(variant: Variant, backend: str) -> list[Launch]:
     """What the step program of a model launches for one layer."""
+    return launched(*program(variant, backend))
+
+
+def launched(function: Callable[..., Any], *shapes: Any) -> list[Launch]:
+    """By a function of arrays of such shapes."""
     found: list[Launch] = []
 
     def triton_call(
@@ -121,7 +127,7 @@ def launches(variant: Variant, backend: str) -> list[Launch]:
         return jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), out_type)
 
     with mock.patch.object(triton_launch, "triton_call", triton_call):
-        jax.eval_shape(*program(variant, backend))
+        jax.eval_shape(function, *shapes)
     return found
 
 

@@ -114,12 +114,20 @@ def run_batch(
     backend: Backend = XLA,
     masking: Masking = Masking(),
     shared_pages: int = 0,
+    has_values: bool = True,
+    outputs: list[np.ndarray] | None = None,
 ) -> float:
     """Largest error over a batch of (context, query length) sequences whose earlier tokens are already cached.
 
     ``scales``: of keys and values in a cache of another type than ``dtype``. ``shared_pages``: which sequences whose
-    context fills them have in common; they come first.
+    context fills them have in common; they come first. ``has_values``: without, keys are their own values. ``outputs``:
+    what comes out is put there.
     """
+
+    def of_both(*size: int) -> np.ndarray:
+        drawn = rng.normal(size=(2, *size)).astype(np.float32)
+        return drawn if has_values else drawn[[0, 0]]
+
     cache_dtype = cache_dtype or dtype
     heads, slots = kv_heads * group, len(sequences) + 2
     pages_per_seq = -(-MAX_LEN // page_size)
@@ -129,11 +137,13 @@ def run_batch(
     limits = PlanLimits(num_rows, slots, MAX_LEN, page_size, num_pages, backend.tiling, masking.plan_window)
     free = list(rng.permutation(np.arange(1, num_pages)))
     prefix_pages = [free.pop() for _ in range(shared_pages)]
-    prefix = rng.normal(size=(2, shared_tokens, kv_heads, dim)).astype(np.float32)
+    prefix = of_both(shared_tokens, kv_heads, dim)
     slot_of = rng.permutation(slots)[: len(sequences)]
     tables = np.zeros((slots, pages_per_seq), np.int32)
     qkv = rng.normal(size=(num_rows, kv_heads, group + 2, dim)).astype(np.float32)
-    q, k, v = qkv[:, :, :group].reshape(num_rows, heads, dim), qkv[:, :, group], qkv[:, :, group + 1]
+    if not has_values:
+        qkv = qkv[:, :, :-1]
+    q, k, v = qkv[:, :, :group].reshape(num_rows, heads, dim), qkv[:, :, group], qkv[:, :, -1]
     kv_slots = np.zeros(num_rows, np.int32)
     sinks = masking.draw_sinks(rng, heads)
     # Poisoned: what nobody wrote must not be read.
@@ -143,7 +153,7 @@ def run_batch(
         total = context + length
         pages = [free.pop() for _ in range(count)]
         own = set(pages)
-        history = rng.normal(size=(2, context, kv_heads, dim)).astype(np.float32)
+        history = of_both(context, kv_heads, dim)
         if context >= shared_tokens:
             pages, history[:, :shared_tokens] = prefix_pages + pages, prefix
         tables[slot, : len(pages)] = pages
@@ -169,7 +179,10 @@ def run_batch(
     make_plan(limits, slot_of, lengths, context + lengths, plan)
     inputs = inputs_for(limits, backend, slots=kv_slots, tables=tables, plan=plan)
     layer = jnp.int32(LAYER)
-    pages = KVCache(*jnp.asarray(jnp.asarray(cache, dtype), cache_dtype), jnp.tile(jnp.asarray(scales), (LAYERS, 1)))
+    k_pages, v_pages = jnp.asarray(jnp.asarray(cache, dtype), cache_dtype)
+    pages = KVCache(
+        k_pages, v_pages if has_values else None, jnp.tile(jnp.asarray(scales[: 1 + has_values]), (LAYERS, 1))
+    )  # fmt: skip
     rotated, pages = rotate_and_write(jnp.asarray(qkv, dtype), None, pages, inputs, layer)
     out = paged_attention(
         rotated, pages, inputs, layer, scale=dim**-0.5, window=masking.window, softcap=masking.softcap,
@@ -179,6 +192,8 @@ def run_batch(
     got = np.asarray(out, np.float32)
     assert np.isfinite(got[:row]).all()
     assert not got[row:].any()
+    if outputs is not None:
+        outputs.append(got)
     return float(np.abs(got[:row] - expected[:row]).max())
 
 

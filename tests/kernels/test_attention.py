@@ -10,12 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.kernels import native
-from jaxserve.kernels.backend import Backend
+from jaxserve.kernels.backend import AttentionShape, Backend
 from jaxserve.kernels.cache import KVCache
+from jaxserve.kernels.cpu_attention import Native
+from jaxserve.kernels.instruction_sets import AMX, AMX_EMULATED
 from jaxserve.kernels.plan import PlanLimits, Tiling
 from jaxserve.kernels.xla import Xla
 from tests.kernels.ragged import CPU, NATIVE, XLA, Masking, batches, inputs_for, maskings, rows_for, run_batch
 
+needs_compiler = pytest.mark.skipif(not native.available(), reason="needs a C++ compiler")
+HAS_TILES = native.instruction_set() in (AMX, AMX_EMULATED)
 BACKENDS = [pytest.param(one, id=one.name) for one in ((XLA, NATIVE) if native.available() else (XLA,))]
 
 
@@ -76,7 +80,7 @@ def test_half_precision(dim: int, masking: Masking, dtype: jnp.dtype, bound: flo
     assert error < bound
 
 
-@pytest.mark.skipif(not native.available(), reason="needs a C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("dim", [8, 64, 80, 96, 256])
 def test_native_bfloat16_rounds_the_result_only(dim: int) -> None:
     """Everything between queries, cache and outputs is float32."""
@@ -88,6 +92,43 @@ def test_native_bfloat16_rounds_the_result_only(dim: int) -> None:
     assert error < 1.6e-2  # half of bfloat16's step between 4 and 8
 
 
+@needs_compiler
+@settings(max_examples=10, deadline=None)
+@given(
+    batches(),
+    st.sampled_from([8, 16, 64]),
+    st.sampled_from([(1, 4), (3, 3), (4, 1), (1, 20)]),
+    st.sampled_from([32, 64, 96]),
+    maskings(),
+    st.integers(0, 999),
+)
+def test_native_bfloat16_in_any_mix(
+    sequences: list[tuple[int, int]], page_size: int, heads: tuple[int, int], dim: int, masking: Masking, seed: int
+) -> None:
+    kv_heads, group = heads
+    error = run_batch(
+        np.random.default_rng(seed), sequences, kv_heads=kv_heads, group=group, dim=dim, page_size=page_size,
+        num_rows=rows_for(sequences), dtype=jnp.dtype("bfloat16"), backend=NATIVE, masking=masking,
+    )  # fmt: skip
+    assert error < 3e-2
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("masking", [Masking(), *([Masking(40), Masking(chunk=100)] if HAS_TILES else [])], ids=str)
+def test_native_outputs_do_not_depend_on_how_a_prompt_is_cut(masking: Masking, dtype: str) -> None:
+    """To the last bit: into items of any numbers of rows."""
+    outputs: list[np.ndarray] = []
+    for rows in (64, 24, 7):
+        run_batch(
+            np.random.default_rng(5), [(130, 70), (0, 33), (300, 20)], kv_heads=2, group=3, dim=64, page_size=16,
+            num_rows=128, dtype=jnp.dtype(dtype), backend=Native(Tiling(128, rows), CPU), masking=masking,
+            outputs=outputs,
+        )  # fmt: skip
+    for other in outputs[1:]:
+        np.testing.assert_array_equal(other, outputs[0])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dim", [8, 64, 80, 96, 128, 256])
 def test_float32_head_sizes(dim: int, backend: Backend) -> None:
@@ -96,6 +137,26 @@ def test_float32_head_sizes(dim: int, backend: Backend) -> None:
         np.random.default_rng(dim), sequences, kv_heads=2, group=3, dim=dim, page_size=16, num_rows=128, backend=backend
     )
     assert error < 2e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_that_are_values(backend: Backend) -> None:
+    """As of DeepSeek-V3, whose 128 query heads share a latent of 512 and 64 rotated dimensions."""
+    group, dim = 128, 576
+    shape = AttentionShape(group, 1, dim, 16, jnp.dtype("float32"), jnp.dtype("float32"), has_values=False)
+    error = run_batch(
+        np.random.default_rng(dim), [(200, 1), (0, 1), (30, 20), (255, 1), (0, 9)], kv_heads=1, group=group, dim=dim,
+        page_size=16, num_rows=32, backend=backend.of(CPU, shape), has_values=False,
+    )  # fmt: skip
+    assert error < 2e-5
+
+
+def test_float8_keys_that_are_values() -> None:
+    error = run_batch(
+        np.random.default_rng(3), [(200, 1), (130, 70), (0, 33)], kv_heads=1, group=4, dim=40, page_size=16,
+        num_rows=128, cache_dtype=jnp.dtype(jnp.float8_e4m3fn), scales=(0.03, 0.03), has_values=False,
+    )  # fmt: skip
+    assert error < 1e-4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

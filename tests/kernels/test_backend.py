@@ -41,6 +41,7 @@ def test_the_platform_chooses(without: set[str]) -> None:
     assert choose_backend("auto", H100, MISTRAL).name == "triton"
     assert choose_backend("auto", A100, MISTRAL).name == "triton"
     assert choose_backend("xla", H100, MISTRAL).name == "xla"
+    assert choose_backend("auto", H100, MISTRAL._replace(has_values=False)).name == "xla"
     assert choose_backend("mosaic", H100, MISTRAL).name == "mosaic"
 
 
@@ -61,6 +62,7 @@ def test_gpus_without_their_packages_are_served_slowly_and_told(
         ("triton", V100, MISTRAL, "triton needs a GPU of compute capability 8.0 or newer, got 7.0"),
         ("triton", H100, MISTRAL._replace(page_size=8), "triton needs a block_size of at least 16, got 8"),
         ("triton", H100, MISTRAL._replace(head_dim=512), "triton needs a head_dim of at most 256, got 512"),
+        ("triton", H100, MISTRAL._replace(has_values=False), "triton needs keys and values that lie apart"),
         ("pod", A100, MISTRAL, "pod needs a GPU of compute capability 9.0 or newer, got 8.0"),
         ("pod", H100, MISTRAL._replace(head_dim=256), "pod needs a head_dim of at most 128, got 256"),
         ("mosaic", A100, MISTRAL, "mosaic needs a Hopper GPU \\(compute capability 9.0\\), got 8.0"),
@@ -87,6 +89,13 @@ def test_tiles_fill_the_matrix_units(without: set[str]) -> None:
             shape = shape._replace(num_kv_heads=2)
         group = shape.num_heads // shape.num_kv_heads
         assert choose_backend("triton", H100, shape).tiling.prefill_rows * group == rows
+
+
+@pytest.mark.skipif(not native.available(), reason="needs a C++ compiler")
+def test_native_tiles_stay_in_a_cores_cache() -> None:
+    latent = MISTRAL._replace(num_heads=128, num_kv_heads=1, head_dim=576, has_values=False)
+    for shape, rows in ((MISTRAL, 64), (latent, 7), (latent._replace(num_heads=16), 56)):
+        assert choose_backend("native", CPU, shape).tiling.prefill_rows == rows
 
 
 def test_what_is_timed_on_a_gpu(without: set[str]) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from jaxserve import LLM, SamplingParams
 from jaxserve.kernels import native
 from jaxserve.kernels.cpu_gemm import GATES
+from jaxserve.kernels.instruction_sets import AMX, AMX_EMULATED
 from jaxserve.models.layers import gate_of
 from jaxserve.models.matrix import MatrixLayout, PanelMatrix, abstract_taken, taken
 from tests.models.golden import Golden
@@ -91,6 +92,49 @@ def test_only_rows_that_are_wanted(dtype: str) -> None:
     limited = multiply(matrix, x, jnp.asarray(wanted))
     assert limited.shape == (240, 40)
     np.testing.assert_array_equal(np.asarray(limited)[wanted >= 0], every[wanted[wanted >= 0]])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inputs", [33, 1001])
+def test_a_row_does_not_depend_on_how_many_are_wanted(inputs: int, dtype: str) -> None:
+    """Nor on its place among them; one program serves every number."""
+    x, w = operands(256, inputs, 40, dtype, seed=6)
+    matrix, rng = panels(w), np.random.default_rng(7)
+    every = np.asarray(multiply(matrix, x))
+    for count in (*range(1, 70), 200, 255):
+        wanted = rng.permutation(np.r_[rng.choice(256, count), np.full(256 - count, -1)]).astype(np.int32)
+        y = np.asarray(multiply(matrix, x, jnp.asarray(wanted)))
+        np.testing.assert_array_equal(y[wanted >= 0], every[wanted[wanted >= 0]], err_msg=f"{count} rows")
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inputs", [1, 33, 70, 1001])
+def test_what_follows_a_panel_is_not_read(inputs: int, dtype: str) -> None:
+    """The next one's numbers may be none."""
+    x, w = operands(20, inputs, 64, dtype, seed=8)
+    broken = multiply(panels(w.at[16:].set(jnp.nan)), x)
+    np.testing.assert_array_equal(np.asarray(broken)[:, :16], np.asarray(multiply(panels(w), x))[:, :16])
+
+
+@pytest.mark.skipif(native.instruction_set() not in (AMX, AMX_EMULATED), reason="needs AMX, or its emulation")
+def test_sums_of_amx_are_in_its_order() -> None:
+    """Of each 32 products the even ones and the odd ones, from zero and in turn, then both onto what was there.
+
+    Numbers near 1, whose products and sums float64 holds without rounding.
+    """
+    rng = np.random.default_rng(9)
+    x, w = (jnp.asarray(rng.normal(size=(n, 96)), jnp.bfloat16) for n in (20, 40))
+    x64, w64 = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    sums = np.zeros((20, 40), np.float32)
+    for begin in range(0, 96, 32):
+        halves = np.zeros((2, 20, 40), np.float32)
+        for k in range(begin, begin + 32):
+            halves[k % 2] = halves[k % 2] + np.multiply.outer(x64[:, k], w64[:, k])
+        sums = sums + (halves[0] + halves[1])
+    y = multiply(panels(w), x, out_dtype=jnp.dtype("float32"))
+    np.testing.assert_array_equal(np.asarray(y), sums)
 
 
 @needs_compiler

@@ -45,6 +45,7 @@ def reports() -> Iterator[dict[str, subprocess.Popen[str]]]:
         "installed": report("ptxas_report", "--json"),
         "3.6": report("ptxas_report", "--json", "--variants", *MISTRAL, triton_36=True),
         "overlap": report("overlap_report"),
+        "groups": report("groups_report"),
     }
     yield started
     for process in started.values():
@@ -114,3 +115,14 @@ def test_decodes_do_not_wait_for_chunks(reports: dict[str, subprocess.Popen[str]
         "decode": ["rotate_and_write"],
         "combine": ["rotate_and_write", "prefill", "decode"],
     }
+
+
+def test_products_of_experts(reports: dict[str, subprocess.Popen[str]]) -> None:
+    """Of chunks by warpgroups' instructions; at least two programs on a multiprocessor; nothing spilled but a few bytes
+    outside of loops."""
+    for case, compiled in output(reports["groups"]).items():
+        for kernel in compiled:
+            assert kernel["spilled_bytes"] <= 32, (case, kernel)
+            assert kernel["spilled_bytes"] == 0 or not case.startswith("chunks"), (case, kernel)
+            assert kernel["occupancy"] >= 2, (case, kernel)
+            assert (kernel["wgmma"] > 0) == case.startswith("chunks"), (case, kernel)

@@ -36,6 +36,7 @@ SAME_AS = {
     "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
     "Gemma4ForConditionalGeneration": "Gemma4ForCausalLM",
     "Gemma4UnifiedForConditionalGeneration": "Gemma4ForCausalLM",
+    "KimiK25ForConditionalGeneration": "DeepseekV3ForCausalLM",
     "Llama4ForConditionalGeneration": "Llama4ForCausalLM",
     "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",
     "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
@@ -102,7 +103,7 @@ def load(path: Path, max_len: int, tensor: int = 1, codes: bool = False) -> Deco
     planned = checkpoint.planned_codes(abstract, weights, layouts) if codes else {}
     dense = {name: spec for name, spec in abstract.items() if name not in planned}
     parameters = taken(checkpoint.load(dense, weights), layouts, DenseMatrix)
-    parameters |= checkpoint.load_codes(planned, weights) if planned else {}
+    parameters |= dict(checkpoint.load_codes(planned, weights)) if planned else {}
     return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), [parameters[name] for name in abstract]))
 
 

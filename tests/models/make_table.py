@@ -24,7 +24,7 @@ tests/models/test_families.py, which also serves one of each architecture throug
 
 Any of these loads from safetensors (a folder or a hub id) and, converted, from Orbax onto any mesh; GGUF where the
 table says so. `--load-format dummy` gives random weights in the shape of any config.json, or of mistral-7b, yi-34b,
-llama2-70b and falcon-180b by name.
+llama2-70b, falcon-180b and deepseek-v2-lite by name.
 
 ## Families
 
@@ -66,8 +66,11 @@ Largest absolute difference of any logit from transformers', with prompt and con
 
 def features(config: ModelConfig) -> str:
     """What sets a model apart, in words."""
-    heads = "MHA" if config.group_size == 1 else "MQA" if config.num_kv_heads == 1 else "GQA"
-    found = [f"{heads} {config.num_heads}/{config.num_kv_heads}"]
+    if config.latent is not None:
+        found = [f"MLA {config.num_heads}, a latent of {config.latent.rank}"]
+    else:
+        heads = "MHA" if config.group_size == 1 else "MQA" if config.num_kv_heads == 1 else "GQA"
+        found = [f"{heads} {config.num_heads}/{config.num_kv_heads}"]
     windowed = sum(window is not None for window in config.windows)
     if windowed:
         found.append(f"window in {windowed} of {config.num_layers} layers")

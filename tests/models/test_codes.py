@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxserve import LLM, SamplingParams
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError, ModelError
+from jaxserve.kernels import native
 from jaxserve.models import llama
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.loading import codes, gguf_codes
@@ -48,7 +49,7 @@ def test_products_are_those_of_the_dequantised(name: str, tensor: int, tmp_path:
     planned = checkpoint.planned_codes(abstract, weights, layouts)
     assert planned.keys() == layouts.keys() - {"embedding"}
     dense = checkpoint.load({name: abstract[name] for name in planned}, weights)
-    for path, matrix in checkpoint.load_codes(planned, weights).items():
+    for path, matrix in checkpoint.load_codes(planned, weights):
         assert [array.sharding for array in jax.tree.leaves(matrix)] == [
             spec.sharding for spec in jax.tree.leaves(planned[path])
         ]
@@ -103,7 +104,7 @@ def made(source: Held, shape: tuple[int, ...], weight: Weight, layout: MatrixLay
     sharding = NamedSharding(make_mesh(), PartitionSpec())
     spec = {"m": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)}
     planned = codes.plan(source, spec, {"m": weight}, {"m": layout})
-    return codes.load(source, planned, {"m": weight})["m"] if planned else None
+    return dict(codes.load(source, planned, {"m": weight}))["m"] if planned else None
 
 
 def numbers(matrix: QuantisedMatrix) -> np.ndarray:
@@ -221,21 +222,53 @@ def test_an_engine_on_two_devices(tiny_tokenizer: Path) -> None:
     assert list(output.outputs[0].token_ids) == golden.greedy
 
 
-def test_the_embedded_model_in_a_hundred_megabytes(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.skipif(not native.available(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("activations", ["auto", "int8"])
+def test_the_embedded_model_in_a_hundred_megabytes(activations: str) -> None:
     with LLM(
-        token_budget=16, max_num_seqs=2, max_model_len=64, num_blocks=8, quantization="codes", show_progress=False,
+        token_budget=16, max_num_seqs=2, max_model_len=64, num_blocks=8, activations=activations, show_progress=False,
         warmup=False,
     ) as llm:  # fmt: skip
         assert sum(array.nbytes for array in jax.tree.leaves(llm.engine.runner._parameters)) <= 100e6
+        assert llm.engine.runner.skips_padding
         (output,) = llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=4))
         assert "Paris" in output.outputs[0].text
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="quantization must be one of none, codes, got 'int4'"):
-        EngineConfig(quantization="int4")
-    with pytest.raises(ConfigError, match="pipeline_parallel must be 1 with quantization codes, got 2"):
-        EngineConfig(quantization="codes", pipeline_parallel=2)
-    plain = Golden("llama_gqa_tied").checkpoint
-    with pytest.raises(ModelError, match="quantization codes needs quantised weights of a supported kind, found none"):
-        load(plain, 16, codes=True)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quantization": "int4"}, "quantization must be one of auto, none, codes, got 'int4'"),
+        (
+            {"quantization": "codes", "pipeline_parallel": 2},
+            "pipeline_parallel must be 1 with quantization codes, got 2",
+        ),
+        ({"activations": "int4"}, "activations must be one of auto, int8, got 'int4'"),
+        (
+            {"activations": "int8", "quantization": "none"},
+            "quantization must be auto or codes with activations int8, got none",
+        ),
+        ({"activations": "int8", "tensor_parallel": 2}, "tensor_parallel must be 1 with activations int8, got 2"),
+    ],
+)
+def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**settings)
+
+
+@pytest.mark.skipif(not native.available(), reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quantization": "codes"}, "quantization codes needs quantised weights of a supported kind, found none"),
+        ({"activations": "int8"}, "activations int8 needs weights that are codes of 4 or 8 bits, found none"),
+        ({"activations": "int8", "dtype": "float16"}, "activations int8 needs native products: .*; got dtype float16"),
+    ],
+)
+def test_models_and_devices_that_are_refused(settings: dict[str, Any], message: str, tiny_tokenizer: Path) -> None:
+    plain = Golden("llama_gqa_tied")
+    with pytest.raises((ConfigError, ModelError), match=message):
+        LLM(
+            model=str(plain.checkpoint), tokenizer=str(tiny_tokenizer), token_budget=16, max_num_seqs=2, block_size=8,
+            max_model_len=plain.length, warmup=False, show_progress=False, **settings,
+        )  # fmt: skip

@@ -29,6 +29,8 @@ from tests.models.golden import Golden
         ("yi-34b", 34_388_917_248),
         ("llama2-70b", 68_976_648_192),
         ("falcon-180b", 179_522_565_120 - 65024 * 14848),  # whose files hold the tied head a second time
+        ("deepseek-v2-lite", 15_706_484_224),
+        ("qwen3-30b-a3b", 30_532_122_624),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(name: str, num_parameters: int) -> None:

@@ -35,7 +35,9 @@ def test_logits_match_transformers(name: str) -> None:
         assert same_greedy, chunking
 
 
-@pytest.mark.parametrize("name", ["gemma2_softcap", "gpt_oss_sinks", "qwen3_5_hybrid", "gemma4_shared"])
+@pytest.mark.parametrize(
+    "name", ["gemma2_softcap", "gpt_oss_sinks", "qwen3_5_hybrid", "deepseek_v3_groups", "gemma4_shared"]
+)
 def test_plain_xla_gives_the_same(name: str) -> None:
     """What machines without a compiler run. tests/kernels has its parts, of every kind."""
     golden = Golden(name)
@@ -96,6 +98,8 @@ DEFAULTS = {
     "Exaone4ForCausalLM": "exaone4", "Glm4ForCausalLM": "glm4", "Glm4MoeForCausalLM": "glm4_moe",
     "GraniteForCausalLM": "granite", "SeedOssForCausalLM": "seed_oss", "Cohere2ForCausalLM": "cohere2",
     "Qwen2MoeForCausalLM": "qwen2_moe", "PhimoeForCausalLM": "phimoe", "Llama4ForCausalLM": "llama4_text",
+    "DeepseekV2ForCausalLM": "deepseek_v2", "DeepseekV3ForCausalLM": "deepseek_v3", "YoutuForCausalLM": "youtu",
+    "Glm4MoeLiteForCausalLM": "glm4_moe_lite", "MiniCPM3ForCausalLM": "minicpm3",
     "GptOssForCausalLM": "gpt_oss", "Qwen3NextForCausalLM": "qwen3_next", "Qwen3_5ForCausalLM": "qwen3_5_text",
     "Qwen3_5MoeForCausalLM": "qwen3_5_moe_text", "Gemma4ForCausalLM": "gemma4_text",
 }  # fmt: skip
@@ -112,6 +116,8 @@ def test_defaults_are_those_of_transformers(architecture: str) -> None:
     }  # fmt: skip
     if architecture == "GPT2LMHeadModel":
         needed = {"architectures": [architecture], "vocab_size": 64, "n_embd": 64, "n_layer": 8, "n_head": 4}
+    if architecture == "DeepseekV2ForCausalLM":
+        needed["num_experts_per_tok"] = 2  # transformers has none by default
     written = json.loads(CONFIG_MAPPING[DEFAULTS[architecture]](**needed).to_json_string(use_diff=False))
     assert read_config(needed) == read_config(written)
 

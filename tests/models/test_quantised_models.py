@@ -26,7 +26,9 @@ def rewritten(folder: Path, name: str, case: Case, quantised: bool) -> Path:
         sorted(load_file(Golden(name).checkpoint / "model.safetensors").items())
     ):
         drawn: Drawn | None = None
-        if tensor_name.endswith("_proj.weight") or (tensor_name == "lm_head.weight" and "lm_head" in case.config):
+        if tensor_name.endswith(("_proj.weight", "_proj_with_mqa.weight")) or (
+            tensor_name == "lm_head.weight" and "lm_head" in case.config
+        ):
             drawn, tensors = case.encode(tensor.shape, seed)
         if drawn is None:
             written[tensor_name] = tensor
@@ -47,6 +49,7 @@ def rewritten(folder: Path, name: str, case: Case, quantised: bool) -> Path:
         ("llama_gqa_wide_heads", "gptq 4 bits, act-order"),
         ("qwen3_moe", "awq"),
         ("phi3_fused", "packed 4 bits, zeros"),
+        ("deepseek_v3_groups", "fp8 blocks"),
     ],
 )
 def test_whole_models(golden: str, case: str, tmp_path: Path) -> None:

@@ -1,0 +1,269 @@
+// bfloat16 products on AMX (cpu_tiles.h), at any number of rows. A panel is a run of tiles as it lies: [K / 32] of 16 pairs of
+// inputs x 16 outputs. Rows are copied into the order of tiles, up to 16 rows x 32 inputs each.
+//
+// Every sum runs over K in one order, 32 inputs at a time, whatever the number of rows: so there is one kind of product only,
+// also where a vector unit would be as fast.
+//
+// Few rows wait for memory, and many for what lies in the caches. Weights are asked for before they are needed: by one row tile
+// 2 KiB ahead of themselves, by more a pair of panels ahead, while the pair before is multiplied. Both at once need the lines
+// that are under way between caches, so many rows go through a pair in blocks along K that stay in L1.
+
+#pragma once
+
+#include <vector>
+
+#include "cpu_gemm.h"
+#include "cpu_tiles.h"
+
+namespace {
+
+constexpr int kLine = 2 * kPanel;              // floats of a row of sums: of two panels
+constexpr int64_t kFewRows = 2 * kTileRows;    // that meet a panel all at once
+constexpr int64_t kBlockSteps = 6;             // tiles along K that more of them go through
+constexpr int64_t kAheadBytes = 2 << 10;       // of one row tile's weights
+constexpr int64_t kChunkBytes = 1 << 20;       // of rows that stay in L2, beside a run of panels
+constexpr int64_t kChunkTiles = 16;            // row tiles whose sums stay in L1, nearly
+constexpr int64_t kRunBytes = 256 << 10;       // of panels that a thread takes at once
+constexpr int kCacheLine = 64;
+
+// Registers: a row tile's sums are two, by the panels of a pair, whose tiles are kW and the next.
+constexpr int kSums = 0, kNextSums = 2, kX = 4, kNextX = 5, kW = 6;
+
+// To the second cache, past the first.
+inline void prefetch_lines(const char* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) __builtin_prefetch(from + i * kCacheLine, 0, 2);
+}
+
+// A thread's copy of the rows, so that none waits for another's: for each 16 of them [steps, rows, 64 bytes], with zeros behind
+// K.
+class TileRows {
+ public:
+  void arrange(const BFloat16* x, const std::vector<Row>& rows, const Matrix& m) {
+    num_rows_ = rows.size();
+    steps_ = (m.depth + kTileDepth - 1) / kTileDepth;
+    lines_.resize(num_tiles() * kTileRows * steps_);
+    constexpr int64_t kValues = sizeof(Values) / sizeof(BFloat16);
+    for (int64_t row = 0; row < num_rows_; ++row) {
+      const BFloat16* from = x + rows[row].from * m.inputs;
+      const int64_t tile = row / kTileRows, height = rows_of(tile);
+      Values* to = lines_.data() + tile * kTileRows * steps_ + row % kTileRows;
+      for (int64_t k = 0; k < steps_; ++k) {
+        Values values = {};
+        const int64_t rest = m.inputs - k * kValues;
+        std::memcpy(&values, from + k * kValues, rest >= kValues ? sizeof values : rest * sizeof(BFloat16));
+        to[k * height] = values;
+      }
+    }
+  }
+
+  int64_t num_rows() const { return num_rows_; }
+  int64_t steps() const { return steps_; }
+  int64_t num_tiles() const { return (num_rows_ + kTileRows - 1) / kTileRows; }
+  int64_t rows_of(int64_t tile) const { return std::min<int64_t>(kTileRows, num_rows_ - tile * kTileRows); }
+  const char* at(int64_t tile, int64_t step) const {
+    return lines_[tile * kTileRows * steps_ + step * rows_of(tile)].bytes;
+  }
+
+ private:
+  struct alignas(kRowBytes) Values {
+    char bytes[kRowBytes];
+  };
+  std::vector<Values> lines_;
+  int64_t num_rows_ = 0, steps_ = 0;
+};
+
+// Two panels, or the last one twice. What follows a panel may be anything, so the end of one that is no whole tile is copied,
+// with zeros behind it.
+class PanelPair {
+ public:
+  PanelPair(const char* w, const Matrix& m, int64_t panel) : whole_(m.depth / kTileDepth) {
+    const int64_t panel_bytes = m.depth * kRowBytes, rest = m.depth % kTileDepth * kRowBytes;
+    for (int64_t i = 0; i < 2; ++i) {
+      panels_[i] = w + std::min(panel + i, m.panels - 1) * panel_bytes;
+      if (rest == 0) continue;
+      std::memset(ends_[i], 0, kTileBytes);
+      std::memcpy(ends_[i], panels_[i] + whole_ * kTileBytes, rest);
+    }
+  }
+
+  const char* at(int panel, int64_t step) const {
+    return step < whole_ ? panels_[panel] + step * kTileBytes : ends_[panel];
+  }
+
+ private:
+  int64_t whole_;
+  const char* panels_[2];
+  alignas(kCacheLine) char ends_[2][kTileBytes];
+};
+
+// Panels that are fetched while others are multiplied, some lines at every step.
+struct NextPanels {
+  const char* next;
+  int64_t lines;
+
+  void step() {
+    prefetch_lines(next, lines);
+    next += lines * kCacheLine;
+  }
+};
+
+// Shapes change with the heights of row tiles: only the last ones' are not 16.
+class SumShapes {
+ public:
+  void set(int64_t first, int64_t second) {
+    if (first == first_ && second == second_) return;
+    TileShapes shapes;
+    for (const int t : {kSums, kSums + 1, kX}) shapes.rows[t] = first;
+    for (const int t : {kNextSums, kNextSums + 1, kNextX}) shapes.rows[t] = second;
+    shape_tiles(shapes);
+    first_ = first, second_ = second;
+  }
+
+ private:
+  int64_t first_ = 0, second_ = 0;
+};
+
+template <int kFirst>
+inline void load_sums(const float* sums) {
+  load_tile<kFirst>(sums, kLine * sizeof(float));
+  load_tile<kFirst + 1>(sums + kPanel, kLine * sizeof(float));
+}
+template <int kFirst>
+inline void store_sums(float* sums) {
+  store_tile<kFirst>(sums, kLine * sizeof(float));
+  store_tile<kFirst + 1>(sums + kPanel, kLine * sizeof(float));
+}
+template <int kFirst>
+inline void clear_sums() {
+  clear_tile<kFirst>();
+  clear_tile<kFirst + 1>();
+}
+
+// One tile of a panel meets the row tiles that are loaded.
+template <int kRowTiles, bool kFew, int kPanelOfPair>
+inline void meet_panel(const PanelPair& panels, int64_t step) {
+  constexpr int kTile = kW + kPanelOfPair;
+  const char* w = panels.at(kPanelOfPair, step);
+  if constexpr (kFew && kRowTiles == 1) prefetch_lines(w + kAheadBytes, kTileBytes / kCacheLine);
+  if constexpr (kFew) {
+    load_tile_once<kTile>(w, kRowBytes);
+  } else {
+    load_tile<kTile>(w, kRowBytes);
+  }
+  multiply_tiles<kSums + kPanelOfPair, kX, kTile>();
+  if constexpr (kRowTiles == 2) multiply_tiles<kNextSums + kPanelOfPair, kNextX, kTile>();
+}
+
+// sums[kRowTiles * 16, kLine] (+)= one row tile or two, from number `tile` on, times two panels, over the steps from `begin` to
+// `end` along K. kFew: no other rows follow.
+template <int kRowTiles, bool kFew>
+void multiply_block(const TileRows& rows, int64_t tile, const PanelPair& panels, int64_t begin, int64_t end, float* sums,
+                    NextPanels& ahead) {
+  float* const next_sums = sums + kTileRows * kLine;
+  if (begin == 0) {
+    clear_sums<kSums>();
+    if constexpr (kRowTiles == 2) clear_sums<kNextSums>();
+  } else {
+    load_sums<kSums>(sums);
+    if constexpr (kRowTiles == 2) load_sums<kNextSums>(next_sums);
+  }
+  for (int64_t step = begin; step < end; ++step) {
+    load_tile<kX>(rows.at(tile, step), kRowBytes);
+    if constexpr (kRowTiles == 2) load_tile<kNextX>(rows.at(tile + 1, step), kRowBytes);
+    meet_panel<kRowTiles, kFew, 0>(panels, step);
+    meet_panel<kRowTiles, kFew, 1>(panels, step);
+    ahead.step();
+  }
+  store_sums<kSums>(sums);
+  if constexpr (kRowTiles == 2) store_sums<kNextSums>(next_sums);
+}
+
+// sums[rows, kLine] = row tiles `first` to `end` times a pair of panels.
+void multiply_pair(const TileRows& rows, int64_t first, int64_t end, const PanelPair& panels, NextPanels& ahead,
+                   SumShapes& shapes, float* sums) {
+  const bool few = rows.num_rows() <= kFewRows;
+  const int64_t steps = rows.steps(), num_blocks = few ? 1 : (steps + kBlockSteps - 1) / kBlockSteps;
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    const int64_t k = block * steps / num_blocks, k_end = (block + 1) * steps / num_blocks;
+    for (int64_t tile = first; tile < end; tile += 2) {
+      float* const out = sums + (tile - first) * kTileRows * kLine;
+      const bool two = tile + 1 < end;
+      shapes.set(rows.rows_of(tile), two ? rows.rows_of(tile + 1) : kTileRows);
+      const auto multiply = two ? few ? multiply_block<2, true> : multiply_block<2, false>
+                                : few ? multiply_block<1, true> : multiply_block<1, false>;
+      multiply(rows, tile, panels, k, k_end, out, ahead);
+    }
+  }
+}
+
+// Panels `begin` to `end` of a product, by one thread.
+template <typename Out>
+void multiply_run(const TileRows& rows, const std::vector<Row>& places, const char* w, const Matrix& m, int64_t begin,
+                  int64_t end, Gate gate, Out* y) {
+  const int64_t chunk = std::clamp<int64_t>(kChunkBytes / (rows.steps() * kTileBytes) / 2 * 2, 2, kChunkTiles);
+  alignas(kCacheLine) float sums[kChunkTiles * kTileRows * kLine];
+  SumShapes shapes;
+  for (int64_t first = 0; first < rows.num_tiles(); first += chunk) {
+    const int64_t end_tile = std::min(first + chunk, rows.num_tiles()), num_blocks = (end_tile - first + 1) / 2;
+    for (int64_t panel = begin; panel < end; panel += 2) {
+      // The first chunk brings the panels into L2, where the others find them. One row tile has asked for its own.
+      const bool fetches = first == 0 && rows.num_tiles() > 1;
+      const int64_t lines = fetches ? (2 * kTileBytes / kCacheLine + num_blocks - 1) / num_blocks : 0;
+      NextPanels ahead{w + (panel + 2) * m.depth * kRowBytes, lines};
+      multiply_pair(rows, first, end_tile, PanelPair(w, m, panel), ahead, shapes, sums);
+      const int64_t end_row = std::min(end_tile * kTileRows, rows.num_rows());
+      for (int64_t row = first * kTileRows; row < end_row; ++row)
+        finish(sums + (row - first * kTileRows) * kLine, 2, panel, m.outputs, gate, y + places[row].to * m.outputs);
+    }
+  }
+  release_tiles();
+}
+
+// Panels by thread: each walks its own from end to end, as memory likes, and then helps the others with theirs.
+class Shares {
+ public:
+  Shares(int64_t num_threads, const Matrix& m) : shares_(num_threads) {
+    const int64_t pairs = (m.panels + 1) / 2;
+    for (int64_t i = 0; i < num_threads; ++i) {
+      shares_[i].next = pairs * i / num_threads * 2;
+      shares_[i].end = std::min(pairs * (i + 1) / num_threads * 2, m.panels);
+    }
+    run_ = std::min(kRunBytes / (m.depth * kRowBytes), m.panels / (4 * num_threads)) / 2 * 2;
+    run_ = std::max<int64_t>(run_, 2);
+  }
+
+  // work(begin, end) for runs of panels until none are left.
+  template <class Work>
+  void take(int64_t thread, Work work) {
+    for (size_t i = 0; i < shares_.size(); ++i) {
+      Share& share = shares_[(thread + i) % shares_.size()];
+      for (int64_t p; (p = share.next.fetch_add(run_)) < share.end;) work(p, std::min(p + run_, share.end));
+    }
+  }
+
+ private:
+  struct alignas(kCacheLine) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Share> shares_;
+  int64_t run_;
+};
+
+template <typename Out>
+void multiply_by_tiles(ffi::ThreadPool& pool, const BFloat16* x, const Unit* w, const std::vector<Row>& rows,
+                       const Matrix& m, Gate gate, Out* y) {
+  const int64_t num_threads = std::clamp<int64_t>(pool.num_threads(), 1, (m.panels + 1) / 2);
+  Shares shares(num_threads, m);
+  parallel_for(pool, num_threads, [&](int64_t thread) {
+    static thread_local TileRows mine;
+    bool arranged = false;
+    shares.take(thread, [&](int64_t begin, int64_t end) {
+      if (!arranged) mine.arrange(x, rows, m);
+      arranged = true;
+      multiply_run(mine, rows, reinterpret_cast<const char*>(w), m, begin, end, gate, y);
+    });
+  });
+}
+
+}  // namespace
