@@ -23,17 +23,24 @@ CACHE = cache_specs(tensor="tensor")
 
 
 def rotate_and_write(
-    qkv: jax.Array, rotation: Rotation, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array
+    qkv: jax.Array,
+    rotation: Rotation,
+    cache: KVCache[jax.Array],
+    inputs: AttentionInputs,
+    layer: jax.Array,
+    *,
+    local: bool = False,
 ) -> tuple[jax.Array, KVCache[jax.Array]]:
     """Rotate the rows' queries and keys, and store keys and values in layer number ``layer``, a scalar.
 
     qkv: ``[T, kv_heads, group + 2, head_dim]``, for each KV head its query heads, its key and its value; ``group + 1``
     where a key is its own value. Returns the queries ``[T, heads, head_dim]`` and the cache.
+    local: of which part of the cache ``layer`` is.
     """
     specs = HEADS, REPLICATED, CACHE, REPLICATED, REPLICATED
     write = per_shard(inputs.backend.rotate_and_write, inputs.mesh, specs, (HEADS, CACHE))
-    q, written = write(qkv, rotation, cache._replace(recurrent=None), inputs, layer)
-    return q, written._replace(recurrent=cache.recurrent)
+    q, written = write(qkv, rotation, cache.part(local), inputs, layer)
+    return q, cache.with_part(local, written)
 
 
 def paged_attention(
@@ -42,6 +49,7 @@ def paged_attention(
     inputs: AttentionInputs,
     layer: jax.Array,
     *,
+    local: bool = False,
     scale: float,
     window: int | None = None,
     chunk: int | None = None,
@@ -51,6 +59,7 @@ def paged_attention(
     """Causal attention of every row over its own sequence's cached keys, its own included.
 
     q: ``[T, heads, head_dim]``, already rotated; returns the same shape and type. Rows of no sequence return zeros.
+    local: of which part of the cache ``layer`` is.
     window: a query at position i sees the keys at i - window < j <= i, as in transformers; layers may differ, none may
     exceed the plan's PlanLimits.window.
     chunk: a query at position i sees the keys from i // chunk * chunk on, as in Llama 4; a layer has this or a window.
@@ -60,4 +69,4 @@ def paged_attention(
     """
     attend = partial(inputs.backend.attend, scale=scale, reach=Reach(window, chunk), softcap=softcap)
     specs = HEADS, CACHE, REPLICATED, REPLICATED, SINKS
-    return per_shard(attend, inputs.mesh, specs, HEADS)(q, cache._replace(recurrent=None), inputs, layer, sinks)
+    return per_shard(attend, inputs.mesh, specs, HEADS)(q, cache.part(local), inputs, layer, sinks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -38,6 +38,9 @@ class KVCache[Array](NamedTuple):
     where a key is its own value. Read where ``is_quantised``."""
     recurrent: RecurrentState[Array] | None = None
     """Of the other layers, where a model has layers that have no keys and values."""
+    local: KVCache[Array] | None = None
+    """Of the layers with a window, where their keys and values are of another shape: as many pages, which blocks count
+    as they do those of the other layers."""
 
     @property
     def pages(self) -> tuple[Array, ...]:
@@ -47,6 +50,19 @@ class KVCache[Array](NamedTuple):
     def with_pages(self, pages: Sequence[Array]) -> KVCache[Array]:
         """The cache with these as its ``pages``."""
         return self._replace(k=pages[0], v=None if self.v is None else pages[1])
+
+    def part(self, local: bool) -> KVCache[Array]:
+        """By itself what a layer of either kind reads and writes."""
+        part = self.local if local else self
+        assert part is not None
+        return part._replace(recurrent=None, local=None)
+
+    def with_part(self, local: bool, part: KVCache[Array]) -> KVCache[Array]:
+        return self._replace(local=part) if local else part._replace(recurrent=self.recurrent, local=self.local)
+
+
+Block = tuple[jax.Array, ...]
+"""A block by itself: keys, then values, ``[2, layers, page_size, kv_heads, head_dim]``, of each part of a cache."""
 
 
 def is_quantised(stored: jnp.dtype) -> bool:
@@ -117,6 +133,13 @@ class KVCacheShape:
     recurrent: RecurrentShape | None = None
     has_values: bool = True
     """Whether they lie apart from keys; without, a key is its own value."""
+    local: KVCacheShape | None = None
+    """Of the layers with a window, where theirs is another."""
+
+    @property
+    def parts(self) -> Sequence[KVCacheShape]:
+        """By ``local``."""
+        return (self,) if self.local is None else (self, self.local)
 
     @property
     def num_arrays(self) -> int:
@@ -126,7 +149,7 @@ class KVCacheShape:
     @property
     def block_bytes(self) -> int:
         """Of a block, which is a page of every layer, its keys and its values."""
-        return self.num_arrays * math.prod(self.pages_shape(1)) * self.dtype.itemsize
+        return sum(part.num_arrays * math.prod(part.pages_shape(1)) * part.dtype.itemsize for part in self.parts)
 
     def pages_shape(self, num_pages: int) -> tuple[int, int, int, int]:
         """Of the keys, and of the values, with ``num_pages`` in each layer."""
@@ -146,44 +169,53 @@ class KVCacheShape:
             v=array if self.has_values else None,
             scales=jax.ShapeDtypeStruct((self.num_layers, self.num_arrays), jnp.float32, sharding=scales),
             recurrent=None if self.recurrent is None else self.recurrent.abstract(mesh),
+            local=None if self.local is None else self.local.abstract(num_pages, mesh),
         )
 
     def besides_pages(self, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
         """What takes memory whatever the number of pages."""
         return [] if self.recurrent is None else list(self.recurrent.abstract(mesh))
 
-    def abstract_block(self, mesh: Mesh) -> jax.ShapeDtypeStruct:
-        """Of a block by itself, ``[2, layers, page_size, kv_heads, head_dim]``: keys, then values; ``[1, ...]`` where
-        keys are values."""
-        shape = (self.num_arrays, *self.pages_shape(1))
+    def abstract_block(self, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Of a Block."""
         sharding = NamedSharding(mesh, PartitionSpec(None, None, None, "tensor"))
-        return jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding)
-
-    def blocks_of(self, cache: KVCache[jax.Array], numbers: jax.Array) -> list[jax.Array]:
-        """The blocks ``numbers`` ``int32[n]`` of a cache that is in one stage, as ``abstract_block`` has them."""
-        pages = [self._by_layer(array) for array in cache.pages]
-        return [jnp.stack([dynamic_index_in_dim(x, number, 1, keepdims=False) for x in pages]) for number in numbers]
-
-    def with_blocks(
-        self, cache: KVCache[jax.Array], numbers: jax.Array, blocks: Sequence[jax.Array]
-    ) -> KVCache[jax.Array]:
-        """The cache with these as its blocks ``numbers``; in place where it is donated."""
-        # All in one: XLA changes a CPU's cache in place then, and copies it for one after the other.
-        changed = zip(cache.pages, jnp.stack(blocks, axis=2), strict=True)
-        return cache.with_pages(
-            [self._by_layer(pages).at[:, numbers].set(new).reshape(pages.shape) for pages, new in changed]
+        return tuple(
+            jax.ShapeDtypeStruct((part.num_arrays, *part.pages_shape(1)), part.dtype, sharding=sharding)
+            for part in self.parts
         )
+
+    def blocks_of(self, cache: KVCache[jax.Array], numbers: jax.Array) -> list[Block]:
+        """The blocks ``numbers`` ``int32[n]`` of a cache that is in one stage."""
+        found = [(shape, cache.part(bool(local))) for local, shape in enumerate(self.parts)]
+        arrays = [[shape._by_layer(pages) for pages in part.pages] for shape, part in found]
+        return [
+            tuple(jnp.stack([dynamic_index_in_dim(x, number, 1, keepdims=False) for x in pages]) for pages in arrays)
+            for number in numbers
+        ]
+
+    def with_blocks(self, cache: KVCache[jax.Array], numbers: jax.Array, blocks: Sequence[Block]) -> KVCache[jax.Array]:
+        """The cache with these as its blocks ``numbers``; in place where it is donated."""
+        for local, (shape, of_part) in enumerate(zip(self.parts, zip(*blocks, strict=True), strict=True)):
+            part = cache.part(bool(local))
+            # All in one: XLA changes a CPU's cache in place then, and copies it for one after the other.
+            changed = zip(part.pages, jnp.stack(of_part, axis=2), strict=True)
+            part = part.with_pages(
+                [shape._by_layer(pages).at[:, numbers].set(new).reshape(pages.shape) for pages, new in changed]
+            )
+            cache = cache.with_part(bool(local), part)
+        return cache
 
     def _by_layer(self, pages: jax.Array) -> jax.Array:
         return pages.reshape(self.num_layers, -1, *pages.shape[1:])
 
-    def zeros(self, num_pages: int, mesh: Mesh, scales: np.ndarray | None = None) -> KVCache[jax.Array]:
+    def zeros(self, num_pages: int, mesh: Mesh, scales: Sequence[np.ndarray] = ()) -> KVCache[jax.Array]:
         """The same of no sequences, made on the devices: the host may not have as much memory.
 
-        scales: ``float32[layers, 2]``, of keys and of values; 1 by default.
+        scales: ``float32[layers, 2]`` of each part, of keys and of values; 1 by default.
         """
-        abstract = self.abstract(num_pages, mesh)
+        abstract = replace(self, local=None).abstract(num_pages, mesh)
         made = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), abstract)
-        values = np.ones(abstract.scales.shape, np.float32) if scales is None else scales[:, : self.num_arrays]
+        values = scales[0][:, : self.num_arrays] if scales else np.ones(abstract.scales.shape, np.float32)
         placed = jax.make_array_from_callback(values.shape, abstract.scales.sharding, lambda index: values[index])
-        return made._replace(scales=placed)
+        local = None if self.local is None else self.local.zeros(num_pages, mesh, scales[1:])
+        return made._replace(scales=placed, local=local)

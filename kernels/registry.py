@@ -18,13 +18,16 @@ BACKENDS: dict[str, type[Backend]] = {Xla.name: Xla, Native.name: Native, **GPU_
 """By name."""
 
 
-def choose_backend(name: str, target: Target, shape: AttentionShape) -> Backend:
+def choose_backend(name: str, target: Target, shape: AttentionShape, *others: AttentionShape) -> Backend:
     """The backend ``name``, one of config.ATTENTION_BACKENDS; ValueError where it cannot serve.
+
+    One plan is for all layers: it is cut for ``shape``, that of the layers with the longest heads, and serves
+    ``others``.
 
     auto: native on CPUs in float32 or bfloat16 with a C++ compiler, triton on GPUs with jax-triton, xla otherwise.
     """
-    backend = _automatic(target, shape) if name == "auto" else BACKENDS[name]
-    if needed := backend.needs(target, shape):
+    backend = _automatic(target, shape, *others) if name == "auto" else BACKENDS[name]
+    if needed := _missing(backend, target, shape, *others):
         raise ValueError(f"attention_backend {name} needs {needed}")
     return backend.of(target, shape)
 
@@ -41,10 +44,14 @@ def gpu_variants(target: Target, shape: AttentionShape) -> dict[str, Backend]:
     return found
 
 
-def _automatic(target: Target, shape: AttentionShape) -> type[Backend]:
+def _missing(backend: type[Backend], target: Target, *shapes: AttentionShape) -> str | None:
+    return next(filter(None, (backend.needs(target, shape) for shape in shapes)), None)
+
+
+def _automatic(target: Target, *shapes: AttentionShape) -> type[Backend]:
     if target.platform == "cpu":
-        return Xla if Native.needs(target, shape) else Native
-    if missing := Triton.needs(target, shape):
+        return Xla if _missing(Native, target, *shapes) else Native
+    if missing := _missing(Triton, target, *shapes):
         logger.warning("attention runs in plain XLA, which is slow on GPUs: its kernels need %s", missing)
         return Xla
     return Triton

@@ -18,6 +18,8 @@ SPLIT_TOKENS = 128
 """KV tokens below which splitting costs a GPU more than it gains."""
 DECODE_PROGRAMS_PER_CORE = 3
 """As many as fit into shared memory: of a multiprocessor's 227 KiB each takes 70."""
+LARGEST_HEAD = 256
+"""Longer ones' accumulators have no room in a multiprocessor's registers."""
 PREFILL_PROGRAMS_PER_CORE = 1
 """A prefill program's accumulators take all registers of a multiprocessor."""
 
@@ -45,6 +47,8 @@ class Triton(Backend):
     def needs(target: Target, shape: AttentionShape) -> str | None:
         if shape.page_size < 16:
             return triton_needs(target) or f"a block_size of at least 16, got {shape.page_size}"
+        if shape.head_dim > LARGEST_HEAD:
+            return triton_needs(target) or f"a head_dim of at most {LARGEST_HEAD}, got {shape.head_dim}"
         if not shape.has_values:
             return triton_needs(target) or "keys and values that lie apart, not a latent that is both"
         return triton_needs(target)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 from jaxserve.errors import ModelError
@@ -167,6 +168,30 @@ class Latent:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LocalHeads:
+    """Keys and values of layers that have a window, where they are of another shape than those of the others."""
+
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnEmbedding:
+    """Every layer has an embedding of tokens of its own, beside the model's (Gemma 4)."""
+
+    vocab_size: int
+    dim: int
+
+
+class Memory(Enum):
+    """What a layer keeps of a sequence."""
+
+    PAGES = "pages"
+    LOCAL_PAGES = "pages of LocalHeads"
+    STATE = "a state that does not grow"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Dimensions and kinds of a decoder-only transformer; names follow Hugging Face's config.json where it has one."""
 
@@ -195,10 +220,22 @@ class ModelConfig:
     qk_norm: str | None = None
     """One of QK_NORMS, before queries and keys are rotated: of every head; of all heads together; of every head and
     without weights, in the layers that rotate."""
+    value_norm: bool = False
+    """Of every head, without weights."""
+    values_are_keys: bool = False
+    """Whether layers without a window make values as they make keys, and norm either in its own way."""
     rope: Rope | None = None
     """None: positions are learned embeddings."""
     local_rope: Rope | None = None
     """Of the layers that have a window, where theirs differs."""
+    local_heads: LocalHeads | None = None
+    """The same."""
+    num_kv_shared_layers: int = 0
+    """The last ones, which keep nothing of a sequence: each reads keys and values of the last layer before them that
+    sees as far as it does."""
+    shared_mlp_factor: int = 1
+    """How many times as wide the MLPs of those are."""
+    own_embedding: OwnEmbedding | None = None
     chunk_tokens: int | None = None
     """Layers that rotate see chunks of the sequence of so many tokens, each by itself."""
     unrotated_layers: tuple[int, ...] = ()
@@ -257,6 +294,14 @@ class ModelConfig:
         for window in self.windows:
             if window is not None and window < 1:
                 raise ModelError(f"sliding_window must be at least 1, got {window}")
+        keep = range(self.num_layers - self.num_kv_shared_layers)
+        unlike = {self.layer_window(i) for i in range(self.num_layers)} - {self.layer_window(i) for i in keep}
+        if unlike:
+            raise ModelError(
+                f"num_kv_shared_layers must leave layers of every kind, got {self.num_kv_shared_layers} of "
+                f"{self.num_layers}"
+            )
+        self.of_kind(local=True)  # has checks of its own
 
     @property
     def kv_copies(self) -> int:
@@ -289,20 +334,52 @@ class ModelConfig:
         found = [window for window in self.windows if window is not None]
         return max(found) if found and len(found) == self.num_layers else None
 
+    @property
+    def widest_mlp(self) -> int:
+        return self.intermediate_size * (self.shared_mlp_factor if self.num_kv_shared_layers else 1)
+
     def is_recurrent(self, layer: int) -> bool:
         """Whether a layer's memory of a sequence is a state, and not keys and values."""
         return self.recurrent is not None and layer in self.recurrent.layers
 
-    def cache_layer(self, layer: int) -> int:
-        """The number of a layer among those that keep the same of a sequence."""
-        return sum(self.is_recurrent(earlier) == self.is_recurrent(layer) for earlier in range(layer))
+    def kv_layer(self, layer: int) -> int:
+        """Whose keys and values a layer reads, its own or an earlier one's."""
+        first_shared = self.num_layers - self.num_kv_shared_layers
+        if layer < first_shared:
+            return layer
+        return max(i for i in range(first_shared) if self.layer_window(i) == self.layer_window(layer))
 
-    def by_memory(self, layers: Iterable[int]) -> tuple[Sequence[int], Sequence[int]]:
-        """The recurrent ones of some layers, and the others."""
-        found: tuple[list[int], list[int]] = [], []
-        for layer in layers:
-            found[not self.is_recurrent(layer)].append(layer)
-        return found
+    def memory(self, layer: int) -> Memory:
+        """What the layer keeps whose keys and values a layer reads."""
+        if self.is_recurrent(layer):
+            return Memory.STATE
+        return Memory.LOCAL_PAGES if self.local_heads and self.layer_window(layer) else Memory.PAGES
+
+    def cache_layer(self, layer: int) -> int:
+        """The number of the layer that it reads among those that keep the same of a sequence."""
+        source = self.kv_layer(layer)
+        return sum(self.memory(earlier) is self.memory(source) for earlier in range(source))
+
+    def by_memory(self, layers: Iterable[int]) -> Mapping[Memory, Sequence[int]]:
+        """Those of some layers that keep something, by what it is."""
+        keep = [layer for layer in layers if self.kv_layer(layer) == layer]
+        return {memory: [layer for layer in keep if self.memory(layer) is memory] for memory in Memory}
+
+    def of_kind(self, *, local: bool) -> ModelConfig:
+        """The model with the heads of its layers that have a window, or of the others, in all layers."""
+        if not local or self.local_heads is None:
+            return self
+        heads, rope = self.local_heads, self.local_rope or self.rope
+        return replace(
+            self, num_kv_heads=heads.num_kv_heads, head_dim=heads.head_dim, rope=rope, local_rope=None, local_heads=None
+        )
+
+    def of_layer(self, layer: int) -> ModelConfig:
+        """The model as if all its layers were as wide as this one."""
+        found = self.of_kind(local=self.memory(layer) is Memory.LOCAL_PAGES)
+        if self.kv_layer(layer) == layer or self.shared_mlp_factor == 1:
+            return found
+        return replace(found, intermediate_size=self.shared_mlp_factor * self.intermediate_size, shared_mlp_factor=1)
 
     def layer_window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None

@@ -21,7 +21,12 @@ def make_mlp(config: ModelConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs) 
     """The feed-forward part of layer number ``layer``."""
     if config.experts is not None and layer in config.experts.layers:
         return MoE(config, dtype, rngs)
-    return (GatedMLP if config.gated_mlp else MLP)(config, config.intermediate_size, dtype, rngs)
+    return make_dense_mlp(config, layer, dtype, rngs)
+
+
+def make_dense_mlp(config: ModelConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> GatedMLP | MLP:
+    """The same without experts."""
+    return (GatedMLP if config.gated_mlp else MLP)(config, config.of_layer(layer).intermediate_size, dtype, rngs)
 
 
 class DecoderLayer(nnx.Module):
@@ -34,8 +39,12 @@ class DecoderLayer(nnx.Module):
         self.attention = self.make_attention(config, layer, dtype, rngs)
         self.attention_post_norm = make_norm(config, dtype) if after else None
         self.mlp_norm = make_norm(config, dtype) if before else None
-        self.mlp = make_mlp(config, layer, dtype, rngs)
+        self.mlp = self.make_mlp(config, layer, dtype, rngs)
         self.mlp_post_norm = make_norm(config, dtype) if after else None
+
+    def make_mlp(self, config: ModelConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
+        """The feed-forward part of layer number ``layer``, called as GatedMLP is."""
+        return make_mlp(config, layer, dtype, rngs)
 
     def make_attention(self, config: ModelConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
         """What mixes the rows of layer number ``layer``, called as Attention is."""
@@ -52,7 +61,11 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[jax.Array, KVCache[jax.Array]]:
         attended, cache = self.attention(_normed(self.attention_norm, x), rows, positions, cache, inputs, layer)
         x = self._add(x, _normed(self.attention_post_norm, attended))
-        return self._add(x, _normed(self.mlp_post_norm, self.mlp(_normed(self.mlp_norm, x), rows))), cache
+        return self._add(x, _normed(self.mlp_post_norm, self.feed_forward(x, rows))), cache
+
+    def feed_forward(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
+        """``[T, hidden]`` -> the same, normed before and not yet behind."""
+        return self.mlp(_normed(self.mlp_norm, x), rows)
 
     def _add(self, x: jax.Array, found: jax.Array) -> jax.Array:
         return x + (found if self.residual_scale == 1 else found * jnp.asarray(self.residual_scale, found.dtype))
@@ -109,7 +122,7 @@ class Decoder(nnx.Module):
         rows: which of them count, as a Matrix takes it: a row's number, or -1 where nobody reads it.
         """
         x = self.embed(token_ids, positions)
-        taken = self.positions_of(positions)
+        taken = self.beside(token_ids, positions)
         # Unrolled: a scan would copy each layer's weights and, on GPUs, break the CUDA graph. Traced once all the same:
         # layers of one structure reuse the first one's trace, and XLA inlines the calls.
         for index, layer in enumerate(self.layers):
@@ -138,8 +151,8 @@ class Decoder(nnx.Module):
         cap = self.config.logits_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def positions_of(self, positions: jax.Array) -> Positions:
-        """What layers take of ``positions`` ``int32[T]``."""
+    def beside(self, token_ids: jax.Array, positions: jax.Array) -> Positions:
+        """What layers take of ``int32[T]`` each, beside what the layers before them made."""
         config = self.config
         tables = {
             rope: rope_tables(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder
@@ -16,6 +18,10 @@ from jaxserve.models.weights import Weight
 
 def same_name(name: str) -> str | None:
     return name
+
+
+def undivided(name: str, tensor: np.ndarray) -> Mapping[str, np.ndarray]:
+    return {name: tensor}
 
 
 def language_model_name(name: str) -> str | None:
@@ -54,6 +60,10 @@ class Family:
     """Whether files have layers behind the last one, which guess further tokens and are left out."""
     tensor_name: Callable[[str], str | None] = same_name
     """A file's tensor name as ``weights`` has it, up to the prefix ``base``; None for tensors that are not needed."""
+    unused: Callable[[ModelConfig], Collection[str]] = lambda config: ()
+    """Tensors of some files, under such names, that a model has no use for."""
+    divide: Callable[[str, np.ndarray], Mapping[str, np.ndarray]] = undivided
+    """Such a name and its tensor -> the tensors in it, views, where some files have those of ``weights`` in one."""
 
     def names_for(self, config: ModelConfig) -> Callable[[str], str | None]:
         """A file's tensor name -> the name in ``weights`` of ``config``, whether it has the prefix ``base`` or not.
@@ -62,6 +72,7 @@ class Family:
         """
         untied = dataclasses.replace(config, tie_word_embeddings=False)  # a tied model's file may have a head
         wanted = {part.name for weight in self.weights(untied).values() for part in weight}
+        unused = set(self.unused(config))
 
         def name_of(stored: str) -> str | None:
             name = self.tensor_name(stored)
@@ -70,6 +81,8 @@ class Family:
             if name is None or name in wanted:
                 return name
             candidates = (f"{self.base}.{name}", name.removeprefix(f"{self.base}."))
+            if not unused.isdisjoint((name, *candidates)):
+                return None
             return next((candidate for candidate in candidates if candidate in wanted), name)
 
         return name_of

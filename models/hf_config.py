@@ -26,7 +26,9 @@ _ROPE_REQUIRED = {
 }
 _LONGROPE = ("factor", "attention_factor", "short_mscale", "long_mscale")
 _YARN = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
-_ROPE_OPTIONAL = {"yarn": _YARN, "longrope": _LONGROPE}
+_ROPE_OPTIONAL = {"yarn": _YARN, "longrope": _LONGROPE, "proportional": ("factor", "partial_rotary_factor")}
+_ROPE_OF_WHOLE_HEADS = ("proportional",)
+"""Whose frequencies say which dimensions do not rotate."""
 _ROPE_WITH_TRAINED_LENGTH = ("llama3", "yarn", "longrope")
 
 
@@ -124,7 +126,7 @@ class RawConfig(Fields):
         share = found.optional_number("partial_rotary_factor", high=1) or self.number(
             "partial_rotary_factor", 1.0, high=1
         )
-        dim = int(head_dim * share)
+        dim = head_dim if kind in _ROPE_OF_WHOLE_HEADS else int(head_dim * share)
         options = self._rope_options(found, kind, dim)
         rope = Rope(theta=float(theta), dim=dim, kind=kind, options=options, interleaved=interleaved)
         self._check_frequencies(rope, found)
@@ -153,7 +155,8 @@ class RawConfig(Fields):
                 frequencies, scale = rope_frequencies(rope, trained=self.integer("max_position_embeddings"), max_len=1)
         except ArithmeticError:
             frequencies, scale = np.zeros(1), 1.0
-        if not (np.isfinite(frequencies).all() and (frequencies > 0).all() and np.isfinite(scale)):
+        usable = frequencies >= 0 if rope.kind in _ROPE_OF_WHOLE_HEADS else frequencies > 0
+        if not (np.isfinite(frequencies).all() and usable.all() and np.isfinite(scale)):
             raise ModelError(
                 f"{self.where}: {found.prefix.removesuffix('.')} {found.values!r:.200} and rope_theta {rope.theta:g} "
                 f"give no usable frequencies for {rope.dim} rotated dimensions"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxserve.kernels.cache import RecurrentShape
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder, DecoderLayer
 from jaxserve.models.delta_net import GatedDeltaNet
@@ -28,13 +27,3 @@ class HybridDecoder(Decoder):
     """Layers of both kinds."""
 
     layer_class = HybridLayer
-
-
-def recurrent_shape(config: ModelConfig, num_layers: int, num_slots: int, dtype: jnp.dtype) -> RecurrentShape | None:
-    """What ``num_layers`` of a model that computes in ``dtype`` keep of ``num_slots`` sequences, in no pages."""
-    net = config.recurrent
-    if net is None:
-        return None
-    return RecurrentShape(
-        num_layers, num_slots, net.num_key_heads, net.values_per_key, net.key_dim, net.value_dim, net.conv_width, dtype
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,10 @@ from flax import nnx
 from jaxserve.kernels.attention import paged_attention, rotate_and_write
 from jaxserve.kernels.cache import KVCache
 from jaxserve.kernels.inputs import AttentionInputs, Rotation
-from jaxserve.models.config import ModelConfig
+from jaxserve.kernels.xla import rotate
+from jaxserve.models.config import Memory, ModelConfig
 from jaxserve.models.matrix import Gate, MatrixLayout
-from jaxserve.models.norms import make_head_norms
+from jaxserve.models.norms import UnweightedNorm, make_head_norms
 
 Axes = tuple[str | None, ...]
 
@@ -50,8 +51,17 @@ def matrix(
     return parameter(shape, axes, dtype, rngs, layout=layout or MatrixLayout())
 
 
+class Tokens(NamedTuple):
+    """What layers take of the rows' tokens, beside what the layers before them made."""
+
+    ids: jax.Array
+    """``int32[T]``"""
+    embedded: jax.Array
+    """``[T, hidden]``: what the first layer takes."""
+
+
 class Positions(NamedTuple):
-    """What layers take of the rows' positions."""
+    """What layers take of the rows' positions, and of their tokens."""
 
     everywhere: Rotation
     """Of the layers that see everything."""
@@ -59,6 +69,8 @@ class Positions(NamedTuple):
     """Of those with a window."""
     temperature: jax.Array | None
     """``float32[T]``: what queries grow by, in some layers."""
+    tokens: Tokens | None = None
+    """In models whose layers have embeddings of their own."""
 
 
 class Attention(nnx.Module):
@@ -68,19 +80,20 @@ class Attention(nnx.Module):
     value. One wide product is faster than three, and a shard of KV heads is a contiguous slice with all it needs.
     """
 
+    num_kept: ClassVar[int] = 2
+    """Of each KV head beside its queries: its key and its value."""
+
     def __init__(self, config: ModelConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.config = config
+        self.is_local = config.memory(layer) is Memory.LOCAL_PAGES
+        self.config = config = config.of_layer(layer)
         self.window = config.layer_window(layer)
         self.rotates = layer not in config.unrotated_layers
         self.has_temperature = config.temperature is not None and layer in config.temperature.layers
         kv, group, dim, hidden = config.num_held_kv_heads, config.group_size, config.head_dim, config.hidden_size
-        self.qkv = matrix(
-            (kv, group + 2, dim, hidden), ("kv_heads", None, None, "embed"), dtype, rngs, MatrixLayout(num_outputs=3)
-        )
+        width, axes = group + self.num_kept, ("kv_heads", None, None)
+        self.qkv = matrix((kv, width, dim, hidden), (*axes, "embed"), dtype, rngs, MatrixLayout(num_outputs=3))
         self.out = matrix((hidden, kv, group, dim), ("embed", "kv_heads", None, None), dtype, rngs)
-        self.qkv_bias = (
-            parameter((kv, group + 2, dim), ("kv_heads", None, None), dtype, rngs) if config.qkv_bias else None
-        )
+        self.qkv_bias = parameter((kv, width, dim), axes, dtype, rngs) if config.qkv_bias else None
         self.out_bias = parameter((hidden,), ("embed",), dtype, rngs) if config.out_bias else None
         self.sinks = parameter((kv, group), ("kv_heads", None), dtype, rngs) if config.attention_sinks else None
         self.gate = (
@@ -90,7 +103,9 @@ class Attention(nnx.Module):
             if config.attention_gate
             else None
         )
-        self.q_norm, self.k_norm = make_head_norms(config, layer, dtype)
+        self.q_norm, k_norm = make_head_norms(config, layer, dtype)
+        self.k_norm = k_norm if self.num_kept else None
+        self.v_norm = UnweightedNorm(config.norm_eps) if config.value_norm and self.num_kept else None
 
     def __call__(
         self,
@@ -106,18 +121,11 @@ class Attention(nnx.Module):
         rows: which of them count, as a Matrix takes it.
         """
         c = self.config
-        qkv = self.qkv.get_value().multiply(x, rows)
-        qkv = qkv.reshape(len(x), c.num_held_kv_heads, c.group_size + 2, c.head_dim)
-        if self.qkv_bias is not None:
-            qkv = qkv + self.qkv_bias[...]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k, v = jnp.split(qkv, (c.group_size, c.group_size + 1), axis=2)
-            qkv = jnp.concatenate((self.q_norm(q), self.k_norm(k), v), axis=2)
-        q, cache = rotate_and_write(qkv, self._rotation(positions), cache, inputs, layer)
+        q, cache = self.queries(self._projected(x, rows), positions, cache, inputs, layer)
         if self.has_temperature and positions.temperature is not None:
             q = (q * positions.temperature[:, None, None]).astype(q.dtype)
         attended = paged_attention(
-            q, cache, inputs, layer,
+            q, cache, inputs, layer, local=self.is_local,
             scale=c.attention_scale or c.head_dim**-0.5, window=self.window, softcap=c.attention_softcap,
             chunk=c.chunk_tokens if self.rotates else None,
             sinks=None if self.sinks is None else self.sinks[...].reshape(-1).astype(jnp.float32),
@@ -127,10 +135,41 @@ class Attention(nnx.Module):
         y = self.out.get_value().multiply(attended, rows)
         return (y if self.out_bias is None else y + self.out_bias[...]), cache
 
-    def _rotation(self, positions: Positions) -> Rotation:
+    def queries(
+        self, qkv: jax.Array, positions: Positions, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array
+    ) -> tuple[jax.Array, KVCache[jax.Array]]:
+        """Normed and rotated, ``[T, heads, head_dim]``, of ``[T, kv_heads, group + num_kept, head_dim]``, and the cache
+        with what is kept."""
+        if self.q_norm is not None and self.k_norm is not None:
+            group = self.config.group_size
+            q, k, v = jnp.split(qkv, (group, group + 1), axis=2)
+            qkv = jnp.concatenate((self.q_norm(q), self.k_norm(k), self.v_norm(v) if self.v_norm else v), axis=2)
+        return rotate_and_write(qkv, self.rotation(positions), cache, inputs, layer, local=self.is_local)
+
+    def _projected(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
+        qkv = self.qkv.get_value().multiply(x, rows)
+        qkv = qkv.reshape(len(x), self.config.num_held_kv_heads, -1, self.config.head_dim)
+        return qkv if self.qkv_bias is None else qkv + self.qkv_bias[...]
+
+    def rotation(self, positions: Positions) -> Rotation:
+        """Of the layer's rows."""
         if not self.rotates:
             return None
         return positions.everywhere if self.window is None else positions.local
+
+
+class ReadingAttention(Attention):
+    """Reads an earlier layer's keys and values, and has none of its own. ``qkv`` has the queries."""
+
+    num_kept = 0
+
+    def queries(
+        self, qkv: jax.Array, positions: Positions, cache: KVCache[jax.Array], inputs: AttentionInputs, layer: jax.Array
+    ) -> tuple[jax.Array, KVCache[jax.Array]]:
+        q = qkv if self.q_norm is None else self.q_norm(qkv)
+        rotation = self.rotation(positions)
+        q = q if rotation is None else rotate(q, *rotation)
+        return q.reshape(len(q), -1, self.config.head_dim), cache
 
 
 class GatedMLP(nnx.Module):

@@ -67,6 +67,7 @@ LayerWeights = Callable[[ModelConfig, int, str, str], dict[str, Weight]]
 
 
 def attention_weights(config: ModelConfig, layer: int, ours: str, theirs: str) -> dict[str, Weight]:
+    config = config.of_layer(layer)
     theirs += ".self_attn"
     found = {
         f"{ours}.qkv": separate_qkv(config, theirs),

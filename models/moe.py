@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from jaxserve.kernels.shards import own_share, summed_over_shards
 from jaxserve.models.config import ModelConfig, SharedExpert
 from jaxserve.models.layers import GatedMLP, gate_of, matrix, parameter
 from jaxserve.models.matrix import Matrix, MatrixLayout
-from jaxserve.models.routing import ROUTE
+from jaxserve.models.routing import ROUTE, Choice
 from jaxserve.models.weights import Part, Weight, whole
 
 
@@ -51,11 +53,19 @@ class MoE(nnx.Module):
 
     def __call__(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
         """As GatedMLP's."""
+        return self.mixed(x, rows, self.choose(x, rows))
+
+    def choose(self, x: jax.Array, rows: jax.Array | None) -> Choice:
+        """Of each row the experts, and their weights."""
         logits = self.router.get_value().multiply(x, rows, jnp.dtype("float32"))
         if self.router_bias is not None:
             logits = logits + self.router_bias[...]
         choice_bias = None if self.choice_bias is None else self.choice_bias[...]
-        weights, chosen = ROUTE[self.experts.router](self.experts, logits, choice_bias)
+        return ROUTE[self.experts.router](self.experts, logits, choice_bias)
+
+    def mixed(self, x: jax.Array, rows: jax.Array | None, choice: Choice) -> jax.Array:
+        """What the experts that are chosen make of the rows."""
+        weights, chosen = choice
         weights = weights.astype(x.dtype)
         if rows is not None:
             chosen = jnp.where(rows[:, None] < 0, self.experts.count, chosen)
@@ -151,4 +161,19 @@ def moe_weights(ours: str, router: str, expert: str, gate: str, up: str, down: s
             for half, name in enumerate((gate, up))
         ),
         f"{ours}.down": tuple(Part(f"{expert.format(i)}.{down}.weight", inputs_first, (i,)) for i in range(count)),
+    }
+
+
+def separate_experts(name: str, tensor: np.ndarray) -> Mapping[str, np.ndarray]:
+    """Each expert's matrices, where ``tensor`` is those of all, ``gate_up_proj`` ``[experts, 2 * inner, hidden]`` or
+    ``down_proj`` ``[experts, hidden, inner]``, as views under the names that files have which keep them apart."""
+    prefix, _, last = name.rpartition(".experts.")
+    kinds = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last, ())
+    if not kinds or tensor.ndim != 3 or tensor.shape[1] % len(kinds):
+        return {name: tensor}
+    apart = tensor.reshape(len(tensor), len(kinds), -1, tensor.shape[2])
+    return {
+        f"{prefix}.experts.{i}.{kind}.weight": apart[i, place]
+        for i in range(len(apart))
+        for place, kind in enumerate(kinds)
     }

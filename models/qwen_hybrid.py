@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxserve.models.delta_net import delta_net_weights, fused_delta_net_weights
 from jaxserve.models.family import Family, language_model_name
 from jaxserve.models.hf_config import RawConfig
 from jaxserve.models.hybrid import HybridDecoder
+from jaxserve.models.moe import separate_experts
 from jaxserve.models.qwen import moe_or_mlp_weights, read_experts
 from jaxserve.models.reshape import norm_weights, query_gate, separate_qkv, split_heads
 from jaxserve.models.weights import Weight, whole
@@ -94,14 +96,23 @@ _WEIGHTS = partial(llama.weights, attention=partial(_mixer_weights, delta_net_we
 QWEN3_5 = Family(
     models="Qwen3.5", read=read, weights=_WEIGHTS, model=HybridDecoder, defaults=_QWEN3_5, tensor_name=_tensor_name
 )
-QWEN3_5_VISION = Family(
-    models="Qwen3.5 that can see, on text alone",
-    read=read,
-    weights=_WEIGHTS,
+QWEN3_5_VISION = replace(QWEN3_5, models="Qwen3.5 that can see, on text alone", nested="text_config")
+_QWEN3_5_MOE = _QWEN3_NEXT | {
+    "num_experts": 256, "num_experts_per_tok": 8,
+    "intermediate_size": 512,  # which no layer has
+}  # fmt: skip
+_MOE_WEIGHTS = partial(llama.weights, attention=partial(_mixer_weights, delta_net_weights), mlp=moe_or_mlp_weights)
+QWEN3_5_MOE = Family(
+    models="Qwen3.5 with experts",
+    read=read_next,
+    weights=_MOE_WEIGHTS,
     model=HybridDecoder,
-    defaults=_QWEN3_5,
-    nested="text_config",
+    defaults=_QWEN3_5_MOE,
     tensor_name=_tensor_name,
+    divide=separate_experts,
+)
+QWEN3_5_MOE_VISION = replace(
+    QWEN3_5_MOE, models="Qwen3.5 with experts that can see, on text alone", nested="text_config"
 )
 QWEN3_NEXT = Family(
     models="Qwen3-Next",

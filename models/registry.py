@@ -14,6 +14,7 @@ from jaxserve.models.falcon import FALCON
 from jaxserve.models.family import Family
 from jaxserve.models.fields import Fields
 from jaxserve.models.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_VISION
+from jaxserve.models.gemma4 import GEMMA4, GEMMA4_UNIFIED_VISION, GEMMA4_VISION
 from jaxserve.models.glm import GLM4, GLM4_LITE, GLM4_MOE
 from jaxserve.models.gpt2 import GPT2
 from jaxserve.models.gpt_oss import GPT_OSS
@@ -29,7 +30,13 @@ from jaxserve.models.mixtral import MIXTRAL, PHIMOE
 from jaxserve.models.olmo import EXAONE4, OLMO2, OLMO3
 from jaxserve.models.phi3 import PHI3
 from jaxserve.models.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
-from jaxserve.models.qwen_hybrid import QWEN3_5, QWEN3_5_VISION, QWEN3_NEXT
+from jaxserve.models.qwen_hybrid import (
+    QWEN3_5,
+    QWEN3_5_MOE,
+    QWEN3_5_MOE_VISION,
+    QWEN3_5_VISION,
+    QWEN3_NEXT,
+)
 from jaxserve.models.seed_oss import SEED_OSS
 from jaxserve.models.smollm3 import SMOLLM3
 
@@ -66,11 +73,16 @@ FAMILIES: dict[str, Family] = {
     "Qwen3NextForCausalLM": QWEN3_NEXT,
     "Qwen3_5ForCausalLM": QWEN3_5,
     "Qwen3_5ForConditionalGeneration": QWEN3_5_VISION,
+    "Qwen3_5MoeForCausalLM": QWEN3_5_MOE,
+    "Qwen3_5MoeForConditionalGeneration": QWEN3_5_MOE_VISION,
     "FalconForCausalLM": FALCON,
     "GemmaForCausalLM": GEMMA,
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": GEMMA3_VISION,
+    "Gemma4ForCausalLM": GEMMA4,
+    "Gemma4ForConditionalGeneration": GEMMA4_VISION,
+    "Gemma4UnifiedForConditionalGeneration": GEMMA4_UNIFIED_VISION,
     "Phi3ForCausalLM": PHI3,
     "PhiMoEForCausalLM": PHIMOE,  # the hub's name; below, transformers'
     "PhimoeForCausalLM": PHIMOE,

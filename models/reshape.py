@@ -62,6 +62,21 @@ def separate_qkv(config: ModelConfig, prefix: str, kind: str = "weight") -> Weig
     return _qkv(config, (q, q_rows), (k, unchanged), (v, unchanged))
 
 
+def queries_and_keys(config: ModelConfig, prefix: str) -> Weight:
+    """Attention.qkv where values are made as keys are, before either is normed."""
+    keys = f"{prefix}.k_proj.weight", unchanged
+    return _qkv(config, (f"{prefix}.q_proj.weight", unchanged), keys, keys)
+
+
+def queries(config: ModelConfig, prefix: str) -> Weight:
+    """ReadingAttention.qkv."""
+
+    def rows(tensor: np.ndarray) -> np.ndarray:
+        return _grouped(config.num_held_kv_heads, _by_head(config.num_heads, config.head_dim, tensor))
+
+    return whole(f"{prefix}.q_proj.weight", rows)
+
+
 def query_gate(config: ModelConfig, name: str) -> Weight:
     """Attention.gate from a q_proj."""
 

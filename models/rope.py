@@ -1,7 +1,8 @@
 """Rotary position embeddings and Hugging Face's ways of stretching them.
 
 Formulas: RoPE (arXiv 2104.09864); linear (arXiv 2306.15595); dynamic NTK, yarn (arXiv 2309.00071); longrope
-(arXiv 2402.13753); llama3 (Meta's reference code). transformers' modeling_rope_utils fixes their parameters.
+(arXiv 2402.13753); llama3 (Meta's reference code); proportional (Gemma 4). transformers' modeling_rope_utils fixes
+their parameters.
 """
 
 from __future__ import annotations
@@ -96,6 +97,13 @@ def _llama3(rope: Rope, trained: int, max_len: int) -> Frequencies:
     return (1 - smooth) * plain / factor + smooth * plain, 1.0
 
 
+def _proportional(rope: Rope, trained: int, max_len: int) -> Frequencies:
+    """The first ones of the whole head's, and 0 for the others: as if those dimensions did not rotate."""
+    plain = _inverse_frequencies(rope.theta, rope.dim) / rope.options.get("factor", 1.0)
+    rotated = int(rope.options.get("partial_rotary_factor", 1.0) * rope.dim // 2)
+    return np.where(np.arange(len(plain)) < rotated, plain, 0.0), 1.0
+
+
 _KINDS: dict[str, Callable[[Rope, int, int], Frequencies]] = {
     "default": _default,
     "linear": _linear,
@@ -103,6 +111,7 @@ _KINDS: dict[str, Callable[[Rope, int, int], Frequencies]] = {
     "yarn": _yarn,
     "longrope": _longrope,
     "llama3": _llama3,
+    "proportional": _proportional,
 }
 ROPE_KINDS = tuple(_KINDS)
 
@@ -123,7 +132,7 @@ def rope_frequencies(rope: Rope, *, trained: int, max_len: int) -> Frequencies:
 def longest_sequence(config: ModelConfig) -> int:
     """Tokens that the model's positions reach, stretched or not; as vLLM derives its max_model_len."""
     rope, trained = config.rope, config.max_position_embeddings
-    if rope is None or rope.kind in ("default", "llama3", "longrope") or config.local_rope is not None:
+    if rope is None or rope.kind in ("default", "llama3", "longrope", "proportional") or config.local_rope is not None:
         # Where only some layers are stretched (Gemma 3), max_position_embeddings is the stretched length.
         return trained
     if rope.kind == "yarn":

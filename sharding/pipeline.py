@@ -126,17 +126,18 @@ class StagedModel:
         model: Decoder,
         parameters: list[Parameter],
         x: jax.Array,
+        token_ids: jax.Array,
         positions: jax.Array,
         cache: KVCache[jax.Array],
         inputs: AttentionInputs,
     ) -> tuple[jax.Array, KVCache[jax.Array]]:
-        """The layers of this device's stage: rows ``[T, hidden]`` at ``positions`` -> the same, and the new cache.
+        """The layers of this device's stage: rows ``[T, hidden]`` of these tokens -> the same, and the new cache.
 
         Runs under shard_map over ``pipe``. ``model`` is what is outside the layers, ``parameters`` are this device's
         shares of the slots', ``[1, ...]`` each; the cache has the slots as its layers.
         """
         stage, num_stages = jax.lax.axis_index("pipe"), self.stages.num_stages
-        taken = model.positions_of(positions)
+        taken = model.beside(token_ids, positions)
         leaves = iter(parameters)
         for number, slot in enumerate(self._slots):
             places = [next(leaves) for _ in range(slot.kinds[0].tree.num_leaves)]

@@ -30,8 +30,12 @@ def divided(config: ModelConfig, mesh: Mesh, *, expert_parallel: bool = False) -
     """``config`` of the model on a mesh, whose devices share its heads, and with ``expert_parallel`` its experts, of
     which otherwise each has a share of all. Raises ModelError where heads do not divide."""
     tensor = mesh.shape["tensor"]
-    for name in ("num_heads", "num_kv_heads"):
-        count = getattr(config, name)
+    local = config.of_kind(local=True)
+    for name, count in (
+        ("num_heads", config.num_heads),
+        ("num_kv_heads", config.num_kv_heads),
+        ("num_kv_heads", local.num_kv_heads),
+    ):
         if count % tensor and (name == "num_heads" or tensor % count):
             raise ModelError(f"{name} of {count} does not divide over tensor_parallel {tensor}")
     return replace(config, tensor_parallel=tensor, expert_parallel=expert_parallel)

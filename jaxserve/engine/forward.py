@@ -20,7 +20,7 @@ from jaxserve.kernels.backend import Backend
 from jaxserve.kernels.cache import KVCache, cache_specs, recurrent_specs
 from jaxserve.kernels.inputs import AttentionInputs
 from jaxserve.kernels.recurrent import Segments, segments_of
-from jaxserve.models.config import ModelConfig
+from jaxserve.models.config import Memory, ModelConfig
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.matrix import Parameter
 from jaxserve.models.weights import Weight
@@ -87,10 +87,8 @@ class Forward(Protocol):
 
     abstract_parameters: dict[str, jax.ShapeDtypeStruct]
     """By path, as they are loaded, in the order in which the programs take them."""
-    cache_layers: Sequence[int]
-    """Of which layers the KV cache is, in its order; a pipeline's unused places have a copy of a layer."""
-    recurrent_layers: Sequence[int]
-    """The same of layers that have none (kernels/recurrent.py)."""
+    kept: Mapping[Memory, Sequence[int]]
+    """Of which layers a cache is, in its order; a pipeline's unused places have a copy of a layer."""
 
     def assembled(self, weights: Mapping[str, Weight]) -> Mapping[str, Weight]:
         """How the parameters are assembled, from how the whole model's are."""
@@ -147,7 +145,7 @@ class WholeForward:
         self._skips_padding = skips_padding
         self._graph, self._tree = graph, jax.tree.structure(state)
         self.abstract_parameters = abstract_parameters(state, mesh)
-        self.recurrent_layers, self.cache_layers = config.by_memory(range(config.num_layers))
+        self.kept = config.by_memory(range(config.num_layers))
         model = nnx.merge(graph, state)
         model.layers = nnx.List([])
         self._head_graph, head_state = nnx.split(model)
@@ -215,7 +213,7 @@ class StagedForward:
         self._model = StagedModel(graph, state, mesh)
         self._num_stages = mesh.shape["pipe"]
         self.abstract_parameters = self._model.abstract_parameters
-        self.recurrent_layers, self.cache_layers = config.by_memory(self._model.stages.all_layers())
+        self.kept = config.by_memory(self._model.stages.all_layers())
 
     def assembled(self, weights: Mapping[str, Weight]) -> Mapping[str, Weight]:
         return self._model.stack(weights)
@@ -248,8 +246,10 @@ class StagedForward:
         # The partitioner divides a stage over the axis ``tensor``, as it divides a model without stages.
         manual = frozenset(axis for axis, size in self._mesh.shape.items() if axis == "pipe" or size == 1)
         divided = cache_specs(pipe="pipe")
-        if self.recurrent_layers:
+        if self.kept[Memory.STATE]:
             divided = divided._replace(recurrent=recurrent_specs(pipe="pipe"))
+        if self.kept[Memory.LOCAL_PAGES]:
+            divided = divided._replace(local=cache_specs(pipe="pipe"))
         run = jax.shard_map(
             partial(self._run_stage, layout),
             mesh=self._mesh,
@@ -282,7 +282,7 @@ class StagedForward:
         # Attention is manual over ``tensor`` as well, within what is manual over ``pipe`` already: so is its mesh.
         mesh = jax.sharding.get_abstract_mesh()
         inputs = _attention_inputs(layout, fields, rows, self._backend, self._config, mesh)
-        x, cache = self._model.run_stage(model, places, x, rows.positions, state.cache, inputs)
+        x, cache = self._model.run_stage(model, places, x, rows.token_ids, rows.positions, state.cache, inputs)
         leaving = jax.tree.map(
             lambda mine: jax.lax.psum(jnp.where(stage == last, mine, jnp.zeros_like(mine)), "pipe"),
             (x[fields["draw_rows"]], layout.draws_of(ints[0])),

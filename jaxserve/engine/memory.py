@@ -80,7 +80,7 @@ def working_bytes(config: ResolvedConfig, model: ModelConfig) -> int:
     share, itemsize = model.tensor_parallel, jnp.dtype(config.dtype).itemsize
     rows = config.token_budget
     wide = max(model.hidden_size, model.num_heads * model.head_dim // share)
-    activations = rows * (4 * wide + max(3 * model.intermediate_size // share, _mixed(model))) * itemsize
+    activations = rows * (4 * wide + max(3 * model.widest_mlp // share, _mixed(model))) * itemsize
     # Logits of a step's samples in five forms (see sampler.py), or of all its rows in three where prompts are scored.
     logits = max(5 * (config.max_num_seqs + config.max_drafts), 3 * rows) * model.vocab_size // share * 4
     history = 4 * config.max_num_seqs * config.max_model_len

@@ -42,10 +42,9 @@ from jaxserve.engine.step import StepLayout, StepOutputs, step_layouts
 from jaxserve.errors import ConfigError
 from jaxserve.kernels import native
 from jaxserve.kernels.backend import AttentionShape, Target
-from jaxserve.kernels.cache import KVCacheShape, is_quantised, stored_dtype
+from jaxserve.kernels.cache import is_quantised, stored_dtype
 from jaxserve.kernels.registry import choose_backend
-from jaxserve.models.config import ModelConfig
-from jaxserve.models.hybrid import recurrent_shape
+from jaxserve.models.config import Memory, ModelConfig
 from jaxserve.models.loading.checkpoint import Checkpoint
 from jaxserve.models.matrix import (
     Matrix,
@@ -57,6 +56,7 @@ from jaxserve.models.matrix import (
     layouts_of,
     taken,
 )
+from jaxserve.models.memory import cache_shape
 from jaxserve.models.registry import family_of
 from jaxserve.models.weights import Weight
 from jaxserve.sharding.rows import over_rows
@@ -105,13 +105,16 @@ class StepPrograms:
         dtype = jnp.dtype(config.dtype)
         target = target or Target.of(mesh.devices.flat[0])
         cache_dtype = stored_dtype(config.kv_cache_dtype, dtype)
-        num_kv_heads = model_config.num_held_kv_heads // mesh.shape["tensor"]
-        shape = AttentionShape(
-            num_kv_heads * model_config.group_size, num_kv_heads, model_config.head_dim, config.block_size, dtype,
-            cache_dtype, model_config.has_values,
-        )  # fmt: skip
+        shapes = [
+            AttentionShape(
+                kind.num_heads // mesh.shape["tensor"], kind.num_held_kv_heads // mesh.shape["tensor"], kind.head_dim,
+                config.block_size, dtype, cache_dtype,
+                kind.has_values,
+            )
+            for kind in (model_config, model_config.of_kind(local=True))
+        ]  # fmt: skip
         try:
-            self.backend = choose_backend(config.attention_backend, target, shape)
+            self.backend = choose_backend(config.attention_backend, target, *shapes)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         family = family_of(model_config.architecture)
@@ -147,11 +150,9 @@ class StepPrograms:
         dense = abstract_taken(self.abstract_parameters, self._matrices, self._kind)
         everything_taken: dict[str, AbstractParameter] = {**everything, **dense, **self._codes.abstract()}
         self._abstract_taken = self._in_order(everything_taken)
-        self.kv_cache = KVCacheShape(
-            len(self.forward.cache_layers), model_config.num_held_kv_heads, model_config.head_dim, config.block_size,
-            cache_dtype,
-            recurrent_shape(model_config, len(self.forward.recurrent_layers), config.max_num_seqs, dtype),
-            model_config.has_values,
+        self.kv_cache = cache_shape(
+            model_config, self.forward.kept, page_size=config.block_size, num_slots=config.max_num_seqs, dtype=dtype,
+            cache_dtype=cache_dtype,
         )  # fmt: skip
         block_bytes = self.kv_cache.block_bytes
         arrays = jax.tree.leaves(self._abstract_taken) + self.kv_cache.besides_pages(mesh)
@@ -212,7 +213,8 @@ class StepPrograms:
                 "kv_cache_dtype %s: the checkpoint has no scales for keys and values; without, they are less precise",
                 self.config.kv_cache_dtype,
             )
-        scales = None if kv_scales is None else kv_scales[list(self.forward.cache_layers)]
+        parts = (self.forward.kept[memory] for memory in (Memory.PAGES, Memory.LOCAL_PAGES))
+        scales = [] if kv_scales is None else [kv_scales[list(layers)] for layers in parts]
         cache = self.kv_cache.zeros(self.num_blocks, self.mesh, scales)
         return ModelState(cache, None if activations is None else zeros(activations))
 
@@ -266,7 +268,7 @@ class StepPrograms:
 
     def lower_swap_out(self) -> jax.stages.Lowered:
         """Of the KV cache and ``int32[SWAP_BLOCKS]``, numbers of blocks, whose contents come out."""
-        blocks = [self.abstract_block.sharding] * SWAP_BLOCKS
+        blocks = jax.tree.map(lambda array: array.sharding, [self.abstract_block] * SWAP_BLOCKS)
         arguments = self.abstract_state().cache, self._ints(SWAP_BLOCKS)
         return self._lower(self.kv_cache.blocks_of, *arguments, out_shardings=blocks)
 
@@ -278,8 +280,8 @@ class StepPrograms:
         return self._lower(self.kv_cache.with_blocks, *arguments, donate_argnums=0, out_shardings=placed)
 
     @property
-    def abstract_block(self) -> jax.ShapeDtypeStruct:
-        """Of the KV cache, by itself."""
+    def abstract_block(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Of a Block of the KV cache."""
         return self.kv_cache.abstract_block(self.mesh)
 
     def lower_with_parameters(self, function: Callable[..., object], *arguments: object) -> jax.stages.Lowered:

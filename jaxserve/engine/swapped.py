@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import jax
 
+from jaxserve.kernels.cache import Block
+
 PINNED = "pinned_host"
 """Jax's word for the host's memory that devices copy from and to by themselves."""
 
@@ -14,20 +16,21 @@ class SwappedBlocks:
     """Contents of blocks, by their places in the swap space. Copies run after what the devices do already, and nobody
     waits for them here. ``abstract``: of a block on the devices."""
 
-    def __init__(self, abstract: jax.ShapeDtypeStruct) -> None:
-        self._abstract = abstract
-        self._blocks: dict[int, jax.Array] = {}
+    def __init__(self, abstract: Sequence[jax.ShapeDtypeStruct]) -> None:
+        self._here = tuple(array.sharding for array in abstract)
+        self._pinned = tuple(sharding.with_memory_kind(PINNED) for sharding in self._here)
+        self._blocks: dict[int, Block] = {}
 
-    def keep(self, places: Sequence[int], blocks: Sequence[jax.Array]) -> None:
+    def keep(self, places: Sequence[int], blocks: Sequence[Block]) -> None:
         """Copy blocks from the devices to these places; those past the last place are of no use."""
-        kept = jax.device_put(list(blocks[: len(places)]), self._abstract.sharding.with_memory_kind(PINNED))
+        kept = jax.device_put(list(blocks[: len(places)]), [self._pinned] * len(places))
         self._blocks.update(zip(places, kept, strict=True))
 
     def clear(self) -> None:
         """Give the memory back."""
         self._blocks.clear()
 
-    def fetch(self, places: Sequence[int], number: int) -> list[jax.Array]:
+    def fetch(self, places: Sequence[int], number: int) -> list[Block]:
         """Copies on the devices of what is in these places, and of the last one again and again up to ``number``."""
-        found = jax.device_put([self._blocks[place] for place in places], self._abstract.sharding)
+        found = jax.device_put([self._blocks[place] for place in places], [self._here] * len(places))
         return found + found[-1:] * (number - len(found))

@@ -184,7 +184,7 @@ def _compile(
         moved_bytes=moved_bytes(computations(text)["ENTRY"], without=pages[0]),
         num_layer_kernels=num_launched(text, "run_layer"),
         launches=launches,
-        num_layers=len(programs.forward.cache_layers) // programs.num_stages,
+        num_layers=programs.kv_cache.num_layers // programs.num_stages,
         collectives=dict(collectives(text)),
         layer_collectives=dict(collectives(text, "run_layer")),
         custom_calls=dict(custom_calls(text)),

@@ -156,9 +156,14 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     @cached_property
     def _opened(self) -> _Opened:
-        name_of = family_of(self.config.architecture).names_for(self.config)
+        family = family_of(self.config.architecture)
+        name_of = family.names_for(self.config)
         if self._format is None:
-            tensors = (mxfp4.Mxfp4Source if self._packs_experts else hf.SafetensorsSource)(self.path, name_of)
+            tensors = (
+                mxfp4.Mxfp4Source(self.path, name_of)
+                if self._packs_experts
+                else hf.SafetensorsSource(self.path, name_of, divide=family.divide)
+            )
             return _Opened(tensors, None, kv_scales.take(tensors, self.config.num_layers))
         tensors = hf.SafetensorsSource(self.path, named_by_module(name_of, self._format.suffixes), hf.DTYPES)
         # Before modules are put together, for some of these scales have a name of theirs.

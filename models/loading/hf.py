@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ml_dtypes
@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxserve.errors import ModelError
+from jaxserve.models.family import undivided
 from jaxserve.models.fields import Fields
 from jaxserve.models.loading.files import read_json, refuse_pointer, unreadable
 
@@ -32,7 +33,7 @@ class SafetensorsSource:
     """The tensors of a folder's safetensors files, in one or in shards, mapped into memory. Raises ModelError.
 
     ``name_of`` gives a file's tensor name as the caller wants it, None for tensors to leave out; ``supported`` are the
-    types that there may be.
+    types that there may be, and ``divide`` is Family's.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class SafetensorsSource:
         folder: Path,
         name_of: Callable[[str], str | None] = lambda name: name,
         supported: Collection[str] = FLOATS.keys(),
+        divide: Callable[[str, np.ndarray], Mapping[str, np.ndarray]] = undivided,
     ) -> None:
         self.folder = folder
         self._tensors: dict[str, _Tensor] = {}
@@ -52,9 +54,10 @@ class SafetensorsSource:
                 name = name_of(stored)
                 if name is None:
                     continue
-                if name in self._tensors:
-                    raise ModelError(f"{folder}: {self._tensors[name].stored_as} and {stored} are both {name}")
-                self._tensors[name] = found[stored]
+                for part, values in divide(name, found[stored].values).items():
+                    if part in self._tensors:
+                        raise ModelError(f"{folder}: {self._tensors[part].stored_as} and {stored} are both {part}")
+                    self._tensors[part] = replace(found[stored], values=values)
         self.refuse_others(supported)
 
     def refuse_others(self, supported: Collection[str]) -> None:

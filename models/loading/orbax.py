@@ -21,7 +21,17 @@ import jax
 import numpy as np
 
 from jaxserve.errors import ModelError
-from jaxserve.models.config import ClampedSwiGLU, Experts, ModelConfig, Recurrent, Rope, SharedExpert, Temperature
+from jaxserve.models.config import (
+    ClampedSwiGLU,
+    Experts,
+    LocalHeads,
+    ModelConfig,
+    OwnEmbedding,
+    Recurrent,
+    Rope,
+    SharedExpert,
+    Temperature,
+)
 from jaxserve.models.fields import Fields
 from jaxserve.models.loading import eos, generation
 from jaxserve.models.loading.assemble import placement, report
@@ -72,7 +82,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, eos.Declared]:
 
 _PARTS = {
     "rope": Rope, "local_rope": Rope, "temperature": Temperature, "experts": Experts, "shared": SharedExpert,
-    "gate": ClampedSwiGLU, "recurrent": Recurrent,
+    "gate": ClampedSwiGLU, "recurrent": Recurrent, "local_heads": LocalHeads, "own_embedding": OwnEmbedding,
 }  # fmt: skip
 """Fields that are objects themselves."""
 

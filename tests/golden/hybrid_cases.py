@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
+import torch
 from recent_cases import GRANITE
-from tiny_cases import DECODER, TinyCase
+from tiny_cases import DECODER, Config, Tensors, TinyCase
 
 DELTA_NET = {"linear_conv_kernel_dim": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 16}
 DELTA_NET |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
@@ -22,6 +25,25 @@ QWEN3_NEXT = QWEN3_5 | {"model_type": "qwen3_next", "num_experts": 8, "num_exper
 QWEN3_NEXT |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24, "decoder_sparse_step": 1}
 QWEN3_NEXT |= {"mlp_only_layers": [], "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 
+QWEN3_5_MOE = QWEN3_5 | {"model_type": "qwen3_5_moe_text", "num_experts": 8, "num_experts_per_tok": 2}
+QWEN3_5_MOE |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24, "num_hidden_layers": 2}
+QWEN3_5_MOE |= {"layer_types": ["linear_attention", "full_attention"]}
+del QWEN3_5_MOE["intermediate_size"]
+
+
+def fuse_experts(tensors: Tensors, _config: Config) -> Tensors:
+    """All experts' matrices in one tensor, gates and ups together, as the hub's files of Qwen3.5 have them."""
+    fused = {name: tensor for name, tensor in tensors.items() if not re.search(r"\.experts\.\d", name)}
+    for prefix in {match[1] for name in tensors if (match := re.match(r"(.*\.experts)\.\d", name))}:
+        count = sum(bool(re.fullmatch(rf"{re.escape(prefix)}\.\d+\.up_proj\.weight", name)) for name in tensors)
+        gate, up, down = (
+            torch.stack([tensors[f"{prefix}.{i}.{kind}_proj.weight"] for i in range(count)])
+            for kind in ("gate", "up", "down")
+        )
+        fused |= {f"{prefix}.gate_up_proj": torch.cat([gate, up], dim=1), f"{prefix}.down_proj": down}
+    return fused
+
+
 # A case's place is its seed: add new ones at the end.
 HYBRID_CASES = {
     "qwen3_5_hybrid": TinyCase(
@@ -36,4 +58,7 @@ HYBRID_CASES = {
     ),
     "granite4_hybrid": TinyCase("GraniteMoeHybridForCausalLM", GRANITE4, prompt_length=48),
     "qwen3_next_hybrid": TinyCase("Qwen3NextForCausalLM", QWEN3_NEXT, layout="transformers 5", prompt_length=48),
+    "qwen3_5_moe_hybrid": TinyCase(
+        "Qwen3_5MoeForCausalLM", QWEN3_5_MOE, layout="transformers 5", prompt_length=48, to_hub=fuse_experts
+    ),
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gemma4_cases import GEMMA4_CASES
 from hybrid_cases import HYBRID_CASES
 from latent_cases import LATENT_CASES
 from recent_cases import RECENT_CASES
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from tiny_cases import TINY_CASES, TinyCase
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-CASES = TINY_CASES | RECENT_CASES | HYBRID_CASES | LATENT_CASES
+CASES = TINY_CASES | RECENT_CASES | HYBRID_CASES | LATENT_CASES | GEMMA4_CASES
 
 
 def save(model: Any, case: TinyCase, folder: Path) -> None:

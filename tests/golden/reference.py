@@ -70,11 +70,14 @@ def build(config: Config) -> Any:
 def randomise(model: Any, generator: torch.Generator, dtype: torch.dtype) -> None:
     """Give every parameter random values of `dtype`, biases too: norm weights around one, Gemma's around zero.
 
-    Gemma's also vary more, as its embeddings are scaled up: otherwise each token would just predict itself.
+    Gemma's also vary more, as its embeddings are scaled up: otherwise each token would just predict itself. Those of
+    Gemma 4 are around zero too, but not stored less one.
     """
     gemma = model.config.model_type.startswith("gemma")
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("router.scale"):  # Gemma 4 takes this out again
+            noise *= len(noise) ** 0.5 / 0.3
         if parameter.ndim == 1 and name.endswith(".weight"):
             parameter.data.copy_((noise if gemma else 1 + 0.3 * noise).to(dtype))
         else:
@@ -82,10 +85,14 @@ def randomise(model: Any, generator: torch.Generator, dtype: torch.dtype) -> Non
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
+        if name.endswith("layer_scalar"):
+            buffer.copy_((1 + 0.3 * torch.randn(buffer.shape, generator=generator)).to(dtype))
 
 
 def router_scores(router: Any, hidden: torch.Tensor) -> torch.Tensor:
     """What a router chooses by, [n, experts]."""
+    if hasattr(router, "proj"):  # Gemma 4's
+        return router.proj(router.norm(hidden) * router.scale * router.scalar_root_size)
     logits = torch.nn.functional.linear(hidden, router.weight, getattr(router, "bias", None))
     bias = getattr(router, "e_score_correction_bias", None)
     return logits if bias is None else logits.sigmoid() + bias
@@ -103,7 +110,8 @@ def continue_greedily(model: Any, generator: torch.Generator, prompt_length: int
     margins = [float("inf")]
 
     def note_margin(router: Any, inputs: tuple[torch.Tensor, ...], _output: Any) -> None:
-        best = router_scores(router, inputs[0].flatten(0, -2)).topk(router.top_k + 1, dim=-1).values
+        top_k = router.top_k if hasattr(router, "top_k") else router.config.top_k_experts
+        best = router_scores(router, inputs[0].flatten(0, -2)).topk(top_k + 1, dim=-1).values
         margins.append((best[:, -2] - best[:, -1]).min().item())
 
     hooks = [m.register_forward_hook(note_margin) for m in model.modules() if type(m).__name__.endswith("Router")]

@@ -61,6 +61,7 @@ def test_gpus_without_their_packages_are_served_slowly_and_told(
         ("triton", CPU, MISTRAL, "triton needs a GPU, got cpu"),
         ("triton", V100, MISTRAL, "triton needs a GPU of compute capability 8.0 or newer, got 7.0"),
         ("triton", H100, MISTRAL._replace(page_size=8), "triton needs a block_size of at least 16, got 8"),
+        ("triton", H100, MISTRAL._replace(head_dim=512), "triton needs a head_dim of at most 256, got 512"),
         ("triton", H100, MISTRAL._replace(has_values=False), "triton needs keys and values that lie apart"),
         ("pod", A100, MISTRAL, "pod needs a GPU of compute capability 9.0 or newer, got 8.0"),
         ("pod", H100, MISTRAL._replace(head_dim=256), "pod needs a head_dim of at most 128, got 256"),

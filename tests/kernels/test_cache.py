@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -38,15 +38,32 @@ def test_it_begins_with_nothing_and_scales_of_one() -> None:
 
 def test_keys_that_are_values_take_half() -> None:
     """One array of pages, one scale for each layer, and blocks of one."""
-    shape, mesh, numbers = dataclasses.replace(SHAPE, has_values=False), make_mesh(), jnp.array([1, 2])
+    shape, mesh, numbers = replace(SHAPE, has_values=False), make_mesh(), jnp.array([1, 2])
     assert 2 * shape.block_bytes == SHAPE.block_bytes
-    cache = shape.zeros(3, mesh, np.array([[0.5, 2.0]] * 4, np.float32))
+    cache = shape.zeros(3, mesh, [np.array([[0.5, 2.0]] * 4, np.float32)])
     assert cache.v is None
     assert cache.scales.tolist() == [[0.5]] * 4
-    blocks = [jnp.full_like(block, 1 + i) for i, block in enumerate(shape.blocks_of(cache, numbers))]
-    assert {block.shape for block in blocks} == {shape.abstract_block(mesh).shape}
+    blocks = [(jnp.full_like(block, 1 + i),) for i, (block,) in enumerate(shape.blocks_of(cache, numbers))]
+    assert {block.shape for (block,) in blocks} == {one.shape for one in shape.abstract_block(mesh)}
     changed = shape.with_blocks(cache, numbers, blocks)
     assert np.asarray(changed.k, np.float32).reshape(4, 3, -1).mean(axis=-1).tolist() == [[0, 1, 2]] * 4
+
+
+def test_blocks_of_layers_of_two_shapes() -> None:
+    """A block has pages of both, and comes back as it was."""
+    shape = replace(SHAPE, local=replace(SHAPE, num_layers=3, head_dim=4))
+    assert shape.block_bytes == 16 * 2 * (4 * 2 * 8 + 3 * 2 * 4) * 2
+    mesh = make_mesh(2)
+    cache = jax.tree.map(
+        lambda x: jax.device_put(jax.random.normal(jax.random.key(x.size), x.shape).astype(x.dtype), x.sharding),
+        shape.zeros(6, mesh),
+    )
+    blocks = shape.blocks_of(cache, jnp.array([2, 5]))
+    assert [[x.shape for x in block] for block in blocks] == [[x.shape for x in shape.abstract_block(mesh)]] * 2
+    moved = shape.with_blocks(shape.zeros(6, mesh), jnp.array([4, 1]), blocks)
+    for before, after in zip(blocks, shape.blocks_of(moved, jnp.array([4, 1])), strict=True):
+        for one, other in zip(before, after, strict=True):
+            np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
 
 
 def test_what_is_stored() -> None:

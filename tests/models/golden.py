@@ -15,15 +15,15 @@ from jaxserve.engine.forward import SequenceState, rows_of, segments_for
 from jaxserve.engine.step import Packer, StepLayout, plan_of
 from jaxserve.kernels import native
 from jaxserve.kernels.backend import CPU_TILING, Backend, Target
-from jaxserve.kernels.cache import KVCache, KVCacheShape
+from jaxserve.kernels.cache import KVCache
 from jaxserve.kernels.cpu_attention import Native
 from jaxserve.kernels.inputs import AttentionInputs
 from jaxserve.kernels.plan import PlanLimits
 from jaxserve.kernels.xla import Xla
 from jaxserve.models.decoder import Decoder
-from jaxserve.models.hybrid import recurrent_shape
 from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.matrix import DenseMatrix, layouts_of, taken
+from jaxserve.models.memory import cache_shape
 from jaxserve.models.registry import family_of
 from jaxserve.request import Request, RequestMetrics
 from jaxserve.sampling_params import SamplingParams
@@ -34,10 +34,13 @@ from jaxserve.sharding.rules import abstract_model, abstract_parameters
 
 SAME_AS = {
     "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
+    "Gemma4ForConditionalGeneration": "Gemma4ForCausalLM",
+    "Gemma4UnifiedForConditionalGeneration": "Gemma4ForCausalLM",
     "KimiK25ForConditionalGeneration": "DeepseekV3ForCausalLM",
     "Llama4ForConditionalGeneration": "Llama4ForCausalLM",
     "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",
     "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM",
     "PhiMoEForCausalLM": "PhimoeForCausalLM",
 }
 """Architectures without a reference of their own: another's names, or the text of models that can see."""
@@ -125,11 +128,8 @@ def paged_logits(
     """``float32[len(token_ids), vocab]`` of a sequence computed in chunks of the given sizes."""
     config = model.config
     dtype = jnp.dtype("float32")
-    recurrent, others = config.by_memory(range(config.num_layers))
-    kept = recurrent_shape(config, len(recurrent), 3, dtype)
-    shape = KVCacheShape(
-        len(others), config.num_kv_heads, config.head_dim, PAGE_SIZE, dtype, kept, config.has_values
-    )  # fmt: skip
+    kept = config.by_memory(range(config.num_layers))
+    shape = cache_shape(config, kept, page_size=PAGE_SIZE, num_slots=3, dtype=dtype, cache_dtype=dtype)
     # Placed like the weights: otherwise the first step would be compiled for itself.
     cache = jax.device_put(shape.zeros(NUM_PAGES, make_mesh()), jax.devices()[0])
     blocks = BlockManager(NUM_PAGES, PAGE_SIZE, 3, max(len(token_ids), 17))

@@ -74,6 +74,10 @@ def features(config: ModelConfig) -> str:
     windowed = sum(window is not None for window in config.windows)
     if windowed:
         found.append(f"window in {windowed} of {config.num_layers} layers")
+    if config.local_heads is not None:
+        found.append(f"KV heads of {config.local_heads.head_dim} there and {config.head_dim} elsewhere")
+    if config.num_kv_shared_layers:
+        found.append(f"{config.num_kv_shared_layers} layers read earlier layers' keys")
     if config.rope is None:
         found.append("learned positions")
     elif config.rope.kind != "default":
@@ -95,6 +99,9 @@ def features(config: ModelConfig) -> str:
         "local RoPE": config.local_rope is not None,
         "q/k norms": config.qk_norm == "head",
         "norms of all heads' q/k": config.qk_norm == "all_heads",
+        "values normed": config.value_norm,
+        "values made as keys are": config.values_are_keys,
+        "embeddings of the layers' own": config.own_embedding is not None,
         "attention sinks": config.attention_sinks,
         "attention in chunks": config.chunk_tokens is not None,
         "q/k norms without weights": config.qk_norm == "unweighted",

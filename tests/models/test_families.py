@@ -35,7 +35,9 @@ def test_logits_match_transformers(name: str) -> None:
         assert same_greedy, chunking
 
 
-@pytest.mark.parametrize("name", ["gemma2_softcap", "gpt_oss_sinks", "qwen3_5_hybrid", "deepseek_v3_groups"])
+@pytest.mark.parametrize(
+    "name", ["gemma2_softcap", "gpt_oss_sinks", "qwen3_5_hybrid", "deepseek_v3_groups", "gemma4_shared"]
+)
 def test_plain_xla_gives_the_same(name: str) -> None:
     """What machines without a compiler run. tests/kernels has its parts, of every kind."""
     golden = Golden(name)
@@ -99,6 +101,7 @@ DEFAULTS = {
     "DeepseekV2ForCausalLM": "deepseek_v2", "DeepseekV3ForCausalLM": "deepseek_v3", "YoutuForCausalLM": "youtu",
     "Glm4MoeLiteForCausalLM": "glm4_moe_lite", "MiniCPM3ForCausalLM": "minicpm3",
     "GptOssForCausalLM": "gpt_oss", "Qwen3NextForCausalLM": "qwen3_next", "Qwen3_5ForCausalLM": "qwen3_5_text",
+    "Qwen3_5MoeForCausalLM": "qwen3_5_moe_text", "Gemma4ForCausalLM": "gemma4_text",
 }  # fmt: skip
 
 
@@ -203,6 +206,23 @@ LLAMA = {
         (
             {"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True},
             "use_bidirectional_attention True is not supported",
+        ),
+        (
+            {"architectures": ["Gemma4ForCausalLM"], "use_bidirectional_attention": "all"},
+            "use_bidirectional_attention must be vision or null, found 'all'",
+        ),
+        ({"architectures": ["Gemma4ForCausalLM"], "attention_bias": True}, "attention_bias True is not supported"),
+        (
+            {"architectures": ["Gemma4ForCausalLM"], "per_layer_config": {"0": {"head_dim": 64}}},
+            "per_layer_config must be the same of all layers of full_attention, and of no others, found",
+        ),
+        (
+            {"architectures": ["Gemma4ForCausalLM"], "num_kv_shared_layers": 1},
+            "num_kv_shared_layers must leave layers of every kind, got 1 of 2",
+        ),
+        (
+            {"architectures": ["Gemma4ForCausalLM"], "vocab_size_per_layer_input": 4},
+            "vocab_size_per_layer_input must be at least vocab_size 8, found 4",
         ),
     ],
 )

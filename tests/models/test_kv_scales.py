@@ -104,7 +104,7 @@ def test_scales_of_other_names_are_not_dropped(tmp_path: Path) -> None:
 def test_a_caches_scales() -> None:
     shape = KVCacheShape(2, 2, 8, 8, jnp.dtype(jnp.float8_e4m3fn))
     assert shape.zeros(2, make_mesh()).scales.tolist() == [[1, 1], [1, 1]]
-    assert shape.zeros(2, make_mesh(tensor=2, pipe=2), SCALES).scales.tolist() == SCALES.tolist()
+    assert shape.zeros(2, make_mesh(tensor=2, pipe=2), [SCALES]).scales.tolist() == SCALES.tolist()
 
 
 def test_layers_in_a_pipelines_places() -> None:
