@@ -258,11 +258,9 @@ def _unused(config: ModelConfig) -> list[str]:
 
 def _tensor_name(name: str) -> str | None:
     """Not of what sees or hears."""
-    return (
-        None
-        if re.match(r"(model\.)?(audio_tower|embed_(vision|audio)|vision_embedder)\.", name)
-        else (language_model_name(name))
-    )
+    if re.match(r"(model\.)?(audio_tower|embed_(vision|audio)|vision_embedder)\.", name):
+        return None
+    return language_model_name(name)
 
 
 _ROPE: dict[str, Any] = {

@@ -82,8 +82,8 @@ class DenseModel:
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, *, max_len: int) -> None:
         """``config``: the checkpoint's, with probes; sequences are of ``max_len`` tokens at most. Raises ModelError."""
-        if config.recurrent is not None or not config.has_values:
-            raise ModelError("probes are for models whose layers keep keys and values")
+        if config.recurrent is not None or config.local_heads is not None or not config.has_values:
+            raise ModelError("probes are for models whose layers keep keys and values, all of one shape")
         self.config, self._dtype = config, jnp.dtype("float32")
         family = family_of(config.architecture)
         self._graph, state = abstract_model(family.model, config, max_len=max_len, dtype=self._dtype)

@@ -102,3 +102,10 @@ def test_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
         read_probes(path, 3, 9)
     with pytest.raises(ModelError, match=r"none.safetensors: cannot be read"):
         read_probes(tmp_path / "none.safetensors", 1, 8)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_hybrid", "deepseek_v3_groups", "gemma4_shared"])
+def test_models_that_keep_something_else_are_refused(name: str) -> None:
+    checkpoint = open_checkpoint(str(Golden(name).checkpoint))
+    with pytest.raises(ModelError, match="probes are for models whose layers keep keys and values, all of one shape"):
+        DenseModel(checkpoint, dataclasses.replace(checkpoint.config, num_probes=1), max_len=8)
