@@ -24,6 +24,7 @@ from jaxserve.errors import ModelError
 from jaxserve.models.config import (
     ClampedSwiGLU,
     Experts,
+    Latent,
     LocalHeads,
     ModelConfig,
     OwnEmbedding,
@@ -83,6 +84,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, eos.Declared]:
 _PARTS = {
     "rope": Rope, "local_rope": Rope, "temperature": Temperature, "experts": Experts, "shared": SharedExpert,
     "gate": ClampedSwiGLU, "recurrent": Recurrent, "local_heads": LocalHeads, "own_embedding": OwnEmbedding,
+    "latent": Latent,
 }  # fmt: skip
 """Fields that are objects themselves."""
 
