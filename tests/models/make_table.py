@@ -24,7 +24,7 @@ tests/models/test_families.py, which also serves one of each architecture throug
 
 Any of these loads from safetensors (a folder or a hub id) and, converted, from Orbax onto any mesh; GGUF where the
 table says so. `--load-format dummy` gives random weights in the shape of any config.json, or of mistral-7b, yi-34b,
-llama2-70b, falcon-180b and deepseek-v2-lite by name.
+llama2-70b, falcon-180b, deepseek-v2-lite and qwen3-30b-a3b by name.
 
 ## Families
 
