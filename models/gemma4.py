@@ -144,7 +144,7 @@ def read(raw: RawConfig) -> ModelConfig:
         num_kv_shared_layers=shared,
         shared_mlp_factor=2 if raw.flag("use_double_wide_mlp") else 1,
         own_embedding=_own_embedding(raw),
-        experts=_experts(raw, layers) if raw.flag("enable_moe_block") else None,
+        experts=_experts(raw, layers),
     )
 
 
@@ -178,7 +178,11 @@ def _own_embedding(raw: RawConfig) -> OwnEmbedding | None:
     return OwnEmbedding(vocab_size=entries, dim=dim)
 
 
-def _experts(raw: RawConfig, layers: int) -> Experts:
+def _experts(raw: RawConfig, layers: int) -> Experts | None:
+    if not raw.flag("enable_moe_block"):
+        return None
+    if not raw.has("num_experts"):
+        raise raw.error("enable_moe_block", "false without num_experts")
     return Experts(
         count=raw.count("num_experts"),
         per_token=raw.count("top_k_experts"),

@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("h100", "h200"), default="h100", help="what to compile for")
     parser.add_argument("--hosts", type=int, default=1, help="that the stages of a pipeline are divided over")
     parser.add_argument("--rows", nargs="+", type=int, help="only these token buckets")
+    kinds = ("forward", "sample")
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="only these programs of a step")
     parser.add_argument("--output", type=Path, help="file for all of it as JSON")
     config, args = parse_config(parser, argv, EngineConfig)
     with tempfile.TemporaryDirectory() as folder:
@@ -81,9 +83,9 @@ def report(config: EngineConfig, args: argparse.Namespace, folder: Path) -> int:
           f"{resolved.max_model_len} tokens")  # fmt: skip
     reports = []
     buckets = args.rows or programs.buckets
-    compilations = [(compile_forward, rows) for rows in buckets]
-    compilations += [(compile_sample, draws) for draws in sorted({programs.layouts[b].num_draws for b in buckets})]
-    for compile_program, rows in compilations:
+    draws = sorted({programs.layouts[rows].num_draws for rows in buckets})
+    sizes = {"forward": (compile_forward, buckets), "sample": (compile_sample, draws)}
+    for compile_program, rows in ((sizes[kind][0], size) for kind in args.kinds for size in sizes[kind][1]):
         reports.append(compile_program(programs, rows))
         print(f"  {reports[-1].kind} {rows} compiled in {reports[-1].compile_seconds:.1f} s", flush=True)
     architecture = f"sm_{device.target.compute_capability}a"
