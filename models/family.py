@@ -63,7 +63,7 @@ class Family:
     unused: Callable[[ModelConfig], Collection[str]] = lambda config: ()
     """Tensors of some files, under such names, that a model has no use for."""
     divide: Callable[[str, np.ndarray], Mapping[str, np.ndarray]] = undivided
-    """Such a name and its tensor -> the tensors in it, views, where some files have those of ``weights`` in one."""
+    """A file's tensor -> those in it, views, under names of the same form, where some files have several in one."""
 
     def names_for(self, config: ModelConfig) -> Callable[[str], str | None]:
         """A file's tensor name -> the name in ``weights`` of ``config``, whether it has the prefix ``base`` or not.

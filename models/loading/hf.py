@@ -51,13 +51,13 @@ class SafetensorsSource:
                 missing = _listed(expected - found.keys())
                 raise ModelError(f"{path}: missing tensors that {_INDEX} places there: {missing}")
             for stored in expected or found:
-                name = name_of(stored)
-                if name is None:
-                    continue
-                for part, values in divide(name, found[stored].values).items():
-                    if part in self._tensors:
-                        raise ModelError(f"{folder}: {self._tensors[part].stored_as} and {stored} are both {part}")
-                    self._tensors[part] = replace(found[stored], values=values)
+                for given, values in divide(stored, found[stored].values).items():
+                    name = name_of(given)
+                    if name is None:
+                        continue
+                    if name in self._tensors:
+                        raise ModelError(f"{folder}: {self._tensors[name].stored_as} and {stored} are both {name}")
+                    self._tensors[name] = replace(found[stored], values=values)
         self.refuse_others(supported)
 
     def refuse_others(self, supported: Collection[str]) -> None:

@@ -72,7 +72,7 @@ def report(bits: int, rows: int, model: ModelConfig, mesh: Mesh) -> ProgramRepor
     """Of a step whose layers' matrices stay codes."""
     config = EngineConfig(
         model="mistral-7b", dtype="bfloat16", token_budget=rows, max_num_seqs=16, num_blocks=1024,
-        attention_backend="triton",
+        attention_backend="triton", quantization="codes",
     )  # fmt: skip
     programs = StepPrograms(
         config.resolve(model_max_len=4096, on_gpu=True), model, mesh, target=DEVICES["h100"].target,
