@@ -26,10 +26,9 @@ def make(golden: Golden, tokenizer: Path, **settings: Any) -> LLM:
     ("golden", "settings"),
     [
         (SHARED, {"num_blocks": 9}),
-        (SHARED, {"tensor_parallel": 2}),
         (EXPERTS, {"tensor_parallel": 2, "pipeline_parallel": 2}),
     ],
-    ids=["preempted", "two devices", "devices and stages"],
+    ids=["preempted", "devices and stages"],
 )
 def test_company_does_not_matter(golden: Golden, tiny_tokenizer: Path, settings: dict[str, Any]) -> None:
     """Blocks of both kinds of layers come and go together, are shared by equal prompts, and lie on several devices."""

@@ -26,11 +26,10 @@ def make(golden: Golden, tokenizer: Path, **settings: Any) -> LLM:
     ("golden", "settings"),
     [
         (QWEN, {"num_blocks": 11}),
-        (QWEN, {"tensor_parallel": 2}),
-        (QWEN, {"pipeline_parallel": 2}),
+        (QWEN, {"tensor_parallel": 2, "pipeline_parallel": 2}),
         (GRANITE, {"tensor_parallel": 2, "pipeline_parallel": 2}),
     ],
-    ids=["preempted", "two devices", "two stages", "both"],
+    ids=["preempted", "delta_net", "mamba2"],
 )
 def test_company_does_not_matter(golden: Golden, tiny_tokenizer: Path, settings: dict[str, Any]) -> None:
     """Slots change their owners, chunks are cut anywhere, and who is preempted begins again."""

@@ -20,7 +20,7 @@ from jaxserve.simulator.cost import RooflineCost
 from jaxserve.simulator.devices import A100_80G
 from tests.models.golden import Golden
 
-LITE, V2, V3 = map(Golden, ("deepseek_v2_lite", "deepseek_v2_groups", "deepseek_v3_groups"))
+V2, V3 = map(Golden, ("deepseek_v2_groups", "deepseek_v3_groups"))
 GREEDY = SamplingParams(temperature=0, max_tokens=len(V2.greedy), ignore_eos=True)
 LARGE = {
     "num_attention_heads": 128, "hidden_size": 5120, "num_hidden_layers": 60, "n_routed_experts": 160,
@@ -56,11 +56,10 @@ def test_bytes_of_a_token() -> None:
     ("golden", "settings"),
     [
         (V3, {"num_blocks": 11}),
-        (LITE, {"tensor_parallel": 2}),
         (V2, {"tensor_parallel": 2, "pipeline_parallel": 2}),
         (V3, {"speculative": "ngram", "swap_space_bytes": 2**20}),
     ],
-    ids=["preempted", "two devices", "two of each", "drafts and swap"],
+    ids=["preempted", "two of each", "drafts and swap"],
 )
 def test_company_does_not_matter(golden: Golden, tiny_tokenizer: Path, settings: dict[str, Any]) -> None:
     """Prompts share blocks, and the cache has what transformers' greedy continuation needs, wherever chunks are cut."""
