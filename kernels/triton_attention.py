@@ -45,13 +45,13 @@ class Triton(Backend):
 
     @staticmethod
     def needs(target: Target, shape: AttentionShape) -> str | None:
+        if (lacking := triton_needs(target)) is not None:
+            return lacking
         if shape.page_size < 16:
-            return triton_needs(target) or f"a block_size of at least 16, got {shape.page_size}"
+            return f"a block_size of at least 16, got {shape.page_size}"
         if shape.head_dim > LARGEST_HEAD:
-            return triton_needs(target) or f"a head_dim of at most {LARGEST_HEAD}, got {shape.head_dim}"
-        if not shape.has_values:
-            return triton_needs(target) or "keys and values that lie apart, not a latent that is both"
-        return triton_needs(target)
+            return f"a head_dim of at most {LARGEST_HEAD}, got {shape.head_dim}"
+        return None if shape.has_values else "keys and values that lie apart, not a latent that is both"
 
     def with_prefill_programs(self, programs: int) -> Self:
         """``programs`` on a multiprocessor, which share its registers (triton_launch tells the compiler)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -122,15 +123,11 @@ DEEPSEEK_V3 = Family(
     defaults=_V3,
     has_later_layers=True,
 )
-KIMI_VISION = Family(
+KIMI_VISION = replace(
+    DEEPSEEK_V3,
     models="Kimi K2.5 that can see, on text alone",
-    read=read_v3,
-    weights=WEIGHTS,
-    model=LatentDecoder,
-    defaults=_V3,
     nested="text_config",
     tensor_name=language_model_name,
-    has_later_layers=True,
 )
 YOUTU = Family(
     models="Youtu-LLM",

@@ -108,8 +108,7 @@ class StepPrograms:
         shapes = [
             AttentionShape(
                 kind.num_heads // mesh.shape["tensor"], kind.num_held_kv_heads // mesh.shape["tensor"], kind.head_dim,
-                config.block_size, dtype, cache_dtype,
-                kind.has_values,
+                config.block_size, dtype, cache_dtype, kind.has_values,
             )
             for kind in (model_config, model_config.of_kind(local=True))
         ]  # fmt: skip
@@ -121,11 +120,12 @@ class StepPrograms:
         graph, state = abstract_model(family.model, model_config, max_len=config.max_model_len, dtype=dtype)
         self._matrices, is_native = layouts_of(state), mesh.size == 1 and native.serves(target, dtype)
         self._kind = choose_kind(target, dtype, mesh)
-        plan: Callable[[], dict[str, QuantisedMatrix]] | None = None
-        if plan_codes is not None and self.num_stages == 1:
-            every = abstract_parameters(state, mesh)
-            everything = {name: spec for name, spec in every.items() if name not in self._added}
-            plan = partial(plan_codes, everything, family.weights(model_config), self._matrices)
+
+        def planned(plan_codes: PlanCodes) -> dict[str, QuantisedMatrix]:
+            stored = self._without_added(abstract_parameters(state, mesh))
+            return plan_codes(stored, family.weights(model_config), self._matrices)
+
+        plan = partial(planned, plan_codes) if plan_codes is not None and self.num_stages == 1 else None
         self._codes = CodedMatrices(config, target, is_native, plan)
         self.forward: Forward
         self.skips_padding = (
@@ -140,7 +140,7 @@ class StepPrograms:
         else:
             self.forward = StagedForward(graph, state, mesh, model_config, self.backend)
         everything = self.forward.abstract_parameters
-        self._stored = {name: spec for name, spec in everything.items() if name not in self._added}
+        self._stored = self._without_added(everything)
         coded = self._codes.names
         self.abstract_parameters = {name: spec for name, spec in self._stored.items() if name not in coded}
         """Those that are loaded dense; see ``load``."""
@@ -197,6 +197,10 @@ class StepPrograms:
         added = {name: _placed(array, everything[name]) for name, array in self._added.items()}
         parameters: dict[str, Parameter] = {**dense, **dict(self._codes.load(checkpoint, weights)), **added}
         return jax.block_until_ready(self._in_order(parameters))
+
+    def _without_added[P](self, parameters: Mapping[str, P]) -> dict[str, P]:
+        """Those that a checkpoint has."""
+        return {name: value for name, value in parameters.items() if name not in self._added}
 
     def _in_order[P](self, parameters: Mapping[str, P]) -> list[P]:
         return [parameters[name] for name in self.forward.abstract_parameters]

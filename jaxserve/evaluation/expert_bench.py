@@ -20,7 +20,6 @@ from jaxserve.models.layers import gate_of
 from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.matrix import DenseKind, Matrix, MatrixLayout, choose_kind, layouts_of, taken
 from jaxserve.models.moe import MoE
-from jaxserve.models.routing import ROUTE
 from jaxserve.sharding.mesh import make_mesh
 
 LEAST_ROWS = 16
@@ -91,7 +90,8 @@ def expert_cases(config: EngineConfig, rows: Sequence[int]) -> list[Case]:
         num_all = max(LEAST_ROWS, num_rows)
         x = _random((num_all, model.hidden_size), dtype, num_rows)
         numbers = jnp.where(jnp.arange(num_all) < num_rows, jnp.arange(num_all, dtype=jnp.int32), -1)
-        sizes = np.bincount(_chosen(layer, x[:num_rows]), minlength=model.experts.count).tolist()
+        _, chosen = layer.choose(x[:num_rows], None)
+        sizes = np.bincount(np.asarray(chosen).reshape(-1), minlength=model.experts.count).tolist()
         active = [(alone[number], x[:size]) for number, size in enumerate(sizes) if size]
         products = jax.jit(lambda active: [_multiplied(*each) for each in active]).lower(active).compile()
         cases.append(Case(num_rows, len(active), partial(run, layer, x, numbers), partial(products, active)))
@@ -102,12 +102,6 @@ def _random(shape: Sequence[int], dtype: jnp.dtype, seed: int) -> jax.Array:
     """Small numbers, again and again the same: quickly made."""
     some = 0.02 * jax.random.normal(jax.random.key(seed), (NUM_RANDOM,), dtype)
     return jnp.resize(some, tuple(shape))
-
-
-def _chosen(layer: MoE, x: jax.Array) -> np.ndarray:
-    logits = layer.router.get_value().multiply(x, None, jnp.dtype("float32"))
-    _, chosen = ROUTE[layer.experts.router](layer.experts, logits, layer.choice_bias and layer.choice_bias[...])
-    return np.asarray(chosen).reshape(-1)
 
 
 def _expert(kind: DenseKind, gate_up: jax.Array, down: jax.Array, number: int) -> tuple[Matrix, Matrix]:

@@ -7,7 +7,7 @@ QuantisedMatrix, or made of one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import jax
 from flax import nnx
@@ -24,8 +24,8 @@ from jaxserve.models.matrix.words import WordMatrix
 
 __all__ = [
     "CodedKind", "DenseKind", "DenseMatrix", "Gate", "Matrix", "MatrixLayout", "PanelCodes", "PanelMatrix",
-    "Parameter", "QuantisedMatrix", "RowScaledMatrix", "WordMatrix", "abstract_coded_taken", "abstract_taken",
-    "choose_kind", "coded_kind", "coded_taken", "layouts_of", "taken",
+    "Parameter", "QuantisedMatrix", "RowScaledMatrix", "WordMatrix", "abstract_taken", "choose_kind",
+    "coded_kind", "layouts_of", "taken",
 ]  # fmt: skip
 
 Parameter = jax.Array | Matrix
@@ -56,16 +56,6 @@ def abstract_taken(
     return {
         name: kind.abstract(value, layouts[name]) if name in layouts else value for name, value in parameters.items()
     }
-
-
-def coded_taken(codes: Iterable[tuple[str, QuantisedMatrix]], target: Target) -> dict[str, Matrix]:
-    """What programs take of matrices that stay codes: each of the fastest kind for the device."""
-    return {name: coded_kind(matrix, target).of(matrix, target) for name, matrix in codes}
-
-
-def abstract_coded_taken(codes: Mapping[str, QuantisedMatrix], target: Target) -> dict[str, Matrix]:
-    """What ``coded_taken`` gives, without values."""
-    return {name: coded_kind(matrix, target).abstract(matrix, target) for name, matrix in codes.items()}
 
 
 def coded_kind(codes: QuantisedMatrix, target: Target) -> type[CodedKind]:

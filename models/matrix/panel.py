@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, Self
@@ -14,12 +15,13 @@ from jaxserve.kernels import cpu_gemm
 from jaxserve.models.matrix.layout import Gate, MatrixLayout, gate
 
 
-class Gated:
+class Gated(ABC):
     """Panels whose product ends with ``gate``, or with none."""
 
     num_outputs: int
     gate: str | None
 
+    @abstractmethod
     def multiply(
         self,
         x: jax.Array,
@@ -28,7 +30,6 @@ class Gated:
         groups: jax.Array | None = None,
     ) -> jax.Array:
         """See Matrix."""
-        raise NotImplementedError
 
     def gated(
         self,

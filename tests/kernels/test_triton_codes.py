@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.kernels import code_words, triton_launch
 from jaxserve.kernels.backend import Target
-from jaxserve.models.matrix import MatrixLayout, QuantisedMatrix, WordMatrix, abstract_coded_taken, coded_taken
+from jaxserve.models.matrix import MatrixLayout, QuantisedMatrix, WordMatrix, coded_kind
 from jaxserve.models.matrix.coded import Division
 from jaxserve.sharding.mesh import make_mesh
 from tests.kernels import triton_interpreter
@@ -178,7 +178,7 @@ def test_rows_of_the_matrix(ordered: bool) -> None:
 def test_divided_among_devices(outputs: tuple[int, ...], division: Any, rows: int) -> None:
     """Each device's inputs end within a block."""
     codes = drawn(outputs, 640, 64, zeros=True, division=division)
-    (abstract,) = abstract_coded_taken({"m": codes}, TARGET).values()
+    abstract = coded_kind(codes, TARGET).abstract(codes, TARGET)
     matrix = WordMatrix.of(codes, TARGET)
     for made, planned in zip(jax.tree.leaves(matrix), jax.tree.leaves(abstract), strict=True):
         assert (made.shape, made.dtype, made.sharding) == (planned.shape, planned.dtype, planned.sharding)
@@ -190,7 +190,7 @@ def test_where_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     codes = drawn((20,), 64, 32)
 
     def chosen(codes: QuantisedMatrix, target: Target) -> str:
-        (matrix,) = coded_taken([("m", codes)], target).values()
+        matrix = coded_kind(codes, target).of(codes, target)
         return type(matrix).__name__
 
     assert chosen(codes, TARGET) == "WordMatrix"

@@ -30,8 +30,7 @@ from jaxserve.models.matrix import (
     MatrixLayout,
     QuantisedMatrix,
     RowScaledMatrix,
-    abstract_coded_taken,
-    coded_taken,
+    coded_kind,
     layouts_of,
 )
 from jaxserve.models.weights import Part, Weight, stacked, whole
@@ -178,7 +177,7 @@ def test_a_gpu_multiplies_scales_of_rows_with_products(dtype: Any) -> None:
     one = replace(tensor(32, dtype=dtype), zeros=None)
     matrix = made(Held({"a": one}, bits=8), (6, 32), whole("a"), MatrixLayout())
     assert matrix is not None
-    (found,) = coded_taken([("m", matrix)], GPU).values()
+    found = coded_kind(matrix, GPU).of(matrix, GPU)
     assert isinstance(found, RowScaledMatrix)
     np.testing.assert_allclose(found.multiply(jnp.eye(32)).T, one.dequantised(), rtol=1e-6)
     np.testing.assert_array_equal(found.lookup(jnp.array([5, 0])), one.dequantised()[[5, 0]])
@@ -193,7 +192,7 @@ def test_other_codes_on_a_gpu() -> None:
     def kind(one: QuantisedTensor, target: Target = GPU) -> type:
         matrix = made(Held({"a": one}, bits=8), (6, 32), whole("a"), MatrixLayout())
         assert matrix is not None
-        (found,) = abstract_coded_taken({"m": matrix}, target).values()
+        found = coded_kind(matrix, target).abstract(matrix, target)
         return type(found)
 
     rows = replace(tensor(32, dtype=ml_dtypes.float8_e4m3fn), zeros=None)

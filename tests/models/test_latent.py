@@ -9,7 +9,6 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from jaxserve import LLM, SamplingParams
 from jaxserve.errors import ModelError
 from jaxserve.kernels.cache import KVCacheShape
 from jaxserve.models.config import ModelConfig
@@ -18,21 +17,14 @@ from jaxserve.models.presets import PRESETS
 from jaxserve.models.registry import read_config
 from jaxserve.simulator.cost import RooflineCost
 from jaxserve.simulator.devices import A100_80G
+from tests.models.company import check_company, make
 from tests.models.golden import Golden
 
 V2, V3 = map(Golden, ("deepseek_v2_groups", "deepseek_v3_groups"))
-GREEDY = SamplingParams(temperature=0, max_tokens=len(V2.greedy), ignore_eos=True)
 LARGE = {
     "num_attention_heads": 128, "hidden_size": 5120, "num_hidden_layers": 60, "n_routed_experts": 160,
 }  # fmt: skip
 """Of DeepSeek-V2."""
-
-
-def make(golden: Golden, tokenizer: Path, **settings: Any) -> LLM:
-    defaults = {
-        "token_budget": 16, "max_num_seqs": 3, "block_size": 8, "num_blocks": 40, "max_model_len": golden.length,
-    }  # fmt: skip
-    return LLM(model=str(golden.checkpoint), tokenizer=str(tokenizer), show_progress=False, **{**defaults, **settings})
 
 
 def kept(config: ModelConfig) -> KVCacheShape:
@@ -63,17 +55,7 @@ def test_bytes_of_a_token() -> None:
 )
 def test_company_does_not_matter(golden: Golden, tiny_tokenizer: Path, settings: dict[str, Any]) -> None:
     """Prompts share blocks, and the cache has what transformers' greedy continuation needs, wherever chunks are cut."""
-    prompts = [golden.prompt, golden.prompt[:7], golden.prompt, [5], golden.prompt[3:], golden.prompt]
-    with make(golden, tiny_tokenizer, **settings) as llm:
-        alone = [llm.generate([prompt], GREEDY)[0].outputs[0].token_ids for prompt in prompts]
-        together = llm.generate(prompts, GREEDY)
-        assert [output.outputs[0].token_ids for output in together] == alone
-        assert alone[0] == golden.greedy
-        assert any(output.metrics.num_preemptions for output in together) == ("num_blocks" in settings)
-        assert any(output.metrics.num_cached_tokens for output in together)
-        assert llm.engine.compiles.count == 0
-        llm.engine.blocks.check()
-        assert llm.engine.blocks.num_used == 0
+    check_company(golden, tiny_tokenizer, settings, caches_prefixes=True)
 
 
 def test_dense_and_sparse_layers_in_a_pipeline(tiny_tokenizer: Path) -> None:

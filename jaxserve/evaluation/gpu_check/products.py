@@ -17,7 +17,7 @@ from jaxserve.evaluation.gpu_check.stage import Context, StageFailed
 from jaxserve.evaluation.kernel_bench import MOST_ERROR
 from jaxserve.kernels.backend import Target
 from jaxserve.models.layers import gate_of
-from jaxserve.models.matrix import DenseMatrix, Matrix, MatrixLayout, QuantisedMatrix, coded_taken
+from jaxserve.models.matrix import DenseMatrix, Matrix, MatrixLayout, QuantisedMatrix, coded_kind
 from jaxserve.sharding.mesh import make_mesh
 
 ROWS = (16, 1, 32, 256, 2048)
@@ -180,5 +180,6 @@ def _numbers(codes: QuantisedMatrix) -> jax.Array:
 
 
 def _coded(layer: Sequence[QuantisedMatrix]) -> Layer:
-    made = coded_taken(zip("12", layer, strict=True), Target.of(jax.devices()[0]))
-    return made["1"], made["2"]
+    target = Target.of(jax.devices()[0])
+    first, second = (coded_kind(codes, target).of(codes, target) for codes in layer)
+    return first, second
