@@ -77,7 +77,7 @@ class EngineConfig:
     quantization: str = option(
         "auto",
         "quantised weights in memory; none: as dtype, codes: as they are stored, which takes less memory; auto: codes "
-        "where a CPU multiplies by them natively, and as fast",
+        "where a CPU multiplies by them natively",
         QUANTIZATION,
     )
     activations: str = option(
