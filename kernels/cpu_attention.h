@@ -46,6 +46,11 @@ struct Inputs {
   }
 };
 
+// What a decode item leaves, of all heads: a softmax over some of the keys.
+struct Partial {
+  float *tops, *totals, *values;  // [heads] each the greatest score and the sum of weights relative to it; [heads, dim]
+};
+
 // softcap * tanh(x / softcap), through exp of a negative number, which cannot overflow.
 inline Vec soft_cap(Vec x, float softcap) {
   const Vec magnitude = x < 0 ? -x : x;

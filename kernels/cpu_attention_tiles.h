@@ -1,8 +1,8 @@
 // Attention on AMX (cpu_tiles.h), over work items of prefill and of decode alike: bfloat16 products, softmax in float32.
 //
 // Scores are made transposed, S^T = K Q^T, so that keys are the first operand straight from their pages. Then 16 queries lie
-// side by side in a row of scores, and the softmax runs down the rows without sums across a vector. Two neighbouring rows of
-// weights, rounded to bfloat16, are a row of the second operand of O^T = V^T P^T as they come; only V has to be turned, once
+// side by side in a row of scores, and the softmax runs down the rows without sums across a vector. Of weights, rounded to
+// bfloat16, two neighbouring rows make pairs, which turned are the first operand of O = P V; values only have to be paired, once
 // for all queries of an item.
 //
 // Blocks of keys and the tokens of a product lie at multiples of their sizes, and a key that a query does not see adds zero:
@@ -23,6 +23,7 @@ constexpr int64_t kBlockTokens = 128;
 constexpr int64_t kStepTokens = 32;  // that one product of tiles sums over
 constexpr int64_t kSteps = kBlockTokens / kStepTokens;
 constexpr int64_t kStepDims = 32;
+constexpr float kLog2E = 1.44269504f;
 
 struct alignas(kRowBytes) Tile {
   uint32_t bits[kTileRows][kTileDepth];
@@ -44,50 +45,60 @@ typedef int32_t TileLanes __attribute__((vector_size(kRowBytes)));
 
 // Swaps what lies `kHalf` rows below and to the left with what lies as far above and to the right.
 template <int kHalf>
-inline void swap_halves(Tile& tile) {
+inline void swap_halves(TileRow* rows) {
 #define JAXSERVE_UPPER(lane) (((lane) & kHalf) ? kTileRows + (lane)-kHalf : (lane))
 #define JAXSERVE_LOWER(lane) (((lane) & kHalf) ? kTileRows + (lane) : (lane) + kHalf)
+#pragma GCC unroll 16
   for (int i = 0; i < kTileRows; ++i) {
     if (i & kHalf) continue;
-    TileRow& upper = *reinterpret_cast<TileRow*>(tile.bits[i]);
-    TileRow& lower = *reinterpret_cast<TileRow*>(tile.bits[i + kHalf]);
-    const TileRow a = upper, b = lower;
-    upper = JAXSERVE_SHUFFLE(a, b, JAXSERVE_EACH_LANE(JAXSERVE_UPPER));
-    lower = JAXSERVE_SHUFFLE(a, b, JAXSERVE_EACH_LANE(JAXSERVE_LOWER));
+    const TileRow a = rows[i], b = rows[i + kHalf];
+    rows[i] = JAXSERVE_SHUFFLE(a, b, JAXSERVE_EACH_LANE(JAXSERVE_UPPER));
+    rows[i + kHalf] = JAXSERVE_SHUFFLE(a, b, JAXSERVE_EACH_LANE(JAXSERVE_LOWER));
   }
 #undef JAXSERVE_UPPER
 #undef JAXSERVE_LOWER
 }
 
 inline void transpose(Tile& tile) {
-  swap_halves<8>(tile);
-  swap_halves<4>(tile);
-  swap_halves<2>(tile);
-  swap_halves<1>(tile);
+  TileRow rows[kTileRows];
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileRows; ++i) rows[i] = *reinterpret_cast<const TileRow*>(tile.bits[i]);
+  swap_halves<8>(rows);
+  swap_halves<4>(rows);
+  swap_halves<2>(rows);
+  swap_halves<1>(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileRows; ++i) *reinterpret_cast<TileRow*>(tile.bits[i]) = rows[i];
 }
 
 #undef JAXSERVE_SHUFFLE
 #undef JAXSERVE_EACH_LANE
 
-// ---- One item for one KV head.
+// ---- One item for some KV heads.
 
-// Rows of a sequence and the run of keys that they meet; a query is one head of one row.
+// Rows of a sequence and the run of keys that they meet; a query is one head of one row. Where few queries would leave a tile
+// half empty, those of several KV heads lie in it, as if their keys were one, as long as all together: each query is zero but
+// for its own head's dimensions.
 struct HeadItem {
   const Inputs<BFloat16>& in;
-  int64_t sequence, row, num_rows, kv_head;
+  int64_t sequence, row, num_rows, kv_head, num_kv_heads;
   int64_t position;    // of the first row
   int64_t first, end;  // keys
 
-  int64_t num_queries() const { return num_rows * in.shape.group; }
+  // Of a key or a value.
+  int64_t width() const { return num_kv_heads * in.shape.dim; }
+  int64_t queries_of_row() const { return num_kv_heads * in.shape.group; }
+  int64_t num_queries() const { return num_rows * queries_of_row(); }
   int64_t num_tiles() const { return (num_queries() + kTileRows - 1) / kTileRows; }
   // Queries that fill the last tile are at the last row's.
-  int64_t position_of(int64_t query) const { return position + std::min(query / in.shape.group, num_rows - 1); }
+  int64_t position_of(int64_t query) const { return position + std::min(query / queries_of_row(), num_rows - 1); }
+  int64_t row_of(int64_t query) const { return row + query / queries_of_row(); }
+  int64_t head_of(int64_t query) const { return kv_head * in.shape.group + query % queries_of_row(); }
+  // Where its own dimensions begin, of all in `width`.
+  int64_t dims_of(int64_t query) const { return query % queries_of_row() / in.shape.group * in.shape.dim; }
   // Where a query begins, and what comes of it.
-  int64_t place_of(int64_t query) const {
-    const Shape& s = in.shape;
-    return ((row + query / s.group) * s.heads + kv_head * s.group + query % s.group) * s.dim;
-  }
-  // Where the key and the value of a token begin; those of its page follow in strides.
+  int64_t place_of(int64_t query) const { return (row_of(query) * in.shape.heads + head_of(query)) * in.shape.dim; }
+  // Where the keys and the values of a token begin; those of its page follow in strides.
   int64_t token_place(int64_t token) const {
     const Shape& s = in.shape;
     const int64_t page = in.layer_page + in.tables[sequence * s.table_stride + token / s.page_size];
@@ -108,55 +119,55 @@ inline bool fits_tiles(const Shape& shape) {
 
 // What a thread has of the item at hand.
 struct HeadState {
-  std::vector<Tile> queries;         // of each tile of 16: [dim / 32], 16 pairs of dimensions x 16 queries
-  std::vector<Tile> values;          // of a block: [dim / 16][kSteps], 16 dimensions x 32 tokens
-  std::vector<Tile> outputs;         // of each tile of queries: [dim / 16], 16 dimensions x 16 queries
-  std::vector<float> tops, totals;   // of each query: the greatest score, and the sum of weights relative to it
+  std::vector<Tile> queries;         // of each tile of 16: [width / 32], 16 pairs of dimensions x 16 queries
+  std::vector<float> values;         // of a block: [pairs of tokens, width] pairs
+  std::vector<Tile> outputs;         // of each tile of queries: [width / 16], 16 queries x 16 dimensions
+  std::vector<BFloat16> nothing;     // [width]: what is read in place of values that are not met
+  // Of each query: the greatest score, in units of the logarithm of 2, and the sum of weights relative to it.
+  std::vector<float> tops, totals;
 };
 
-// sinks: of the KV head's queries, which have seen them before all keys; null: none.
+// sinks: of all heads, whose queries have seen them before all keys; null: none.
 inline void begin_item(const HeadItem& item, const float* sinks, HeadState& state) {
-  const int64_t dim = item.in.shape.dim, tiles = item.num_tiles();
-  state.queries.assign(tiles * dim / kStepDims, Tile{});
-  state.values.resize(dim / kTileRows * kSteps);
-  state.outputs.assign(tiles * dim / kTileRows, Tile{});
+  const int64_t dim = item.in.shape.dim, width = item.width(), tiles = item.num_tiles();
+  state.queries.assign(tiles * width / kStepDims, Tile{});
+  state.values.resize(kBlockTokens / 2 * width);
+  state.outputs.assign(tiles * width / kTileRows, Tile{});
   state.tops.assign(tiles * kTileRows, kUnseen);
   state.totals.assign(tiles * kTileRows, 0.0f);
   for (int64_t query = 0; query < item.num_queries(); ++query) {
     const BFloat16* from = item.in.q + item.place_of(query);
-    Tile* tiles_of_query = state.queries.data() + query / kTileRows * (dim / kStepDims);
+    Tile* tiles_of_query = state.queries.data() + (query / kTileRows * width + item.dims_of(query)) / kStepDims;
     for (int64_t d = 0; d < dim; d += kStepDims)
       std::memcpy(tiles_of_query[d / kStepDims].bits[query % kTileRows], from + d, kRowBytes);
     if (sinks == nullptr) continue;
-    state.tops[query] = sinks[query % item.in.shape.group];
+    state.tops[query] = sinks[item.head_of(query)] * kLog2E;
     state.totals[query] = 1;
   }
   for (Tile& tile : state.queries) transpose(tile);
 }
 
-// 16 tokens from a multiple of 16 on.
-inline void prefetch_tokens(const HeadItem& item, const BFloat16* pages, int64_t token) {
-  if (token >= item.end) return;
-  const char* from = reinterpret_cast<const char*>(pages + item.token_place(token));
-  for (int64_t i = 0; i < kTileRows; ++i, from += item.stride() * sizeof(BFloat16))
-    for (int64_t byte = 0; byte < item.in.shape.dim * int64_t{sizeof(BFloat16)}; byte += 64)
-      __builtin_prefetch(from + byte);
+// 32 tokens from a multiple of 32 on, to the second cache, past the first.
+inline void prefetch_tokens(const HeadItem& item, const BFloat16* pages, int64_t begin) {
+  for (int64_t token = begin; token < std::min(begin + kStepTokens, item.end); token += kTileRows) {
+    const char* from = reinterpret_cast<const char*>(pages + item.token_place(token));
+    for (int64_t i = 0; i < kTileRows; ++i, from += item.stride() * sizeof(BFloat16))
+      for (int64_t byte = 0; byte < item.width() * int64_t{sizeof(BFloat16)}; byte += 64)
+        __builtin_prefetch(from + byte, 0, 2);
+  }
 }
 
 // scores: 16 tokens x 16 queries each, of the tokens from `begin`, a multiple of 32, to `end`. is_first: no queries before
-// these have met the keys, which come from memory, as the values soon will.
+// these have met the keys, which come from memory.
 inline void score_keys(const HeadItem& item, const Tile* queries, int64_t begin, int64_t end, bool is_first, Tile* scores) {
   const int64_t row_bytes = item.stride() * sizeof(BFloat16);
   for (int64_t t = begin; t < end; t += kStepTokens, scores += 2) {
     const BFloat16* keys = item.in.k_pages + item.token_place(t);
     const BFloat16* next = t + kTileRows < end ? item.in.k_pages + item.token_place(t + kTileRows) : keys;
-    for (int64_t i = 0; is_first && i < kStepTokens; i += kTileRows) {
-      prefetch_tokens(item, item.in.k_pages, t + kStepTokens + i);
-      prefetch_tokens(item, item.in.v_pages, t + i);
-    }
+    if (is_first) prefetch_tokens(item, item.in.k_pages, t + kStepTokens);
     clear_tile<0>();
     clear_tile<1>();
-    for (int64_t d = 0; d < item.in.shape.dim; d += kStepDims) {
+    for (int64_t d = 0; d < item.width(); d += kStepDims) {
       load_tile<2>(queries + d / kStepDims, kRowBytes);
       load_tile<3>(keys + d, row_bytes);
       multiply_tiles<0, 3, 2>();
@@ -170,23 +181,50 @@ inline void score_keys(const HeadItem& item, const Tile* queries, int64_t begin,
 
 // The values of tokens `begin`, a multiple of 32, to `end`, into state.values, in the block from `block` on. Those that the
 // item does not meet are zero, whatever lies there: a weight of zero would make NaN of NaN.
-inline void turn_values(const HeadItem& item, int64_t block, int64_t begin, int64_t end, HeadState& state) {
-  const BFloat16* tokens[kStepTokens];
+inline void pair_values(const HeadItem& item, int64_t block, int64_t begin, int64_t end, HeadState& state) {
+  const int64_t width = item.width();
+  state.nothing.resize(width);
+  prefetch_tokens(item, item.in.v_pages, begin);
   for (int64_t t = begin; t < end; t += kStepTokens) {
+    prefetch_tokens(item, item.in.v_pages, t + kStepTokens);
+    const BFloat16* tokens[kStepTokens];
     for (int64_t i = 0; i < kStepTokens; ++i) {
-      const bool met = t + i >= item.first && t + i < item.end;
-      tokens[i] = met ? item.in.v_pages + item.token_place(t + i) : nullptr;
+      if (t + i < item.first || t + i >= item.end) {
+        tokens[i] = state.nothing.data();
+      } else {  // those of a tile lie in one page
+        const bool follows = i % kTileRows > 0 && t + i > item.first;
+        tokens[i] = follows ? tokens[i - 1] + item.stride() : item.in.v_pages + item.token_place(t + i);
+      }
     }
-    const auto value = [&](int64_t i, int64_t d) { return tokens[i] ? (Bits)load(tokens[i] + d) : Bits{}; };
-    Tile* const step = state.values.data() + (t - block) / kStepTokens;
-    for (int64_t d = 0; d < item.in.shape.dim; d += kTileRows) {
-      Tile& tile = step[d / kTileRows * kSteps];
-      for (int64_t pair = 0; pair < kTileDepth; ++pair)
-        for (int64_t lane = 0; lane < kTileRows; lane += kLanes)
-          store(tile.row(pair) + lane, (Vec)(value(2 * pair, d + lane) >> 16 | value(2 * pair + 1, d + lane)));
-      transpose(tile);
-    }
+    float* pairs = state.values.data() + (t - block) / 2 * width;
+    for (int64_t pair = 0; pair < kTileDepth; ++pair, pairs += width)
+      for (int64_t d = 0; d < width; d += kLanes)
+        store(pairs + d, (Vec)((Bits)load(tokens[2 * pair] + d) >> 16 | (Bits)load(tokens[2 * pair + 1] + d)));
   }
+}
+
+inline void scale(float* x, int64_t count, float factor) {
+  for (int64_t i = 0; i < count; i += kLanes) store(x + i, load(x + i) * factor);
+}
+
+// 2 to the power of x, for x <= 0, to 4 millionths, and 1 for 0: of a weight, bfloat16 keeps thousandths. The polynomial has the least
+// relative error for exponents from -1/2 to 1/2, by least squares at Chebyshev's points.
+inline Vec exp2_of_negative(Vec x) {
+#ifdef __AVX512F__
+  const Vec whole = (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  x = x < -126.0f ? splat(-126.0f) : x;
+  const Ints n = __builtin_convertvector(x - 0.5f, Ints);  // towards zero, so to the nearest
+  const Vec whole = __builtin_convertvector(n, Vec);
+#endif
+  const Vec r = x - whole;
+  Vec p = splat(9.6004e-3f);
+  for (const float c : {5.591689e-2f, 2.4023718e-1f, 6.9312199e-1f, 1.0f}) p = p * r + c;
+#ifdef __AVX512F__
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
+  return (Vec)((Ints)p + (n << 23));
+#endif
 }
 
 // The keys that some queries see: kLanes of them from `query` on.
@@ -212,8 +250,8 @@ inline Vec weigh(const HeadItem& item, const Sight* sight, int64_t begin, int64_
   Vec best = before;
   for (int64_t t = begin; t < end; ++t) {
     float* place = row(scores, t - begin);
-    Vec score = load(place) * splat(item.in.scale);
-    if (item.in.softcap > 0) score = soft_cap(score, item.in.softcap);
+    Vec score = load(place) * splat(item.in.softcap > 0 ? item.in.scale : item.in.scale * kLog2E);
+    if (item.in.softcap > 0) score = soft_cap(score, item.in.softcap) * kLog2E;
     if (sight != nullptr) {
       const Ints token = (int32_t)t - Ints{};
       score = (token >= sight->first) & (token < sight->end) ? score : splat(kUnseen);
@@ -225,7 +263,7 @@ inline Vec weigh(const HeadItem& item, const Sight* sight, int64_t begin, int64_
   const auto weight = [&](int64_t t) {
     if (t >= end) return Vec{};
     const Vec score = load(row(scores, t - begin));
-    const Vec e = score > kUnseen ? exp_of_negative(score - best) : Vec{};
+    const Vec e = score > kUnseen ? exp2_of_negative(score - best) : Vec{};
     sum += e;
     return e;
   };
@@ -233,32 +271,33 @@ inline Vec weigh(const HeadItem& item, const Sight* sight, int64_t begin, int64_
     const Bits even = (Bits)weight(t) + 0x8000, odd = (Bits)weight(t + 1) + 0x8000;  // to the nearest
     store(row(weights, (t - begin) / 2), (Vec)(even >> 16 | (odd & 0xffff0000u)));
   }
-  const Vec decay = exp_of_negative(before - best);
+  const Vec decay = exp2_of_negative(before - best);
   store(top, best);
   store(total, load(total) * decay + sum);
   return decay;
 }
 
-// outputs[kCount] += values[kCount][kSteps] times weights, over num_steps of 32 tokens.
+// outputs[kCount] += weights[num_steps] times as many tiles of values, [32 tokens / 2, width] pairs a step.
 template <int kCount>
-inline void add_values(const Tile* values, const Tile* weights, int64_t num_steps, Tile* outputs) {
+inline void add_values(const float* values, int64_t width, const Tile* weights, int64_t num_steps, Tile* outputs) {
+  const int64_t row_bytes = width * sizeof(float);
   load_tile<0>(outputs, kRowBytes);
   load_tile<1>(outputs + 1, kRowBytes);
   if constexpr (kCount == 4) {
     load_tile<2>(outputs + 2, kRowBytes);
     load_tile<3>(outputs + 3, kRowBytes);
   }
-  for (int64_t step = 0; step < num_steps; ++step) {
+  for (int64_t step = 0; step < num_steps; ++step, values += kTileDepth * width) {
     load_tile<4>(weights + step, kRowBytes);
-    load_tile<5>(values + step, kRowBytes);
-    multiply_tiles<0, 5, 4>();
-    load_tile<6>(values + kSteps + step, kRowBytes);
-    multiply_tiles<1, 6, 4>();
+    load_tile<5>(values, row_bytes);
+    multiply_tiles<0, 4, 5>();
+    load_tile<6>(values + kTileRows, row_bytes);
+    multiply_tiles<1, 4, 6>();
     if constexpr (kCount == 4) {
-      load_tile<7>(values + 2 * kSteps + step, kRowBytes);
-      multiply_tiles<2, 7, 4>();
-      load_tile<5>(values + 3 * kSteps + step, kRowBytes);
-      multiply_tiles<3, 5, 4>();
+      load_tile<7>(values + 2 * kTileRows, row_bytes);
+      multiply_tiles<2, 4, 7>();
+      load_tile<5>(values + 3 * kTileRows, row_bytes);
+      multiply_tiles<3, 4, 5>();
     }
   }
   store_tile<0>(outputs, kRowBytes);
@@ -272,7 +311,7 @@ inline void add_values(const Tile* values, const Tile* weights, int64_t num_step
 // One tile of queries meets the keys from `begin`, in the block from `block` on, to `end`.
 inline void meet_keys(const HeadItem& item, int64_t tile, int64_t block, int64_t begin, int64_t end, Tile* scores,
                       HeadState& state) {
-  const int64_t query = tile * kTileRows, num_outputs = item.in.shape.dim / kTileRows;
+  const int64_t query = tile * kTileRows, num_outputs = item.width() / kTileRows;
   Tile* const outputs = state.outputs.data() + tile * num_outputs;
   Tile weights[kSteps];
   const int64_t last = item.position_of(query + kTileRows - 1);
@@ -285,57 +324,50 @@ inline void meet_keys(const HeadItem& item, int64_t tile, int64_t block, int64_t
     if (!all_seen) sight.emplace(item, query + lane);
     const Vec decay = weigh(item, sight ? &*sight : nullptr, begin, end, lane, scores, weights, top, total);
     if (max_of(load(top) - before) == 0) continue;
-    for (int64_t d = 0; d < item.in.shape.dim; ++d) {
-      float* place = outputs[d / kTileRows].row(d % kTileRows) + lane;
-      store(place, load(place) * decay);
-    }
+    for (int i = 0; i < kLanes; ++i)
+      for (Tile* output = outputs; output < outputs + num_outputs; ++output)
+        scale(output->row(lane + i), kTileRows, decay[i]);
   }
-  const Tile* values = state.values.data() + (begin - block) / kStepTokens;
+  const int64_t width = item.width();
+  const float* values = state.values.data() + (begin - block) / 2 * width;
   const int64_t num_steps = (end - begin + kStepTokens - 1) / kStepTokens;
+  for (Tile* step = weights; step < weights + num_steps; ++step) transpose(*step);
   int64_t i = 0;
-  for (; i + 4 <= num_outputs; i += 4) add_values<4>(values + i * kSteps, weights, num_steps, outputs + i);
-  if (i < num_outputs) add_values<2>(values + i * kSteps, weights, num_steps, outputs + i);
+  for (; i + 4 <= num_outputs; i += 4, values += 4 * kTileRows) add_values<4>(values, width, weights, num_steps, outputs + i);
+  if (i < num_outputs) add_values<2>(values, width, weights, num_steps, outputs + i);
 }
 
 // state: weighted sums of values, not yet divided by the totals.
 inline void attend_by_tiles(const HeadItem& item, const float* sinks, HeadState& state) {
   begin_item(item, sinks, state);
-  const int64_t dim = item.in.shape.dim;
   Tile scores[kBlockTokens / kTileRows];
   shape_tiles(TileShapes());
-  for (int64_t i = 0; i < kStepTokens; i += kTileRows)
-    prefetch_tokens(item, item.in.k_pages, item.first / kStepTokens * kStepTokens + i);
+  prefetch_tokens(item, item.in.k_pages, item.first / kStepTokens * kStepTokens);
   for (int64_t block = item.first / kBlockTokens * kBlockTokens; block < item.end; block += kBlockTokens) {
     const auto begin_for = [&](int64_t key) { return std::max(block, key / kStepTokens * kStepTokens); };
     const int64_t block_end = std::min(block + kBlockTokens, item.end);
-    bool turned = false;
+    bool paired = false;
     for (int64_t tile = 0; tile < item.num_tiles(); ++tile) {
       const int64_t query = tile * kTileRows;
       const int64_t begin = begin_for(item.first_of(item.position_of(query)));
       const int64_t end = std::min(block_end, item.position_of(query + kTileRows - 1) + 1);
       if (begin >= end) continue;
-      score_keys(item, state.queries.data() + tile * (dim / kStepDims), begin, end, !turned, scores);
-      if (!turned) turn_values(item, block, begin_for(item.first), block_end, state);
-      turned = true;
+      score_keys(item, state.queries.data() + tile * (item.width() / kStepDims), begin, end, !paired, scores);
+      if (!paired) pair_values(item, block, begin_for(item.first), block_end, state);
+      paired = true;
       meet_keys(item, tile, block, begin, end, scores, state);
     }
   }
   release_tiles();
 }
 
-// out(query, d, 16 values from dimension d on), times each query's share.
+// out(query, d, 16 values from dimension d of its head on)
 template <class Out>
-void take_outputs(const HeadItem& item, const std::vector<float>& shares, HeadState& state, Out out) {
-  const int64_t num_outputs = item.in.shape.dim / kTileRows;
-  for (int64_t i = 0; i < static_cast<int64_t>(state.outputs.size()); ++i) {
-    Tile& tile = state.outputs[i];
-    const int64_t query = i / num_outputs * kTileRows, d = i % num_outputs * kTileRows;
-    for (int64_t row = 0; row < kTileRows; ++row)
-      for (int64_t lane = 0; lane < kTileRows; lane += kLanes)
-        store(tile.row(row) + lane, load(tile.row(row) + lane) * load(shares.data() + query + lane));
-    transpose(tile);
-    for (int64_t row = 0; row < std::min<int64_t>(kTileRows, item.num_queries() - query); ++row)
-      out(query + row, d, tile.row(row));
+void take_outputs(const HeadItem& item, HeadState& state, Out out) {
+  const int64_t num_outputs = item.width() / kTileRows, dim = item.in.shape.dim;
+  for (int64_t query = 0; query < item.num_queries(); ++query) {
+    Tile* const outputs = state.outputs.data() + (query / kTileRows * num_outputs + item.dims_of(query) / kTileRows);
+    for (int64_t d = 0; d < dim; d += kTileRows) out(query, d, outputs[d / kTileRows].row(query % kTileRows));
   }
 }
 
@@ -344,29 +376,67 @@ inline void prefill_by_tiles(const Inputs<BFloat16>& in, const int32_t* item, in
   static thread_local HeadState state;
   const int64_t position = item[kPosition], num_rows = item[kNumRows];
   const int64_t first = std::max<int64_t>(item[kFirstPage] * in.shape.page_size, in.first_key(position));
-  const HeadItem head{in, item[kSequence], item[kRow], num_rows, kv_head, position, first, position + num_rows};
-  attend_by_tiles(head, in.sinks ? in.sinks + kv_head * in.shape.group : nullptr, state);
-  for (float& total : state.totals) total = 1 / total;
-  take_outputs(head, state.totals, state, [&](int64_t query, int64_t d, const float* values) {
+  const HeadItem head{in, item[kSequence], item[kRow], num_rows, kv_head, 1, position, first, position + num_rows};
+  attend_by_tiles(head, in.sinks, state);
+  take_outputs(head, state, [&](int64_t query, int64_t d, float* values) {
+    scale(values, kTileRows, 1 / state.totals[query]);
     convert(out + head.place_of(query) + d, values, kTileRows);
   });
 }
 
-// As decode_item does.
-inline void decode_by_tiles(const Inputs<BFloat16>& in, const int32_t* item, int64_t kv_head, float* top, float* total,
-                            float* value) {
+// KV heads whose queries of one row fill a tile.
+inline int64_t heads_of_tile(const Shape& shape) {
+  return std::clamp<int64_t>(kTileRows / shape.group, 1, shape.kv_heads);
+}
+
+// Decode items of neighbouring rows of a sequence, a row and its drafts, that meet the same part of the keys.
+struct Runs {
+  std::vector<int32_t> items;   // their numbers, run by run
+  std::vector<int32_t> begins;  // of each run, and the end of the last
+
+  // Of a list in which a row's items follow each other, and a sequence's rows.
+  void find(const Shape& s, const int32_t* list, int64_t count) {
+    const auto field = [list](int32_t i, int f) -> int64_t { return list[i * kItemFields + f]; };
+    const auto part = [&](int32_t i) { return field(i, kFirstPage) * s.page_size / kBlockTokens; };
+    const auto follows = [&](int32_t before, int32_t i) {
+      return field(i, kSequence) == field(before, kSequence) && part(i) == part(before) &&
+             field(i, kRow) == field(before, kRow) + 1 && field(i, kKvLength) == field(before, kKvLength) + 1;
+    };
+    items.resize(count);
+    begins.clear();
+    for (int32_t begin = 0, end; begin < count; begin = end) {
+      for (end = begin; end < count && field(end, kSequence) == field(begin, kSequence); ++end) items[end] = end;
+      if (field(end - 1, kRow) != field(begin, kRow))
+        std::stable_sort(items.begin() + begin, items.begin() + end, [&](int32_t a, int32_t b) { return part(a) < part(b); });
+      for (int32_t i = begin; i < end; ++i)
+        if (i == begin || !follows(items[i - 1], items[i])) begins.push_back(i);
+    }
+    begins.push_back(count);
+  }
+
+  int64_t size() const { return begins.size() - 1; }
+};
+
+// As decode_item does, for `num_kv_heads` of them and for the items of a run in one pass over the keys.
+inline void decode_by_tiles(const Inputs<BFloat16>& in, const int32_t* items, const Runs& runs, int64_t run, int64_t kv_head,
+                            int64_t num_kv_heads, const std::vector<Partial>& partials) {
   static thread_local HeadState state;
   const Shape& s = in.shape;
+  const int32_t* numbers = runs.items.data() + runs.begins[run];
+  const int64_t num_rows = runs.begins[run + 1] - runs.begins[run];
+  const int32_t *item = items + numbers[0] * kItemFields, *last = items + numbers[num_rows - 1] * kItemFields;
   const int64_t position = item[kKvLength] - 1;
   const int64_t first = std::max<int64_t>(item[kFirstPage] * s.page_size, in.first_key(position));
-  const int64_t end = std::min<int64_t>(item[kEndPage] * s.page_size, item[kKvLength]);
-  const HeadItem head{in, item[kSequence], item[kRow], 1, kv_head, position, first, end};
+  const int64_t end = std::min<int64_t>(last[kEndPage] * s.page_size, last[kKvLength]);
+  const HeadItem head{in, item[kSequence], item[kRow], num_rows, kv_head, num_kv_heads, position, first, end};
   attend_by_tiles(head, nullptr, state);
-  std::copy_n(state.tops.data(), s.group, top);
-  std::copy_n(state.totals.data(), s.group, total);
-  const std::vector<float> whole(state.tops.size(), 1.0f);
-  take_outputs(head, whole, state, [&](int64_t query, int64_t d, const float* values) {
-    std::copy_n(values, kTileRows, value + query * s.dim + d);
+  const auto partial_of = [&](int64_t query) { return partials[numbers[query / head.queries_of_row()]]; };
+  for (int64_t query = 0; query < head.num_queries(); ++query) {
+    partial_of(query).tops[head.head_of(query)] = state.tops[query] / kLog2E;
+    partial_of(query).totals[head.head_of(query)] = state.totals[query];
+  }
+  take_outputs(head, state, [&](int64_t query, int64_t d, const float* values) {
+    std::copy_n(values, kTileRows, partial_of(query).values + head.head_of(query) * s.dim + d);
   });
 }
 

@@ -126,7 +126,7 @@ struct Exact {
   std::vector<float> converted;
 
   template <typename In>
-  Exact(ffi::ThreadPool&, const Matrix& m, const In* x, const std::vector<Row>& wanted) : m(m) {
+  Exact(const Matrix& m, const In* x, const std::vector<Row>& wanted) : m(m) {
     if (!std::is_same_v<In, float>) converted.resize(wanted.size() * m.inputs);
     for (size_t i = 0; i < wanted.size(); ++i) {
       const In* from = x + wanted[i].from * m.inputs;
@@ -175,10 +175,10 @@ struct Exact {
 };
 
 template <class Way, typename In, typename Out>
-void multiply(ffi::ThreadPool& pool, const In* x, const Matrix& m, const std::vector<Row>& rows, Gate gate, Out* y) {
-  const Way way(pool, m, x, rows);
+void multiply(const In* x, const Matrix& m, const std::vector<Row>& rows, Gate gate, Out* y) {
+  const Way way(m, x, rows);
   const int64_t num_rows = rows.size(), num_chunks = (num_rows + kChunk - 1) / kChunk;
-  parallel_for(pool, (m.panels + kWide - 1) / kWide * num_chunks, [&](int64_t task) {
+  parallel_for((m.panels + kWide - 1) / kWide * num_chunks, [&](int64_t task) {
     const int64_t chunk = task % num_chunks, first = chunk * num_rows / num_chunks;
     const int64_t count = (chunk + 1) * num_rows / num_chunks - first;
     const int64_t panel = task / num_chunks * kWide, num_panels = std::min(kWide, m.panels - panel);
@@ -189,7 +189,7 @@ void multiply(ffi::ThreadPool& pool, const In* x, const Matrix& m, const std::ve
   });
 }
 
-ffi::Error MultiplyCodes(ffi::ThreadPool pool, int64_t gate, float factor, bool is_int8, ffi::AnyBuffer x,
+ffi::Error MultiplyCodes(int64_t gate, float factor, bool is_int8, ffi::AnyBuffer x,
                          ffi::Buffer<ffi::U32> codes, ffi::AnyBuffer scales, ffi::AnyBuffer offsets,
                          ffi::Buffer<ffi::S32> rows, ffi::Result<ffi::AnyBuffer> y) {
   const auto floats = [](const ffi::AnyBuffer& b) { return Floats{b.untyped_data(), b.element_type() == ffi::F16}; };
@@ -203,8 +203,8 @@ ffi::Error MultiplyCodes(ffi::ThreadPool pool, int64_t gate, float factor, bool 
   const auto run = [&](auto in, auto out) {
     const auto* from = static_cast<const decltype(in)*>(x.untyped_data());
     auto* to = static_cast<decltype(out)*>(y->untyped_data());
-    is_int8 ? multiply<Int8>(pool, from, m, wanted, static_cast<Gate>(gate), to)
-            : multiply<Exact>(pool, from, m, wanted, static_cast<Gate>(gate), to);
+    is_int8 ? multiply<Int8>(from, m, wanted, static_cast<Gate>(gate), to)
+            : multiply<Exact>(from, m, wanted, static_cast<Gate>(gate), to);
   };
   if (x.element_type() == ffi::F32) {
     run(float{}, float{});
@@ -220,7 +220,6 @@ ffi::Error MultiplyCodes(ffi::ThreadPool pool, int64_t gate, float factor, bool 
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_multiply_codes, MultiplyCodes,
                               ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
                                   .Attr<int64_t>("gate")
                                   .Attr<float>("factor")
                                   .Attr<bool>("is_int8")

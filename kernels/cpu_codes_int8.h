@@ -132,7 +132,7 @@ struct Int8 {
   std::vector<float> scales, totals;
 
   template <typename In>
-  Int8(ffi::ThreadPool& pool, const Matrix& m, const In* x, const std::vector<Row>& rows)
+  Int8(const Matrix& m, const In* x, const std::vector<Row>& rows)
       : m(m),
         part(std::gcd(m.group, kPart) >= kRun ? std::gcd(m.group, kPart) : m.group),
         parts(m.inputs / part),
@@ -141,7 +141,7 @@ struct Int8 {
         totals(rows.size() * parts) {
     constexpr int64_t kTogether = 4;  // rows of a task: fewer take less time than it takes to wake a thread
     const int64_t num_rows = rows.size();
-    parallel_for(pool, (num_rows + kTogether - 1) / kTogether, [&](int64_t task) {
+    parallel_for((num_rows + kTogether - 1) / kTogether, [&](int64_t task) {
       for (int64_t i = task * kTogether; i < std::min(num_rows, (task + 1) * kTogether); ++i)
         for (int64_t p = 0; p < parts; ++p)
           quantise(x + rows[i].from * m.inputs + p * part, part, values.data() + i * m.inputs + p * part,

@@ -1,4 +1,4 @@
-// What the native CPU kernels share: vectors as wide as the processor's, bfloat16, and a parallel loop.
+// What the native CPU kernels share: vectors as wide as the processor's, bfloat16, and a parallel loop (cpu_parallel.h).
 
 #pragma once
 
@@ -7,15 +7,11 @@
 #endif
 
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <mutex>
 #include <utility>
 
+#include "cpu_parallel.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -56,8 +52,12 @@ inline Vec load(const BFloat16* p) {
 }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 inline void store(BFloat16* p, Vec v) {  // to the nearest, ties to even
-  const Bits bits = (Bits)v;
-  *reinterpret_cast<Halves*>(p) = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, Halves);
+  const Bits bits = (Bits)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+#ifdef __AVX512F__  // GCC 12 takes a shuffle with zeros
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)rounded));
+#else
+  *reinterpret_cast<Halves*>(p) = __builtin_convertvector(rounded, Halves);
+#endif
 }
 // The first `count` lanes; the others of what is loaded are 0.
 template <typename T>
@@ -115,44 +115,6 @@ void convert(To* out, const From* x, int64_t count) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(out + i, load(x + i));
   if (i < count) store_some(out + i, load_some(x + i, count - i), count - i);
-}
-
-constexpr int kSpins = 2000;  // some tens of microseconds
-
-inline void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
-
-// Runs task(0) ... task(count - 1) on the caller and the pool's threads; returns when all are done. A pool thread that
-// comes late finds nothing to do, so a busy pool cannot block the caller.
-inline void parallel_for(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& task) {
-  struct State {
-    std::atomic<int64_t> next{0}, done{0};
-    std::mutex mutex;
-    std::condition_variable finished;
-  };
-  auto state = std::make_shared<State>();
-  const auto work = [state, count, &task] {
-    for (int64_t i; (i = state->next.fetch_add(1)) < count;) {
-      task(i);
-      if (state->done.fetch_add(1) + 1 == count) {
-        std::lock_guard<std::mutex> lock(state->mutex);
-        state->finished.notify_all();
-      }
-    }
-  };
-  const int64_t helpers = std::min<int64_t>(pool.num_threads() - 1, count - 1);
-  for (int64_t i = 0; i < helpers; ++i) {
-    auto copy = work;
-    pool.Schedule(std::move(copy));
-  }
-  work();
-  // The others end soon after: sleeping would take longer.
-  for (int i = 0; i < kSpins && state->done.load(std::memory_order_acquire) < count; ++i) pause();
-  std::unique_lock<std::mutex> lock(state->mutex);
-  state->finished.wait(lock, [&] { return state->done.load() == count; });
 }
 
 }  // namespace

@@ -12,16 +12,13 @@
 //
 // The rows lie in groups, one after the other, and each group meets a matrix of its own: experts', or all rows the one.
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <array>
 #include <cstddef>
 #include <vector>
 
 #include "cpu_gemm.h"
 #include "cpu_gemm_tiles.h"
+#include "cpu_pages.h"
 
 namespace {
 
@@ -118,7 +115,7 @@ struct Kernels {
 };
 
 template <class Kind, typename Out>
-void multiply(ffi::ThreadPool& pool, const typename Kind::Value* x, const Unit* w, const std::vector<Row>& rows,
+void multiply(const typename Kind::Value* x, const Unit* w, const std::vector<Row>& rows,
               const Matrix& m, Gate gate, Out* y) {
   static constexpr auto kKernels = Kernels<Kind>::of(std::make_index_sequence<kRows>());
   // Tiles of as equal heights as can be.
@@ -134,13 +131,13 @@ void multiply(ffi::ThreadPool& pool, const typename Kind::Value* x, const Unit* 
   if (num_rows * m.depth <= kInlineUnits) {
     for (int64_t i = 0; i < num_tiles; ++i) arrange_tile(i);
   } else {
-    parallel_for(pool, num_tiles, arrange_tile);
+    parallel_for(num_tiles, arrange_tile);
   }
 
   const int64_t num_groups = (m.panels + kPanels - 1) / kPanels;
   const int64_t num_chunks = (num_tiles + kTiles - 1) / kTiles;
   const int64_t num_blocks = (m.depth + kDepth - 1) / kDepth;
-  parallel_for(pool, num_groups * num_chunks, [&](int64_t task) {
+  parallel_for(num_groups * num_chunks, [&](int64_t task) {
     const int64_t chunk = task % num_chunks;
     const int64_t first_tile = chunk * num_tiles / num_chunks, end_tile = (chunk + 1) * num_tiles / num_chunks;
     const int64_t first_row = begin_of(first_tile), end_row = begin_of(end_tile);
@@ -167,23 +164,12 @@ void multiply(ffi::ThreadPool& pool, const typename Kind::Value* x, const Unit* 
 
 // w [N, K] -> panels; an input that is not there is zero.
 template <class Kind>
-void pack(ffi::ThreadPool& pool, const typename Kind::Value* w, const Matrix& m, Unit* panels) {
-  parallel_for(pool, m.panels, [&](int64_t panel) {
+void pack(const typename Kind::Value* w, const Matrix& m, Unit* panels) {
+  parallel_for(m.panels, [&](int64_t panel) {
     Row rows[kPanel];
     for (int64_t i = 0; i < kPanel; ++i) rows[i].from = panel * kPanel + i;
     arrange<Kind, kPanel>(w, rows, m, panels + panel * kPanel * m.depth);
   });
-}
-
-// Panels are read from end to end in every step; with large pages the translation of addresses does not hold that up. To be
-// called before they are written.
-void prefer_large_pages(void* begin, size_t num_bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = 1 << 21;
-  const uintptr_t from = (reinterpret_cast<uintptr_t>(begin) + kPage - 1) / kPage * kPage;
-  const uintptr_t to = (reinterpret_cast<uintptr_t>(begin) + num_bytes) / kPage * kPage;
-  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
-#endif
 }
 
 template <class Kind>
@@ -191,19 +177,19 @@ Matrix matrix_of(int64_t inputs, int64_t outputs, int64_t panels) {
   return {inputs, (inputs + Kind::kWidth - 1) / Kind::kWidth, outputs, panels};
 }
 
-ffi::Error Pack(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> panels) {
-  prefer_large_pages(panels->untyped_data(), panels->size_bytes());
+ffi::Error Pack(ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> panels) {
+  prefer_large_pages(panels->untyped_data(), panels->size_bytes());  // they are read from end to end in every step
   const auto run = [&](auto kind) {
     using Kind = decltype(kind);
     const Matrix m = matrix_of<Kind>(w.dimensions()[1], w.dimensions()[0], panels->dimensions()[0]);
-    pack<Kind>(pool, static_cast<const typename Kind::Value*>(w.untyped_data()), m,
+    pack<Kind>(static_cast<const typename Kind::Value*>(w.untyped_data()), m,
                static_cast<Unit*>(panels->untyped_data()));
   };
   w.element_type() == ffi::F32 ? run(Float32{}) : run(Pairs{});
   return ffi::Error::Success();
 }
 
-ffi::Error Multiply(ffi::ThreadPool pool, int64_t gate, ffi::AnyBuffer x, ffi::AnyBuffer panels,
+ffi::Error Multiply(int64_t gate, ffi::AnyBuffer x, ffi::AnyBuffer panels,
                     ffi::Buffer<ffi::S32> rows, ffi::Buffer<ffi::S32> group_sizes, ffi::Result<ffi::AnyBuffer> y) {
   const auto run = [&](auto kind, auto out) {
     using Kind = decltype(kind);
@@ -220,9 +206,9 @@ ffi::Error Multiply(ffi::ThreadPool pool, int64_t gate, ffi::AnyBuffer x, ffi::A
       const auto* matrix = static_cast<const Unit*>(panels.untyped_data()) + group * m.panels * m.depth * kPanel;
       auto* results = static_cast<decltype(out)*>(y->untyped_data());
       if constexpr (kHasTiles && Kind::kWidth == 2) {
-        multiply_by_tiles(pool, values, matrix, wanted, m, static_cast<Gate>(gate), results);
+        multiply_by_tiles(values, matrix, wanted, m, static_cast<Gate>(gate), results);
       } else {
-        multiply<Kind>(pool, values, matrix, wanted, m, static_cast<Gate>(gate), results);
+        multiply<Kind>(values, matrix, wanted, m, static_cast<Gate>(gate), results);
       }
     }
   };
@@ -240,13 +226,11 @@ ffi::Error Multiply(ffi::ThreadPool pool, int64_t gate, ffi::AnyBuffer x, ffi::A
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_pack, Pack,
                               ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()   // w
                                   .Ret<ffi::AnyBuffer>());  // panels
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_multiply, Multiply,
                               ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
                                   .Attr<int64_t>("gate")
                                   .Arg<ffi::AnyBuffer>()          // x
                                   .Arg<ffi::AnyBuffer>()          // panels

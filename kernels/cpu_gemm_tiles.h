@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu_gemm.h"
+#include "cpu_pages.h"
 #include "cpu_tiles.h"
 
 namespace {
@@ -23,6 +24,7 @@ constexpr int64_t kBlockSteps = 6;             // tiles along K that more of the
 constexpr int64_t kAheadBytes = 2 << 10;       // of one row tile's weights
 constexpr int64_t kChunkBytes = 1 << 20;       // of rows that stay in L2, beside a run of panels
 constexpr int64_t kChunkTiles = 16;            // row tiles whose sums stay in L1, nearly
+constexpr int64_t kSumsBytes = kChunkTiles * kTileRows * kLine * sizeof(float);
 constexpr int64_t kRunBytes = 256 << 10;       // of panels that a thread takes at once
 constexpr int kCacheLine = 64;
 
@@ -41,12 +43,12 @@ class TileRows {
   void arrange(const BFloat16* x, const std::vector<Row>& rows, const Matrix& m) {
     num_rows_ = rows.size();
     steps_ = (m.depth + kTileDepth - 1) / kTileDepth;
-    lines_.resize(num_tiles() * kTileRows * steps_);
+    lines_ = reinterpret_cast<Values*>(scratch_.of(num_tiles() * kTileRows * steps_ * sizeof(Values) + kSumsBytes));
     constexpr int64_t kValues = sizeof(Values) / sizeof(BFloat16);
     for (int64_t row = 0; row < num_rows_; ++row) {
       const BFloat16* from = x + rows[row].from * m.inputs;
       const int64_t tile = row / kTileRows, height = rows_of(tile);
-      Values* to = lines_.data() + tile * kTileRows * steps_ + row % kTileRows;
+      Values* to = lines_ + tile * kTileRows * steps_ + row % kTileRows;
       for (int64_t k = 0; k < steps_; ++k) {
         Values values = {};
         const int64_t rest = m.inputs - k * kValues;
@@ -63,12 +65,17 @@ class TileRows {
   const char* at(int64_t tile, int64_t step) const {
     return lines_[tile * kTileRows * steps_ + step * rows_of(tile)].bytes;
   }
+  // [kChunkTiles * 16, kLine], beside them.
+  float* sums() const { return reinterpret_cast<float*>(lines_ + num_tiles() * kTileRows * steps_); }
+  // From a step to the next.
+  int64_t step_bytes(int64_t tile) const { return rows_of(tile) * kRowBytes; }
 
  private:
   struct alignas(kRowBytes) Values {
     char bytes[kRowBytes];
   };
-  std::vector<Values> lines_;
+  Scratch scratch_;
+  Values* lines_ = nullptr;
   int64_t num_rows_ = 0, steps_ = 0;
 };
 
@@ -86,6 +93,8 @@ class PanelPair {
     }
   }
 
+  // Steps of whole tiles: from one of them to the next are kTileBytes.
+  int64_t whole() const { return whole_; }
   const char* at(int panel, int64_t step) const {
     return step < whole_ ? panels_[panel] + step * kTileBytes : ends_[panel];
   }
@@ -96,14 +105,37 @@ class PanelPair {
   alignas(kCacheLine) char ends_[2][kTileBytes];
 };
 
-// Panels that are fetched while others are multiplied, some lines at every step.
-struct NextPanels {
-  const char* next;
-  int64_t lines;
+// What a thread does between the products of tiles, some at every step: vector units and memory are free meanwhile.
+template <typename Out>
+struct Between {
+  const Row* places;
+  int64_t outputs;
+  Gate gate;
+  Out* y;
 
-  void step() {
+  // Panels that are fetched while others are multiplied.
+  const char* next = nullptr;
+  int64_t lines = 0;
+  // Rows of y that are made of the sums of the tiles before. They are done before other sums take their place: two tiles'
+  // rows at most, at so many a step.
+  const float* sums = nullptr;
+  int64_t row = 0, end_row = 0, panel = 0;
+
+  void step(int64_t num_rows) {
     prefetch_lines(next, lines);
     next += lines * kCacheLine;
+    finish_rows(num_rows);
+  }
+
+  void finish_rows(int64_t num_rows) {
+    for (const int64_t end = std::min(row + num_rows, end_row); row < end; ++row, sums += kLine)
+      finish(sums, 2, panel, outputs, gate, y + places[row].to * outputs);
+  }
+
+  void finish_all() { finish_rows(end_row - row); }
+
+  void follow(const float* made, int64_t first, int64_t end, int64_t of_panel) {
+    sums = made, row = first, end_row = end, panel = of_panel;
   }
 };
 
@@ -141,9 +173,8 @@ inline void clear_sums() {
 
 // One tile of a panel meets the row tiles that are loaded.
 template <int kRowTiles, bool kFew, int kPanelOfPair>
-inline void meet_panel(const PanelPair& panels, int64_t step) {
+inline void meet_panel(const char* w) {
   constexpr int kTile = kW + kPanelOfPair;
-  const char* w = panels.at(kPanelOfPair, step);
   if constexpr (kFew && kRowTiles == 1) prefetch_lines(w + kAheadBytes, kTileBytes / kCacheLine);
   if constexpr (kFew) {
     load_tile_once<kTile>(w, kRowBytes);
@@ -156,9 +187,13 @@ inline void meet_panel(const PanelPair& panels, int64_t step) {
 
 // sums[kRowTiles * 16, kLine] (+)= one row tile or two, from number `tile` on, times two panels, over the steps from `begin` to
 // `end` along K. kFew: no other rows follow.
-template <int kRowTiles, bool kFew>
+template <int kRowTiles, bool kFew, typename Out>
 void multiply_block(const TileRows& rows, int64_t tile, const PanelPair& panels, int64_t begin, int64_t end, float* sums,
-                    NextPanels& ahead) {
+                    Between<Out>& between) {
+  const int64_t finished = (2 * kTileRows + end - begin - 1) / (end - begin), whole = std::min(end, panels.whole());
+  const char *x = rows.at(tile, begin), *w = panels.at(0, begin), *next_w = panels.at(1, begin);
+  const char* next_x = kRowTiles == 2 ? rows.at(tile + 1, begin) : nullptr;
+  const int64_t x_bytes = rows.step_bytes(tile), next_x_bytes = kRowTiles == 2 ? rows.step_bytes(tile + 1) : 0;
   float* const next_sums = sums + kTileRows * kLine;
   if (begin == 0) {
     clear_sums<kSums>();
@@ -167,20 +202,27 @@ void multiply_block(const TileRows& rows, int64_t tile, const PanelPair& panels,
     load_sums<kSums>(sums);
     if constexpr (kRowTiles == 2) load_sums<kNextSums>(next_sums);
   }
-  for (int64_t step = begin; step < end; ++step) {
-    load_tile<kX>(rows.at(tile, step), kRowBytes);
-    if constexpr (kRowTiles == 2) load_tile<kNextX>(rows.at(tile + 1, step), kRowBytes);
-    meet_panel<kRowTiles, kFew, 0>(panels, step);
-    meet_panel<kRowTiles, kFew, 1>(panels, step);
-    ahead.step();
+  const auto meet = [&] {
+    load_tile<kX>(x, kRowBytes);
+    if constexpr (kRowTiles == 2) load_tile<kNextX>(next_x, kRowBytes);
+    meet_panel<kRowTiles, kFew, 0>(w);
+    meet_panel<kRowTiles, kFew, 1>(next_w);
+    x += x_bytes, next_x += next_x_bytes, w += kTileBytes, next_w += kTileBytes;
+    between.step(finished);
+  };
+  for (int64_t step = begin; step < whole; ++step) meet();
+  if (whole < end) {
+    w = panels.at(0, whole), next_w = panels.at(1, whole);
+    meet();
   }
   store_sums<kSums>(sums);
   if constexpr (kRowTiles == 2) store_sums<kNextSums>(next_sums);
 }
 
-// sums[rows, kLine] = row tiles `first` to `end` times a pair of panels.
-void multiply_pair(const TileRows& rows, int64_t first, int64_t end, const PanelPair& panels, NextPanels& ahead,
-                   SumShapes& shapes, float* sums) {
+// sums[rows, kLine] = row tiles `first` to `end` times a pair of panels, the first of them number `panel`.
+template <typename Out>
+void multiply_pair(const TileRows& rows, int64_t first, int64_t end, const PanelPair& panels, int64_t panel,
+                   Between<Out>& between, SumShapes& shapes, float* sums) {
   const bool few = rows.num_rows() <= kFewRows;
   const int64_t steps = rows.steps(), num_blocks = few ? 1 : (steps + kBlockSteps - 1) / kBlockSteps;
   for (int64_t block = 0; block < num_blocks; ++block) {
@@ -189,9 +231,11 @@ void multiply_pair(const TileRows& rows, int64_t first, int64_t end, const Panel
       float* const out = sums + (tile - first) * kTileRows * kLine;
       const bool two = tile + 1 < end;
       shapes.set(rows.rows_of(tile), two ? rows.rows_of(tile + 1) : kTileRows);
-      const auto multiply = two ? few ? multiply_block<2, true> : multiply_block<2, false>
-                                : few ? multiply_block<1, true> : multiply_block<1, false>;
-      multiply(rows, tile, panels, k, k_end, out, ahead);
+      const auto multiply = two ? few ? multiply_block<2, true, Out> : multiply_block<2, false, Out>
+                                : few ? multiply_block<1, true, Out> : multiply_block<1, false, Out>;
+      multiply(rows, tile, panels, k, k_end, out, between);
+      if (block + 1 == num_blocks)
+        between.follow(out, tile * kTileRows, std::min((tile + 2) * kTileRows, rows.num_rows()), panel);
     }
   }
 }
@@ -201,21 +245,19 @@ template <typename Out>
 void multiply_run(const TileRows& rows, const std::vector<Row>& places, const char* w, const Matrix& m, int64_t begin,
                   int64_t end, Gate gate, Out* y) {
   const int64_t chunk = std::clamp<int64_t>(kChunkBytes / (rows.steps() * kTileBytes) / 2 * 2, 2, kChunkTiles);
-  alignas(kCacheLine) float sums[kChunkTiles * kTileRows * kLine];
   SumShapes shapes;
+  Between<Out> between{places.data(), m.outputs, gate, y};
   for (int64_t first = 0; first < rows.num_tiles(); first += chunk) {
     const int64_t end_tile = std::min(first + chunk, rows.num_tiles()), num_blocks = (end_tile - first + 1) / 2;
     for (int64_t panel = begin; panel < end; panel += 2) {
       // The first chunk brings the panels into L2, where the others find them. One row tile has asked for its own.
       const bool fetches = first == 0 && rows.num_tiles() > 1;
-      const int64_t lines = fetches ? (2 * kTileBytes / kCacheLine + num_blocks - 1) / num_blocks : 0;
-      NextPanels ahead{w + (panel + 2) * m.depth * kRowBytes, lines};
-      multiply_pair(rows, first, end_tile, PanelPair(w, m, panel), ahead, shapes, sums);
-      const int64_t end_row = std::min(end_tile * kTileRows, rows.num_rows());
-      for (int64_t row = first * kTileRows; row < end_row; ++row)
-        finish(sums + (row - first * kTileRows) * kLine, 2, panel, m.outputs, gate, y + places[row].to * m.outputs);
+      between.next = w + (panel + 2) * m.depth * kRowBytes;
+      between.lines = fetches ? (2 * kTileBytes / kCacheLine + num_blocks - 1) / num_blocks : 0;
+      multiply_pair(rows, first, end_tile, PanelPair(w, m, panel), panel, between, shapes, rows.sums());
     }
   }
+  between.finish_all();
   release_tiles();
 }
 
@@ -251,11 +293,11 @@ class Shares {
 };
 
 template <typename Out>
-void multiply_by_tiles(ffi::ThreadPool& pool, const BFloat16* x, const Unit* w, const std::vector<Row>& rows,
+void multiply_by_tiles(const BFloat16* x, const Unit* w, const std::vector<Row>& rows,
                        const Matrix& m, Gate gate, Out* y) {
-  const int64_t num_threads = std::clamp<int64_t>(pool.num_threads(), 1, (m.panels + 1) / 2);
+  const int64_t num_threads = std::clamp<int64_t>(jaxserve::Helpers::all().num_threads(), 1, (m.panels + 1) / 2);
   Shares shares(num_threads, m);
-  parallel_for(pool, num_threads, [&](int64_t thread) {
+  parallel_for(num_threads, [&](int64_t thread) {
     static thread_local TileRows mine;
     bool arranged = false;
     shares.take(thread, [&](int64_t begin, int64_t end) {

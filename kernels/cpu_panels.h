@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "cpu_common.h"
 
 namespace {
@@ -15,6 +17,18 @@ struct Row {
 };
 
 enum class Gate { kNone, kSilu, kGeluTanh };
+
+// a / b, for what becomes an Out: of bfloat16 to 2 units of float32's last place, which takes half as long.
+template <typename Out>
+inline Vec quotient(Vec a, Vec b) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<Out, BFloat16>) {
+    const Vec inverse = (Vec)_mm512_rcp14_ps((__m512)b);
+    return a * (inverse * (2.0f - b * inverse));
+  }
+#endif
+  return a / b;
+}
 
 // out[c] = activation(gate) * value, of `count` outputs. Both activations are gate * sigmoid(z): z is the gate itself for
 // SiLU, and 2 sqrt(2 / pi) (gate + 0.044715 gate^3) for GELU with tanh, as tanh(z / 2) = 2 sigmoid(z) - 1.
@@ -32,7 +46,7 @@ void gated(const float* sums, int64_t count, Gate gate, Out* out) {
 #endif
     const Vec z = gate == Gate::kSilu ? g : 1.59576912f * (g + 0.044715f * g * g * g);
     const Vec e = exp_of_negative(z < 0 ? z : -z);
-    const Vec sigmoid = (z < 0 ? e : splat(1.0f)) / (1.0f + e);
+    const Vec sigmoid = quotient<Out>(z < 0 ? e : splat(1.0f), 1.0f + e);
     store_some(out + begin, g * sigmoid * value, std::min<int64_t>(kLanes, count - begin));
   }
 }

@@ -53,7 +53,7 @@ void step_rest(const float* query, const float* key, const float* value, float f
   }
 }
 
-ffi::Error Recur(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::Buffer<ffi::F32> key,
+ffi::Error Recur(ffi::Buffer<ffi::F32> query, ffi::Buffer<ffi::F32> key,
                           ffi::Buffer<ffi::F32> value, ffi::Buffer<ffi::F32> decay, ffi::Buffer<ffi::F32> rate,
                           ffi::Buffer<ffi::F32> memory, ffi::Buffer<ffi::S32> slots, ffi::Buffer<ffi::PRED> is_first,
                           ffi::Buffer<ffi::S32> layer, bool corrects, ffi::Result<ffi::Buffer<ffi::F32>> out,
@@ -69,7 +69,7 @@ ffi::Error Recur(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::Buffer<
     for (end = begin + 1; end < rows && slot_of[end] == slot_of[begin];) ++end;
     if (slot_of[begin] < num_slots) chunks.push_back({begin, end});
   }
-  parallel_for(pool, static_cast<int64_t>(chunks.size()) * heads, [&](int64_t task) {
+  parallel_for(static_cast<int64_t>(chunks.size()) * heads, [&](int64_t task) {
     const Chunk chunk = chunks[task / heads];
     const int64_t head = task % heads;
     float* mine = layer_memory + (slot_of[chunk.begin] * heads + head) * head_size;
@@ -95,7 +95,6 @@ ffi::Error Recur(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::Buffer<
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_recur, Recur,
                               ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()   // query
                                   .Arg<ffi::Buffer<ffi::F32>>()   // key
                                   .Arg<ffi::Buffer<ffi::F32>>()   // value

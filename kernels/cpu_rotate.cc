@@ -22,7 +22,7 @@ void rotate(const T* x, const float* cos, const float* sin, int64_t half, int64_
   std::memcpy(out + 2 * half, x + 2 * half, (dim - 2 * half) * sizeof(T));
 }
 
-ffi::Error RotateAndWrite(ffi::ThreadPool pool, ffi::AnyBuffer qkv, ffi::Buffer<ffi::F32> cos, ffi::Buffer<ffi::F32> sin,
+ffi::Error RotateAndWrite(ffi::AnyBuffer qkv, ffi::Buffer<ffi::F32> cos, ffi::Buffer<ffi::F32> sin,
                           ffi::Buffer<ffi::S32> slots, ffi::Buffer<ffi::S32> layer_page, ffi::RemainingArgs pages,
                           ffi::Result<ffi::AnyBuffer> q, ffi::RemainingRets new_pages) {
   const auto dims = qkv.dimensions();
@@ -51,7 +51,7 @@ ffi::Error RotateAndWrite(ffi::ThreadPool pool, ffi::AnyBuffer qkv, ffi::Buffer<
         if (arrays == 2) std::memcpy(static_cast<T*>(stored[1]) + place, heads + (group + 1) * dim, dim * sizeof(T));
       }
     };
-    parallel_for(pool, (rows + kRows - 1) / kRows, [&](int64_t task) {
+    parallel_for((rows + kRows - 1) / kRows, [&](int64_t task) {
       const int64_t end = std::min((task + 1) * kRows, rows);
       for (int64_t row = task * kRows; row < end; ++row) rotate_row(row);
     });
@@ -64,7 +64,6 @@ ffi::Error RotateAndWrite(ffi::ThreadPool pool, ffi::AnyBuffer qkv, ffi::Buffer<
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_rotate_and_write, RotateAndWrite,
                               ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()          // qkv
                                   .Arg<ffi::Buffer<ffi::F32>>()   // cos
                                   .Arg<ffi::Buffer<ffi::F32>>()   // sin

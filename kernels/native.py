@@ -27,12 +27,14 @@ from jaxserve.kernels.instruction_sets import InstructionSet, candidates_here
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = "cpu_attention.cc", "cpu_codes.cc", "cpu_gemm.cc", "cpu_recurrent.cc", "cpu_rotate.cc"
-ATTENTION, PACK, MULTIPLY, MULTIPLY_CODES, ROTATE_AND_WRITE, RECUR = TARGETS = (
+SOURCES = "cpu_attention.cc", "cpu_codes.cc", "cpu_gemm.cc", "cpu_norm.cc", "cpu_recurrent.cc", "cpu_rotate.cc"
+ADD, ATTENTION, PACK, MULTIPLY, MULTIPLY_CODES, NORM, ROTATE_AND_WRITE, RECUR = TARGETS = (
+    "jaxserve_add",
     "jaxserve_paged_attention",
     "jaxserve_pack",
     "jaxserve_multiply",
     "jaxserve_multiply_codes",
+    "jaxserve_norm",
     "jaxserve_rotate_and_write",
     "jaxserve_recur",
 )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.kernels.cache import KVCache
+from jaxserve.kernels.cpu_norm import add
 from jaxserve.kernels.inputs import AttentionInputs
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import MLP, Attention, GatedMLP, Positions, matrix, parameter
@@ -68,7 +69,7 @@ class DecoderLayer(nnx.Module):
         return self.mlp(_normed(self.mlp_norm, x), rows)
 
     def _add(self, x: jax.Array, found: jax.Array) -> jax.Array:
-        return x + (found if self.residual_scale == 1 else found * jnp.asarray(self.residual_scale, found.dtype))
+        return add(x, found if self.residual_scale == 1 else found * jnp.asarray(self.residual_scale, found.dtype))
 
 
 def _normed(norm: Norm | None, x: jax.Array) -> jax.Array:

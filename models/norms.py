@@ -6,14 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxserve.kernels.cpu_norm import rms_norm, root_mean_square
 from jaxserve.models.config import ModelConfig
-
-
-def root_mean_square(x: jax.Array, eps: float, num_axes: int = 1) -> jax.Array:
-    """``x`` in float32, divided by the root of its mean square over the last ``num_axes`` dimensions (arXiv
-    1910.07467)."""
-    x32 = x.astype(jnp.float32)
-    return x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=tuple(range(-num_axes, 0)), keepdims=True) + eps)
 
 
 class RMSNorm(nnx.Module):
@@ -33,8 +27,7 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.full(shape, 1 - offset, dtype), axes=axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.weight[...].astype(jnp.float32) + self.offset
-        return (root_mean_square(x, self.eps, weight.ndim) * weight).astype(x.dtype)
+        return rms_norm(x, self.weight[...], self.eps, self.offset)
 
 
 class LayerNorm(nnx.Module):

@@ -48,6 +48,7 @@ PROGRAMS = {
     "jaxserve": Program(("float32", "bfloat16"), is_peer=False),
     "vllm": Program(("float32", "bfloat16")),
     "openvino": Program(("file",), reads_gguf_only=True),
+    "llama_cpp": Program(("file",), reads_gguf_only=True),
     "transformers": Program(("float32",), takes_arrivals=False),
     "one_by_one": Program(("float32",), takes_arrivals=False, is_peer=False),
 }

@@ -146,7 +146,10 @@ def test_peers_get_the_weights_of_the_gguf_file_as_a_folder(cache, name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("llama.cpp", "contestants must be of jaxserve, vllm, openvino, transformers, one_by_one, got 'llama.cpp'"),
+        (
+            "llama.cpp",
+            "contestants must be of jaxserve, vllm, openvino, llama_cpp, transformers, one_by_one, got 'llama.cpp'",
+        ),
         ("vllm:int8", "dtype of vllm must be one of float32, bfloat16, got 'int8'"),
         ("openvino:float32", "dtype of openvino must be one of file, got 'float32'"),
     ],

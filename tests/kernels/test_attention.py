@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.kernels import native
+from jaxserve.kernels.attention import paged_attention
 from jaxserve.kernels.backend import AttentionShape, Backend
 from jaxserve.kernels.cache import KVCache
 from jaxserve.kernels.cpu_attention import Native
 from jaxserve.kernels.instruction_sets import AMX, AMX_EMULATED
-from jaxserve.kernels.plan import PlanLimits, Tiling
+from jaxserve.kernels.plan import PlanLimits, Tiling, make_plan, new_plan
 from jaxserve.kernels.xla import Xla
 from tests.kernels.ragged import CPU, NATIVE, XLA, Masking, batches, inputs_for, maskings, rows_for, run_batch
 
@@ -114,9 +115,16 @@ def test_native_bfloat16_in_any_mix(
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("masking", [Masking(), *([Masking(40), Masking(chunk=100)] if HAS_TILES else [])], ids=str)
-def test_native_outputs_do_not_depend_on_how_a_prompt_is_cut(masking: Masking, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "masking"),
+    [
+        ("float32", Masking()),
+        ("bfloat16", Masking()),
+        *([("bfloat16", Masking(40)), ("bfloat16", Masking(chunk=100))] if HAS_TILES else []),
+    ],
+    ids=str,
+)
+def test_native_outputs_do_not_depend_on_how_a_prompt_is_cut(dtype: str, masking: Masking) -> None:
     """To the last bit: into items of any numbers of rows."""
     outputs: list[np.ndarray] = []
     for rows in (64, 24, 7):
@@ -127,6 +135,34 @@ def test_native_outputs_do_not_depend_on_how_a_prompt_is_cut(masking: Masking, d
         )  # fmt: skip
     for other in outputs[1:]:
         np.testing.assert_array_equal(other, outputs[0])
+
+
+@needs_compiler
+@pytest.mark.parametrize("window", [None, 60])
+@pytest.mark.parametrize(("kv_heads", "group"), [(3, 3), (2, 16), (1, 20)])
+def test_native_bfloat16_of_drafts_in_company(kv_heads: int, group: int, window: int | None) -> None:
+    """A sequence's rows, the last of them drafts, are to the last bit what each is by itself, also where one
+    of them begins another part of the keys."""
+    rng, page, kv_lens = np.random.default_rng(group), 16, np.array([126, 127, 128, 129, 130, 50, 300, 301])
+    sequences, num_rows = np.array([0, 0, 0, 0, 0, 1, 2, 2]), 16
+    limits = PlanLimits(num_rows, 4, 400, page, 100, NATIVE.tiling, window, max_drafts=8)
+    tables = rng.permutation(np.arange(1, 79)).reshape(3, 26)
+    tables = np.concatenate((tables, np.zeros((1, 26), int))).astype(np.int32)
+    k, v = rng.normal(size=(2, 100, page, kv_heads, 64)).astype(np.float32)
+    cache = KVCache(jnp.asarray(k, "bfloat16"), jnp.asarray(v, "bfloat16"), None, None)
+    q = jnp.asarray(rng.normal(size=(num_rows, kv_heads * group, 64)), "bfloat16")
+
+    def attended(rows: slice) -> np.ndarray:
+        plan = new_plan(limits)
+        make_plan(limits, sequences[rows], np.ones(len(kv_lens[rows]), int), kv_lens[rows], plan)
+        inputs = inputs_for(limits, NATIVE, tables=tables, plan=plan)
+        shift = jnp.roll(q, -rows.start, axis=0)
+        out = paged_attention(shift, cache, inputs, jnp.int32(0), scale=0.125, window=window)
+        return np.asarray(out, np.float32)[: len(kv_lens[rows])]
+
+    together = attended(slice(0, 8))
+    for row in range(8):
+        np.testing.assert_array_equal(together[row], attended(slice(row, row + 1))[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
