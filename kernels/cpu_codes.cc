@@ -14,6 +14,7 @@
 
 #include "cpu_codes.h"
 #include "cpu_codes_int8.h"
+#include "cpu_codes_tiles.h"
 
 namespace {
 
@@ -203,6 +204,8 @@ ffi::Error MultiplyCodes(int64_t gate, float factor, bool is_int8, ffi::AnyBuffe
   const auto run = [&](auto in, auto out) {
     const auto* from = static_cast<const decltype(in)*>(x.untyped_data());
     auto* to = static_cast<decltype(out)*>(y->untyped_data());
+    if constexpr (kHasTiles && std::is_same_v<decltype(in), BFloat16>)
+      if (!is_int8) return multiply_by_tiles(from, CodedPanels(m), wanted, static_cast<Gate>(gate), to);
     is_int8 ? multiply<Int8>(from, m, wanted, static_cast<Gate>(gate), to)
             : multiply<Exact>(from, m, wanted, static_cast<Gate>(gate), to);
   };

@@ -206,7 +206,8 @@ ffi::Error Multiply(int64_t gate, ffi::AnyBuffer x, ffi::AnyBuffer panels,
       const auto* matrix = static_cast<const Unit*>(panels.untyped_data()) + group * m.panels * m.depth * kPanel;
       auto* results = static_cast<decltype(out)*>(y->untyped_data());
       if constexpr (kHasTiles && Kind::kWidth == 2) {
-        multiply_by_tiles(values, matrix, wanted, m, static_cast<Gate>(gate), results);
+        const DensePanels tiles{reinterpret_cast<const char*>(matrix), m.inputs, m.outputs, m.panels};
+        multiply_by_tiles(values, tiles, wanted, static_cast<Gate>(gate), results);
       } else {
         multiply<Kind>(values, matrix, wanted, m, static_cast<Gate>(gate), results);
       }

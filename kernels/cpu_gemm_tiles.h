@@ -1,5 +1,6 @@
 // bfloat16 products on AMX (cpu_tiles.h), at any number of rows. A panel is a run of tiles as it lies: [K / 32] of 16 pairs of
-// inputs x 16 outputs. Rows are copied into the order of tiles, up to 16 rows x 32 inputs each.
+// inputs x 16 outputs; or such tiles are made of it (cpu_codes_tiles.h), in the thread's own memory. Rows are copied into the
+// order of tiles, up to 16 rows x 32 inputs each.
 //
 // Every sum runs over K in one order, 32 inputs at a time, whatever the number of rows: so there is one kind of product only,
 // also where a vector unit would be as fast.
@@ -12,8 +13,8 @@
 
 #include <vector>
 
-#include "cpu_gemm.h"
 #include "cpu_pages.h"
+#include "cpu_panels.h"
 #include "cpu_tiles.h"
 
 namespace {
@@ -40,18 +41,19 @@ inline void prefetch_lines(const char* from, int64_t count) {
 // K.
 class TileRows {
  public:
-  void arrange(const BFloat16* x, const std::vector<Row>& rows, const Matrix& m) {
+  void arrange(const BFloat16* x, const std::vector<Row>& rows, int64_t inputs) {
     num_rows_ = rows.size();
-    steps_ = (m.depth + kTileDepth - 1) / kTileDepth;
-    lines_ = reinterpret_cast<Values*>(scratch_.of(num_tiles() * kTileRows * steps_ * sizeof(Values) + kSumsBytes));
+    steps_ = (inputs + 2 * kTileDepth - 1) / (2 * kTileDepth);
+    const int64_t bytes = num_tiles() * kTileRows * steps_ * sizeof(Values);
+    lines_ = reinterpret_cast<Values*>(scratch_.of(bytes + kSumsBytes + 2 * steps_ * kTileBytes));
     constexpr int64_t kValues = sizeof(Values) / sizeof(BFloat16);
     for (int64_t row = 0; row < num_rows_; ++row) {
-      const BFloat16* from = x + rows[row].from * m.inputs;
+      const BFloat16* from = x + rows[row].from * inputs;
       const int64_t tile = row / kTileRows, height = rows_of(tile);
       Values* to = lines_ + tile * kTileRows * steps_ + row % kTileRows;
       for (int64_t k = 0; k < steps_; ++k) {
         Values values = {};
-        const int64_t rest = m.inputs - k * kValues;
+        const int64_t rest = inputs - k * kValues;
         std::memcpy(&values, from + k * kValues, rest >= kValues ? sizeof values : rest * sizeof(BFloat16));
         to[k * height] = values;
       }
@@ -67,6 +69,8 @@ class TileRows {
   }
   // [kChunkTiles * 16, kLine], beside them.
   float* sums() const { return reinterpret_cast<float*>(lines_ + num_tiles() * kTileRows * steps_); }
+  // And [2, steps] tiles that may be made of panels.
+  char* made() const { return reinterpret_cast<char*>(sums()) + kSumsBytes; }
   // From a step to the next.
   int64_t step_bytes(int64_t tile) const { return rows_of(tile) * kRowBytes; }
 
@@ -79,15 +83,14 @@ class TileRows {
   int64_t num_rows_ = 0, steps_ = 0;
 };
 
-// Two panels, or the last one twice. What follows a panel may be anything, so the end of one that is no whole tile is copied,
+// Two panels as they are multiplied. What follows a panel may be anything, so the end of one that is no whole tile is copied,
 // with zeros behind it.
 class PanelPair {
  public:
-  PanelPair(const char* w, const Matrix& m, int64_t panel) : whole_(m.depth / kTileDepth) {
-    const int64_t panel_bytes = m.depth * kRowBytes, rest = m.depth % kTileDepth * kRowBytes;
-    for (int64_t i = 0; i < 2; ++i) {
-      panels_[i] = w + std::min(panel + i, m.panels - 1) * panel_bytes;
-      if (rest == 0) continue;
+  // depth: pairs of inputs.
+  PanelPair(const char* first, const char* second, int64_t depth) : whole_(depth / kTileDepth), panels_{first, second} {
+    const int64_t rest = depth % kTileDepth * kRowBytes;
+    for (int64_t i = 0; i < 2 && rest > 0; ++i) {
       std::memset(ends_[i], 0, kTileBytes);
       std::memcpy(ends_[i], panels_[i] + whole_ * kTileBytes, rest);
     }
@@ -103,6 +106,21 @@ class PanelPair {
   int64_t whole_;
   const char* panels_[2];
   alignas(kCacheLine) char ends_[2][kTileBytes];
+};
+
+// Panels that are tiles as they lie.
+struct DensePanels {
+  const char* w;
+  int64_t inputs, outputs, count;
+
+  int64_t depth() const { return (inputs + 1) / 2; }
+  // In memory, of one.
+  int64_t num_bytes() const { return depth() * kRowBytes; }
+  const char* at(int64_t panel) const { return w + panel * num_bytes(); }
+  // Whether they are to be fetched while others are multiplied.
+  static constexpr bool kLieReady = true;
+  // That of `panel` and the next, or the last one twice.
+  PanelPair pair(int64_t panel, char*) const { return {at(panel), at(std::min(panel + 1, count - 1)), depth()}; }
 };
 
 // What a thread does between the products of tiles, some at every step: vector units and memory are free meanwhile.
@@ -241,20 +259,20 @@ void multiply_pair(const TileRows& rows, int64_t first, int64_t end, const Panel
 }
 
 // Panels `begin` to `end` of a product, by one thread.
-template <typename Out>
-void multiply_run(const TileRows& rows, const std::vector<Row>& places, const char* w, const Matrix& m, int64_t begin,
-                  int64_t end, Gate gate, Out* y) {
+template <class Panels, typename Out>
+void multiply_run(const TileRows& rows, const std::vector<Row>& places, const Panels& panels, int64_t begin, int64_t end,
+                  Gate gate, Out* y) {
   const int64_t chunk = std::clamp<int64_t>(kChunkBytes / (rows.steps() * kTileBytes) / 2 * 2, 2, kChunkTiles);
   SumShapes shapes;
-  Between<Out> between{places.data(), m.outputs, gate, y};
+  Between<Out> between{places.data(), panels.outputs, gate, y};
   for (int64_t first = 0; first < rows.num_tiles(); first += chunk) {
     const int64_t end_tile = std::min(first + chunk, rows.num_tiles()), num_blocks = (end_tile - first + 1) / 2;
     for (int64_t panel = begin; panel < end; panel += 2) {
       // The first chunk brings the panels into L2, where the others find them. One row tile has asked for its own.
-      const bool fetches = first == 0 && rows.num_tiles() > 1;
-      between.next = w + (panel + 2) * m.depth * kRowBytes;
+      const bool fetches = Panels::kLieReady && first == 0 && rows.num_tiles() > 1;
+      between.next = panels.at(panel + 2);
       between.lines = fetches ? (2 * kTileBytes / kCacheLine + num_blocks - 1) / num_blocks : 0;
-      multiply_pair(rows, first, end_tile, PanelPair(w, m, panel), panel, between, shapes, rows.sums());
+      multiply_pair(rows, first, end_tile, panels.pair(panel, rows.made()), panel, between, shapes, rows.sums());
     }
   }
   between.finish_all();
@@ -264,13 +282,13 @@ void multiply_run(const TileRows& rows, const std::vector<Row>& places, const ch
 // Panels by thread: each walks its own from end to end, as memory likes, and then helps the others with theirs.
 class Shares {
  public:
-  Shares(int64_t num_threads, const Matrix& m) : shares_(num_threads) {
-    const int64_t pairs = (m.panels + 1) / 2;
+  Shares(int64_t num_threads, int64_t num_panels, int64_t panel_bytes) : shares_(num_threads) {
+    const int64_t pairs = (num_panels + 1) / 2;
     for (int64_t i = 0; i < num_threads; ++i) {
       shares_[i].next = pairs * i / num_threads * 2;
-      shares_[i].end = std::min(pairs * (i + 1) / num_threads * 2, m.panels);
+      shares_[i].end = std::min(pairs * (i + 1) / num_threads * 2, num_panels);
     }
-    run_ = std::min(kRunBytes / (m.depth * kRowBytes), m.panels / (4 * num_threads)) / 2 * 2;
+    run_ = std::min(kRunBytes / panel_bytes, num_panels / (4 * num_threads)) / 2 * 2;
     run_ = std::max<int64_t>(run_, 2);
   }
 
@@ -292,18 +310,17 @@ class Shares {
   int64_t run_;
 };
 
-template <typename Out>
-void multiply_by_tiles(const BFloat16* x, const Unit* w, const std::vector<Row>& rows,
-                       const Matrix& m, Gate gate, Out* y) {
-  const int64_t num_threads = std::clamp<int64_t>(jaxserve::Helpers::all().num_threads(), 1, (m.panels + 1) / 2);
-  Shares shares(num_threads, m);
+template <class Panels, typename Out>
+void multiply_by_tiles(const BFloat16* x, const Panels& panels, const std::vector<Row>& rows, Gate gate, Out* y) {
+  const int64_t num_threads = std::clamp<int64_t>(jaxserve::Helpers::all().num_threads(), 1, (panels.count + 1) / 2);
+  Shares shares(num_threads, panels.count, panels.num_bytes());
   parallel_for(num_threads, [&](int64_t thread) {
     static thread_local TileRows mine;
     bool arranged = false;
     shares.take(thread, [&](int64_t begin, int64_t end) {
-      if (!arranged) mine.arrange(x, rows, m);
+      if (!arranged) mine.arrange(x, rows, panels.inputs);
       arranged = true;
-      multiply_run(mine, rows, reinterpret_cast<const char*>(w), m, begin, end, gate, y);
+      multiply_run(mine, rows, panels, begin, end, gate, y);
     });
   });
 }

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from jaxserve.kernels import native
 from jaxserve.kernels.cpu_gemm import GATES
+from jaxserve.kernels.instruction_sets import AMX, AMX_EMULATED
 from jaxserve.models.layers import gate_of
 from jaxserve.models.matrix import MatrixLayout, PanelCodes, PanelMatrix, QuantisedMatrix
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="needs a C++ compiler")
+HAS_TILES = native.instruction_set() in (AMX, AMX_EMULATED)
 BITS, OFFSETS = (4, 8), ("none", "zero", "zeros", "minima", "zeros and minima")
 
 multiply = jax.jit(lambda matrix, x, rows=None, out_dtype=None: matrix.multiply(x, rows, out_dtype), static_argnums=3)
@@ -80,7 +82,10 @@ def test_as_the_dequantised_to_the_last_bit(
     out_dtype = jnp.dtype("float32") if widened else None
     y = multiply(PanelCodes.of(matrix), x, None, out_dtype)
     assert (y.shape, y.dtype) == ((rows, outputs), jnp.float32 if widened else x.dtype)
-    expected = multiply(panels(numbers), x.astype(jnp.float32)).astype(y.dtype)
+    if dtype == "bfloat16" and HAS_TILES:
+        expected = multiply(panels(numbers.astype(jnp.bfloat16)), x, None, out_dtype)
+    else:
+        expected = multiply(panels(numbers), x.astype(jnp.float32)).astype(y.dtype)
     np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(expected, np.float32))
 
 
