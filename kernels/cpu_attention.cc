@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "cpu_attention.h"
-#include "cpu_attention_tiles.h"
+#include "cpu_decode_tiles.h"
 
 namespace {
 
@@ -22,10 +22,6 @@ constexpr int kRows = 3;  // 12 of 16
 #endif
 constexpr int kHeads = 4;       // query heads that a decode task handles together
 constexpr int64_t kAhead = 16;  // keys that a decode task has under way from memory
-
-void add_scaled(float* out, const float* x, float factor, int64_t dim) {
-  for (int64_t d = 0; d < dim; ++d) out[d] += factor * x[d];
-}
 
 void soft_cap(float* x, int64_t count, float softcap) {
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -276,24 +272,6 @@ void prefill_item(const Inputs<T>& in, const int32_t* item, int64_t kv_head, T* 
     const float share = 1 / total[m];
     for (int64_t d = 0; d < s.dim; ++d) value[m * s.dim + d] *= share;
     convert(out + row_of(m), value + m * s.dim, s.dim);
-  }
-}
-
-// out = the softmax over all that the decode items of one row leave.
-template <typename T>
-void combine(const Inputs<T>& in, const std::vector<Partial>& partials, int64_t begin, int64_t end, T* out) {
-  const int64_t dim = in.shape.dim;
-  thread_local std::vector<float> combined;
-  combined.resize(dim);
-  for (int64_t h = 0; h < in.shape.heads; ++h) {
-    float best = in.sinks ? in.sinks[h] : kUnseen;
-    for (int64_t i = begin; i < end; ++i) best = std::max(best, partials[i].tops[h]);
-    float total = in.sinks ? std::exp(in.sinks[h] - best) : 0;
-    for (int64_t i = begin; i < end; ++i) total += std::exp(partials[i].tops[h] - best) * partials[i].totals[h];
-    std::fill(combined.begin(), combined.end(), 0.0f);
-    for (int64_t i = begin; i < end; ++i)
-      add_scaled(combined.data(), partials[i].values + h * dim, std::exp(partials[i].tops[h] - best) / total, dim);
-    convert(out + h * dim, combined.data(), dim);
   }
 }
 

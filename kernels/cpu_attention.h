@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <cmath>
 #include <vector>
 
 #include "cpu_common.h"
@@ -50,6 +51,28 @@ struct Inputs {
 struct Partial {
   float *tops, *totals, *values;  // [heads] each the greatest score and the sum of weights relative to it; [heads, dim]
 };
+
+inline void add_scaled(float* out, const float* x, float factor, int64_t dim) {
+  for (int64_t d = 0; d < dim; ++d) out[d] += factor * x[d];
+}
+
+// out = the softmax over all that the decode items of one row leave.
+template <typename T>
+void combine(const Inputs<T>& in, const std::vector<Partial>& partials, int64_t begin, int64_t end, T* out) {
+  const int64_t dim = in.shape.dim;
+  thread_local std::vector<float> combined;
+  combined.resize(dim);
+  for (int64_t h = 0; h < in.shape.heads; ++h) {
+    float best = in.sinks ? in.sinks[h] : kUnseen;
+    for (int64_t i = begin; i < end; ++i) best = std::max(best, partials[i].tops[h]);
+    float total = in.sinks ? std::exp(in.sinks[h] - best) : 0;
+    for (int64_t i = begin; i < end; ++i) total += std::exp(partials[i].tops[h] - best) * partials[i].totals[h];
+    std::fill(combined.begin(), combined.end(), 0.0f);
+    for (int64_t i = begin; i < end; ++i)
+      add_scaled(combined.data(), partials[i].values + h * dim, std::exp(partials[i].tops[h] - best) / total, dim);
+    convert(out + h * dim, combined.data(), dim);
+  }
+}
 
 // softcap * tanh(x / softcap), through exp of a negative number, which cannot overflow.
 inline Vec soft_cap(Vec x, float softcap) {

@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "cpu_attention.h"
-#include "cpu_tiles.h"
+#include "cpu_tile_transpose.h"
 
 namespace {
 
@@ -24,55 +24,6 @@ constexpr int64_t kStepTokens = 32;  // that one product of tiles sums over
 constexpr int64_t kSteps = kBlockTokens / kStepTokens;
 constexpr int64_t kStepDims = 32;
 constexpr float kLog2E = 1.44269504f;
-
-struct alignas(kRowBytes) Tile {
-  uint32_t bits[kTileRows][kTileDepth];
-
-  float* row(int64_t i) { return reinterpret_cast<float*>(bits[i]); }
-};
-
-// ---- 16 x 16 values of 32 bits, turned.
-
-typedef uint32_t TileRow __attribute__((vector_size(kRowBytes), may_alias));
-typedef int32_t TileLanes __attribute__((vector_size(kRowBytes)));
-#ifdef __clang__
-#define JAXSERVE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define JAXSERVE_SHUFFLE(a, b, ...) (TileRow) __builtin_shuffle(a, b, TileLanes{__VA_ARGS__})
-#endif
-#define JAXSERVE_EACH_LANE(f) \
-  f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)
-
-// Swaps what lies `kHalf` rows below and to the left with what lies as far above and to the right.
-template <int kHalf>
-inline void swap_halves(TileRow* rows) {
-#define JAXSERVE_UPPER(lane) (((lane) & kHalf) ? kTileRows + (lane)-kHalf : (lane))
-#define JAXSERVE_LOWER(lane) (((lane) & kHalf) ? kTileRows + (lane) : (lane) + kHalf)
-#pragma GCC unroll 16
-  for (int i = 0; i < kTileRows; ++i) {
-    if (i & kHalf) continue;
-    const TileRow a = rows[i], b = rows[i + kHalf];
-    rows[i] = JAXSERVE_SHUFFLE(a, b, JAXSERVE_EACH_LANE(JAXSERVE_UPPER));
-    rows[i + kHalf] = JAXSERVE_SHUFFLE(a, b, JAXSERVE_EACH_LANE(JAXSERVE_LOWER));
-  }
-#undef JAXSERVE_UPPER
-#undef JAXSERVE_LOWER
-}
-
-inline void transpose(Tile& tile) {
-  TileRow rows[kTileRows];
-#pragma GCC unroll 16
-  for (int i = 0; i < kTileRows; ++i) rows[i] = *reinterpret_cast<const TileRow*>(tile.bits[i]);
-  swap_halves<8>(rows);
-  swap_halves<4>(rows);
-  swap_halves<2>(rows);
-  swap_halves<1>(rows);
-#pragma GCC unroll 16
-  for (int i = 0; i < kTileRows; ++i) *reinterpret_cast<TileRow*>(tile.bits[i]) = rows[i];
-}
-
-#undef JAXSERVE_SHUFFLE
-#undef JAXSERVE_EACH_LANE
 
 // ---- One item for some KV heads.
 
@@ -381,62 +332,6 @@ inline void prefill_by_tiles(const Inputs<BFloat16>& in, const int32_t* item, in
   take_outputs(head, state, [&](int64_t query, int64_t d, float* values) {
     scale(values, kTileRows, 1 / state.totals[query]);
     convert(out + head.place_of(query) + d, values, kTileRows);
-  });
-}
-
-// KV heads whose queries of one row fill a tile.
-inline int64_t heads_of_tile(const Shape& shape) {
-  return std::clamp<int64_t>(kTileRows / shape.group, 1, shape.kv_heads);
-}
-
-// Decode items of neighbouring rows of a sequence, a row and its drafts, that meet the same part of the keys.
-struct Runs {
-  std::vector<int32_t> items;   // their numbers, run by run
-  std::vector<int32_t> begins;  // of each run, and the end of the last
-
-  // Of a list in which a row's items follow each other, and a sequence's rows.
-  void find(const Shape& s, const int32_t* list, int64_t count) {
-    const auto field = [list](int32_t i, int f) -> int64_t { return list[i * kItemFields + f]; };
-    const auto part = [&](int32_t i) { return field(i, kFirstPage) * s.page_size / kBlockTokens; };
-    const auto follows = [&](int32_t before, int32_t i) {
-      return field(i, kSequence) == field(before, kSequence) && part(i) == part(before) &&
-             field(i, kRow) == field(before, kRow) + 1 && field(i, kKvLength) == field(before, kKvLength) + 1;
-    };
-    items.resize(count);
-    begins.clear();
-    for (int32_t begin = 0, end; begin < count; begin = end) {
-      for (end = begin; end < count && field(end, kSequence) == field(begin, kSequence); ++end) items[end] = end;
-      if (field(end - 1, kRow) != field(begin, kRow))
-        std::stable_sort(items.begin() + begin, items.begin() + end, [&](int32_t a, int32_t b) { return part(a) < part(b); });
-      for (int32_t i = begin; i < end; ++i)
-        if (i == begin || !follows(items[i - 1], items[i])) begins.push_back(i);
-    }
-    begins.push_back(count);
-  }
-
-  int64_t size() const { return begins.size() - 1; }
-};
-
-// As decode_item does, for `num_kv_heads` of them and for the items of a run in one pass over the keys.
-inline void decode_by_tiles(const Inputs<BFloat16>& in, const int32_t* items, const Runs& runs, int64_t run, int64_t kv_head,
-                            int64_t num_kv_heads, const std::vector<Partial>& partials) {
-  static thread_local HeadState state;
-  const Shape& s = in.shape;
-  const int32_t* numbers = runs.items.data() + runs.begins[run];
-  const int64_t num_rows = runs.begins[run + 1] - runs.begins[run];
-  const int32_t *item = items + numbers[0] * kItemFields, *last = items + numbers[num_rows - 1] * kItemFields;
-  const int64_t position = item[kKvLength] - 1;
-  const int64_t first = std::max<int64_t>(item[kFirstPage] * s.page_size, in.first_key(position));
-  const int64_t end = std::min<int64_t>(last[kEndPage] * s.page_size, last[kKvLength]);
-  const HeadItem head{in, item[kSequence], item[kRow], num_rows, kv_head, num_kv_heads, position, first, end};
-  attend_by_tiles(head, nullptr, state);
-  const auto partial_of = [&](int64_t query) { return partials[numbers[query / head.queries_of_row()]]; };
-  for (int64_t query = 0; query < head.num_queries(); ++query) {
-    partial_of(query).tops[head.head_of(query)] = state.tops[query] / kLog2E;
-    partial_of(query).totals[head.head_of(query)] = state.totals[query];
-  }
-  take_outputs(head, state, [&](int64_t query, int64_t d, const float* values) {
-    std::copy_n(values, kTileRows, partial_of(query).values + head.head_of(query) * s.dim + d);
   });
 }
 

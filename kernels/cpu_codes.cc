@@ -1,8 +1,8 @@
 // y[T, N] = x[T, K] @ w[N, K]^T on a CPU, with weights that are codes of 4 or 8 bits in memory.
 //
 // Codes become float32 weights, for a few rows in registers, for more a block at a time in the L1 cache, and the result
-// is that of the same weights in cpu_gemm.cc, to the last bit. Or rows of x become int8, and meet the codes themselves:
-// see cpu_codes_int8.h.
+// is that of the same weights in cpu_gemm.cc, to the last bit; in bfloat16 on AMX see cpu_codes_tiles.h. Or rows of x become
+// int8, and meet the codes themselves: see cpu_codes_int8.h.
 //
 // Either way every sum runs over K in one order, whatever the number of rows: a row's result does not depend on its
 // batch-mates. Only rows that are asked for are computed, and a product may end with a gate, as in cpu_gemm.cc.

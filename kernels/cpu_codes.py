@@ -15,8 +15,8 @@ UNIT_BITS = 32
 
 
 def outruns(dtype: jnp.dtype) -> bool:
-    """Whether products are as fast as dense ones in ``dtype``, of many rows too: where the processor multiplies bfloat16,
-    only on AMX, elsewhere they are float32's. Only where native.available()."""
+    """Whether products are as fast as dense ones in ``dtype``, of many rows too. But on AMX they are float32's: not
+    where the processor multiplies bfloat16. Only where native.available()."""
     instructions = native.instruction_set()
     assert instructions is not None, "available"
     return dtype == jnp.float32 or instructions is AMX or "avx512bf16" not in instructions.features
@@ -77,7 +77,8 @@ def multiply(
 
     The matrix is ``codes * scales + offsets``, or ``(codes - zero) * scales`` without offsets: ``pack`` has made codes,
     and ``pack_floats`` the others, of float16 or float32. rows, gate: as cpu_gemm.multiply takes them, the latter of
-    halves in turns. The result is that of the dequantised matrix there, in float32, and on AMX in bfloat16, to the last bit.
+    halves in turns. The result is that of the dequantised matrix there, to the last bit, in float32, and on AMX in
+    bfloat16.
 
     is_int8: x is rounded to 8 bits first, with a scale for each group of inputs, or for 128 of them where groups have
     more. Sums of a group are then those of integers, and exact.

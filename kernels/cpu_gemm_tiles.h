@@ -238,7 +238,8 @@ void multiply_block(const TileRows& rows, int64_t tile, const PanelPair& panels,
 }
 
 // sums[rows, kLine] = row tiles `first` to `end` times a pair of panels, the first of them number `panel`.
-template <typename Out>
+// kOnce: panels come from memory, for few rows.
+template <bool kOnce, typename Out>
 void multiply_pair(const TileRows& rows, int64_t first, int64_t end, const PanelPair& panels, int64_t panel,
                    Between<Out>& between, SumShapes& shapes, float* sums) {
   const bool few = rows.num_rows() <= kFewRows;
@@ -249,8 +250,8 @@ void multiply_pair(const TileRows& rows, int64_t first, int64_t end, const Panel
       float* const out = sums + (tile - first) * kTileRows * kLine;
       const bool two = tile + 1 < end;
       shapes.set(rows.rows_of(tile), two ? rows.rows_of(tile + 1) : kTileRows);
-      const auto multiply = two ? few ? multiply_block<2, true, Out> : multiply_block<2, false, Out>
-                                : few ? multiply_block<1, true, Out> : multiply_block<1, false, Out>;
+      const auto multiply = two ? few ? multiply_block<2, kOnce, Out> : multiply_block<2, false, Out>
+                                : few ? multiply_block<1, kOnce, Out> : multiply_block<1, false, Out>;
       multiply(rows, tile, panels, k, k_end, out, between);
       if (block + 1 == num_blocks)
         between.follow(out, tile * kTileRows, std::min((tile + 2) * kTileRows, rows.num_rows()), panel);
@@ -272,7 +273,7 @@ void multiply_run(const TileRows& rows, const std::vector<Row>& places, const Pa
       const bool fetches = Panels::kLieReady && first == 0 && rows.num_tiles() > 1;
       between.next = panels.at(panel + 2);
       between.lines = fetches ? (2 * kTileBytes / kCacheLine + num_blocks - 1) / num_blocks : 0;
-      multiply_pair(rows, first, end_tile, panels.pair(panel, rows.made()), panel, between, shapes, rows.sums());
+      multiply_pair<Panels::kLieReady>(rows, first, end_tile, panels.pair(panel, rows.made()), panel, between, shapes, rows.sums());
     }
   }
   between.finish_all();

