@@ -15,7 +15,7 @@ inline Bits to_upper_halves(Vec v) {  // rounded to the nearest, ties to even
 
 // Two neighbours along K: bfloat16 in the halves of 32 bits, the first in the lower.
 inline Bits pair_of(Vec first, Vec second) {
-#ifdef __AVX512BF16__
+#ifdef __AMX_BF16__  // whose processors have AVX-512 with bfloat16
   alignas(64) static constexpr uint16_t kTurns[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
@@ -28,7 +28,7 @@ inline Bits pair_of(Vec first, Vec second) {
 // The code in the lowest bits, as a number.
 template <int kBits>
 inline Vec number_of(Bits codes) {
-#ifdef __AVX512F__  // one instruction looks a code of four bits up, and leaves the others out
+#ifdef __AMX_BF16__  // one instruction looks a code of four bits up, and leaves the others out
   if constexpr (kBits == 4) {
     const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return (Vec)_mm512_permutexvar_ps((__m512i)codes, numbers);

@@ -27,6 +27,7 @@ struct Lanes {
 
 inline __m256 _mm256_loadu_ps(const float* p) { return *reinterpret_cast<const __m256*>(p); }
 inline __m256i _mm256_loadu_si256(const __m256i* p) { return *p; }
+inline void _mm256_storeu_si256(__m256i* p, __m256i x) { *p = x; }
 inline __m512i _mm512_setzero_si512() { return __m512i{}; }
 inline __m512i _mm512_set1_epi16(short x) {
   Lanes<int16_t> all;
@@ -49,6 +50,16 @@ inline __m512i _mm512_cvtepu16_epi32(__m256i x) {
   for (int i = 0; i < 16; ++i) to.of[i] = from[i];
   return bits_as<__m512i>(to);
 }
+inline __m256i _mm512_cvtepi32_epi16(__m512i x) {
+  const auto from = bits_as<Lanes<uint32_t>>(x);
+  uint16_t to[16];
+  for (int i = 0; i < 16; ++i) to[i] = static_cast<uint16_t>(from.of[i]);
+  __m256i out;
+  std::memcpy(&out, to, sizeof out);
+  return out;
+}
+// To 14 bits on a processor, where the callers' next step makes up for it.
+inline __m512 _mm512_rcp14_ps(__m512 x) { return 1 / x; }
 inline __m512 _mm512_cvtph_ps(__m256i x) {
   uint16_t from[16];
   Lanes<float> to;
