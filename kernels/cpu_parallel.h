@@ -11,6 +11,7 @@
 #include <sched.h>
 #endif
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
