@@ -22,7 +22,6 @@ constexpr int64_t kWide = 4;       // panels of a task
 constexpr int64_t kColumns = kWide * kPanel;
 constexpr int64_t kChunk = 96;     // most rows of a task
 constexpr int64_t kAhead = 16;     // units that are under way from memory
-constexpr int64_t kTilesAhead = 40;  // the same where they become tiles
 typedef uint32_t __attribute__((may_alias)) Unit;
 
 // a * b + c, in one step where the processor has one: compilers may choose for one loop otherwise than for another, and

@@ -8,10 +8,7 @@
 
 namespace {
 
-inline Bits to_upper_halves(Vec v) {  // rounded to the nearest, ties to even
-  const Bits bits = (Bits)v;
-  return bits + 0x7fff + (bits >> 16 & 1);
-}
+constexpr int64_t kTilesAhead = 40;  // units that are under way from memory
 
 // Two neighbours along K: bfloat16 in the halves of 32 bits, the first in the lower.
 inline Bits pair_of(Vec first, Vec second) {

@@ -51,8 +51,13 @@ inline Vec load(const BFloat16* p) {
 #endif
 }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
-inline void store(BFloat16* p, Vec v) {  // to the nearest, ties to even
-  const Bits bits = (Bits)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+// bfloat16 in the upper halves, to the nearest, ties to even; the lower ones are anything.
+inline Bits to_upper_halves(Vec v) {
+  const Bits bits = (Bits)v;
+  return bits + 0x7fff + (bits >> 16 & 1);
+}
+inline void store(BFloat16* p, Vec v) {
+  const Bits rounded = to_upper_halves(v) >> 16;
 #ifdef __AVX512F__  // GCC 12 takes a shuffle with zeros
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)rounded));
 #else

@@ -190,11 +190,11 @@ inline void clear_sums() {
 }
 
 // One tile of a panel meets the row tiles that are loaded.
-template <int kRowTiles, bool kFew, int kPanelOfPair>
+template <int kRowTiles, bool kOnce, int kPanelOfPair>
 inline void meet_panel(const char* w) {
   constexpr int kTile = kW + kPanelOfPair;
-  if constexpr (kFew && kRowTiles == 1) prefetch_lines(w + kAheadBytes, kTileBytes / kCacheLine);
-  if constexpr (kFew) {
+  if constexpr (kOnce && kRowTiles == 1) prefetch_lines(w + kAheadBytes, kTileBytes / kCacheLine);
+  if constexpr (kOnce) {
     load_tile_once<kTile>(w, kRowBytes);
   } else {
     load_tile<kTile>(w, kRowBytes);
@@ -204,8 +204,8 @@ inline void meet_panel(const char* w) {
 }
 
 // sums[kRowTiles * 16, kLine] (+)= one row tile or two, from number `tile` on, times two panels, over the steps from `begin` to
-// `end` along K. kFew: no other rows follow.
-template <int kRowTiles, bool kFew, typename Out>
+// `end` along K. kOnce: the panels come from memory, and no other rows follow.
+template <int kRowTiles, bool kOnce, typename Out>
 void multiply_block(const TileRows& rows, int64_t tile, const PanelPair& panels, int64_t begin, int64_t end, float* sums,
                     Between<Out>& between) {
   const int64_t finished = (2 * kTileRows + end - begin - 1) / (end - begin), whole = std::min(end, panels.whole());
@@ -223,8 +223,8 @@ void multiply_block(const TileRows& rows, int64_t tile, const PanelPair& panels,
   const auto meet = [&] {
     load_tile<kX>(x, kRowBytes);
     if constexpr (kRowTiles == 2) load_tile<kNextX>(next_x, kRowBytes);
-    meet_panel<kRowTiles, kFew, 0>(w);
-    meet_panel<kRowTiles, kFew, 1>(next_w);
+    meet_panel<kRowTiles, kOnce, 0>(w);
+    meet_panel<kRowTiles, kOnce, 1>(next_w);
     x += x_bytes, next_x += next_x_bytes, w += kTileBytes, next_w += kTileBytes;
     between.step(finished);
   };
@@ -238,7 +238,7 @@ void multiply_block(const TileRows& rows, int64_t tile, const PanelPair& panels,
 }
 
 // sums[rows, kLine] = row tiles `first` to `end` times a pair of panels, the first of them number `panel`.
-// kOnce: panels come from memory, for few rows.
+// kOnce: the panels come from memory, if rows are few.
 template <bool kOnce, typename Out>
 void multiply_pair(const TileRows& rows, int64_t first, int64_t end, const PanelPair& panels, int64_t panel,
                    Between<Out>& between, SumShapes& shapes, float* sums) {

@@ -25,8 +25,6 @@ PR_SET_PDEATHSIG = 1
 """Linux's (linux/prctl.h)."""
 UNTOLD = -1
 """A token's id that the server did not tell."""
-
-
 FLAGS: tuple[list[str], ...] = ([], ["--no-repack"])
 """Of the server, one after the other until one starts: the second leaves AMX out, with which it may crash."""
 
