@@ -48,8 +48,10 @@ def test_a_layer_makes_the_same_on_any_mesh(name: str) -> None:
     config = open_checkpoint(str(Golden(name).checkpoint)).config
     x = jnp.asarray(np.random.default_rng(0).normal(size=(9, config.hidden_size)), jnp.float32)
     expected, *others = (mixed(config, x, *mesh) for mesh in ((1, False), (2, False), (2, True), (4, True)))
+    # Float32 sums in another order differ by their summands' scale, also where the sum happens to be small.
+    scale = float(np.abs(expected).max())
     for found in others:
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=3e-6 * scale)
 
 
 def mixed(config: object, x: jax.Array, tensor: int, expert_parallel: bool) -> np.ndarray:
