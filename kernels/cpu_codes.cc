@@ -18,6 +18,8 @@
 
 namespace {
 
+constexpr int64_t kNearAhead = 16;  // units that are under way from memory, by panels side by side
+
 // Of 4 bits the codes of a unit are in the low halves of its bytes first.
 template <int kBits>
 inline Vec weight(Bits unit, int i, Vec scale, Vec offset) {
@@ -45,7 +47,7 @@ void few(const Matrix& m, int64_t panel, const float* const* x, float* sums) {
       for (int v = 0; v < kWidth; ++v) {
         const Unit* here = units + v / kVecs * m.units * kPanel + v % kVecs * kLanes;
         unit[v] = load_units(here);
-        if (v % kVecs == 0) __builtin_prefetch(here + kAhead * kPanel, 0, 2);
+        if (v % kVecs == 0) __builtin_prefetch(here + kNearAhead * kPanel, 0, 2);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < kCodes; ++i)
@@ -83,7 +85,7 @@ void dequantise(const Matrix& m, int64_t panel, int64_t begin, int64_t end, floa
     Vec scale[kVecs], offset[kVecs];
     for (int v = 0; v < kVecs; ++v) scale[v] = m.scale(panel, group, v), offset[v] = m.offset(panel, group, v);
     for (; k < stop; k += kCodes, units += kPanel, out += kCodes * kPanel) {
-      __builtin_prefetch(units + kAhead * kPanel, 0, 2);
+      __builtin_prefetch(units + kNearAhead * kPanel, 0, 2);
 #pragma GCC unroll 2
       for (int v = 0; v < kVecs; ++v) {
         const Bits unit = load_units(units + v * kLanes);
@@ -170,18 +172,19 @@ struct Exact {
   }
 
   void sum(int64_t panel, int64_t num_panels, int64_t row, int64_t num_rows, float* sums) const {
-    m.units * 8 == m.inputs ? sum_of<4>(panel, num_panels, row, num_rows, sums)
-                            : sum_of<8>(panel, num_panels, row, num_rows, sums);
+    m.bits() == 4 ? sum_of<4>(panel, num_panels, row, num_rows, sums) : sum_of<8>(panel, num_panels, row, num_rows, sums);
   }
 };
 
 template <class Way, typename In, typename Out>
 void multiply(const In* x, const Matrix& m, const std::vector<Row>& rows, Gate gate, Out* y) {
   const Way way(m, x, rows);
-  const int64_t num_rows = rows.size(), num_chunks = (num_rows + kChunk - 1) / kChunk;
+  // Chunks of whole blocks, but for the last row's.
+  const int64_t num_rows = rows.size(), num_blocks = (num_rows + kBlock - 1) / kBlock;
+  const int64_t num_chunks = (num_blocks * kBlock + kChunk - 1) / kChunk;
   parallel_for((m.panels + kWide - 1) / kWide * num_chunks, [&](int64_t task) {
-    const int64_t chunk = task % num_chunks, first = chunk * num_rows / num_chunks;
-    const int64_t count = (chunk + 1) * num_rows / num_chunks - first;
+    const int64_t chunk = task % num_chunks, first = chunk * num_blocks / num_chunks * kBlock;
+    const int64_t count = std::min((chunk + 1) * num_blocks / num_chunks * kBlock, num_rows) - first;
     const int64_t panel = task / num_chunks * kWide, num_panels = std::min(kWide, m.panels - panel);
     alignas(64) float sums[kChunk * kColumns];
     way.sum(panel, num_panels, first, count, sums);

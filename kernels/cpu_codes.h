@@ -20,8 +20,9 @@ namespace {
 
 constexpr int64_t kWide = 4;       // panels of a task
 constexpr int64_t kColumns = kWide * kPanel;
-constexpr int64_t kChunk = 96;     // most rows of a task
-constexpr int64_t kAhead = 16;     // units that are under way from memory
+constexpr int64_t kChunk = 96;     // most rows of a task,
+constexpr int64_t kBlock = 16;     // so many at once
+constexpr int64_t kAhead = 40;     // units that are under way from memory
 typedef uint32_t __attribute__((may_alias)) Unit;
 
 // a * b + c, in one step where the processor has one: compilers may choose for one loop otherwise than for another, and
@@ -61,6 +62,9 @@ struct Floats {
   Vec at(int64_t i) const {
     return are_halves ? load(static_cast<const Half*>(data) + i) : load(static_cast<const float*>(data) + i);
   }
+  void fetch(int64_t i) const {
+    __builtin_prefetch(static_cast<const char*>(data) + i * (are_halves ? sizeof(Half) : sizeof(float)));
+  }
 };
 
 struct Matrix {
@@ -70,11 +74,17 @@ struct Matrix {
   int64_t inputs, outputs, panels, units, groups;
   int64_t group;  // inputs of one
 
+  int bits() const { return units * 8 == inputs ? 4 : 8; }
   Vec scale(int64_t panel, int64_t group, int v) const {
     return scales.at((panel * groups + group) * kPanel + v * kLanes);
   }
   Vec offset(int64_t panel, int64_t group, int v) const {
     return factor * offsets.at((panel * groups + group) * kPanel + v * kLanes);
+  }
+  // May be behind the last group of the panel, or of all.
+  void fetch_floats(int64_t panel, int64_t group) const {
+    scales.fetch((panel * groups + group) * kPanel);
+    offsets.fetch((panel * groups + group) * kPanel);
   }
   const Unit* unit(int64_t panel, int64_t i) const { return codes + (panel * units + i) * kPanel; }
 };

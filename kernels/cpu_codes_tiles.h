@@ -1,5 +1,5 @@
-// Products by codes on AMX in bfloat16: tiles of weights are made in a core's caches, each as the dense bfloat16 matrix has it, so
-// that results are those of cpu_gemm_tiles.h to the last bit, for a third of what is read from memory.
+// Products by codes on AMX in bfloat16: tiles of weights are made in a core's first cache, each as the dense bfloat16 matrix has
+// it, so that results are those of cpu_gemm_tiles.h to the last bit, for a third of what is read from memory.
 
 #pragma once
 
@@ -7,8 +7,6 @@
 #include "cpu_gemm_tiles.h"
 
 namespace {
-
-constexpr int64_t kTilesAhead = 40;  // units that are under way from memory
 
 // Two neighbours along K: bfloat16 in the halves of 32 bits, the first in the lower.
 inline Bits pair_of(Vec first, Vec second) {
@@ -34,16 +32,22 @@ inline Vec number_of(Bits codes) {
   return __builtin_convertvector((Ints)(codes & ((1u << kBits) - 1)), Vec);
 }
 
-// Tiles of a panel, [inputs / 2, 16] pairs.
+// A step of a panel as a tile, with zeros behind K.
 template <int kBits>
-void make_tiles(const Matrix& m, int64_t panel, float* out) {
+void make_tile(const Matrix& m, int64_t panel, int64_t step, float* out) {
   constexpr int kCodes = 32 / kBits;
-  const Unit* units = m.unit(panel, 0);
-  for (int64_t group = 0; group < m.groups; ++group) {
+  const int64_t end = std::min((step + 1) * kStepInputs, m.inputs);
+  const Unit* units = m.unit(panel, step * kStepInputs / kCodes);
+  float* const tile_end = out + kTileDepth * kPanel;
+  // Where this panel's end is near, its place in the next pair is fetched.
+  const int64_t ahead = step * kStepInputs / kCodes + kAhead < m.units ? kAhead : kAhead + m.units;
+  for (int64_t k = step * kStepInputs; k < end;) {
+    const int64_t group = k / m.group, stop = std::min(end, (group + 1) * m.group);
     Vec scale[kVecs], offset[kVecs];
     for (int v = 0; v < kVecs; ++v) scale[v] = m.scale(panel, group, v), offset[v] = m.offset(panel, group, v);
-    for (int64_t k = 0; k < m.group; k += kCodes, units += kPanel, out += kCodes / 2 * kPanel) {
-      __builtin_prefetch(units + kTilesAhead * kPanel, 0, 2);
+    m.fetch_floats(panel, group + ahead * kCodes / m.group);
+    for (; k < stop; k += kCodes, units += kPanel, out += kCodes / 2 * kPanel) {
+      __builtin_prefetch(units + ahead * kPanel, 0, 3);
 #pragma GCC unroll 2
       for (int v = 0; v < kVecs; ++v) {
         const Bits unit = load_units(units + v * kLanes);
@@ -55,7 +59,29 @@ void make_tiles(const Matrix& m, int64_t panel, float* out) {
       }
     }
   }
+  std::fill(out, tile_end, 0.0f);
 }
+
+// Two panels, of whose steps the last kMadeSteps are there.
+class CodedPair {
+ public:
+  static constexpr bool kLieReady = false;  // what they are made of is fetched as it is read
+
+  CodedPair(const Matrix& m, int64_t first, int64_t second, char* made) : m_(m), panels_{first, second}, made_(made) {}
+
+  const char* at(int panel, int64_t step) const { return made_ + (step % kMadeSteps * 2 + panel) * kTileBytes; }
+  void make(int64_t step) const {
+    for (int i = 0; i < 2; ++i) {
+      float* const to = reinterpret_cast<float*>(made_ + (step % kMadeSteps * 2 + i) * kTileBytes);
+      m_.bits() == 4 ? make_tile<4>(m_, panels_[i], step, to) : make_tile<8>(m_, panels_[i], step, to);
+    }
+  }
+
+ private:
+  const Matrix& m_;
+  int64_t panels_[2];
+  char* made_;
+};
 
 struct CodedPanels {
   const Matrix& m;
@@ -65,16 +91,8 @@ struct CodedPanels {
 
   int64_t num_bytes() const { return m.units * kPanel * sizeof(Unit); }
   const char* at(int64_t) const { return nullptr; }
-  static constexpr bool kLieReady = false;  // what they are made of is fetched as it is read
-  PanelPair pair(int64_t panel, char* made) const {
-    const int64_t depth = (inputs + 1) / 2, panel_bytes = (depth + kTileDepth - 1) / kTileDepth * kTileBytes;
-    for (int64_t i = 0; i < 2; ++i) {
-      float* const to = reinterpret_cast<float*>(made + i * panel_bytes);
-      const int64_t from = std::min(panel + i, count - 1);
-      m.units * 8 == inputs ? make_tiles<4>(m, from, to) : make_tiles<8>(m, from, to);
-    }
-    return {made, made + panel_bytes, depth};
-  }
+  using Pair = CodedPair;
+  CodedPair pair(int64_t panel, char* made) const { return {m, panel, std::min(panel + 1, count - 1), made}; }
 };
 
 }  // namespace

@@ -20,6 +20,7 @@
 namespace {
 
 constexpr int kLine = 2 * kPanel;              // floats of a row of sums: of two panels
+constexpr int64_t kStepInputs = 2 * kTileDepth;  // of a tile
 constexpr int64_t kFewRows = 2 * kTileRows;    // that meet a panel all at once
 constexpr int64_t kBlockSteps = 6;             // tiles along K that more of them go through
 constexpr int64_t kAheadBytes = 2 << 10;       // of one row tile's weights
@@ -27,6 +28,8 @@ constexpr int64_t kChunkBytes = 1 << 20;       // of rows that stay in L2, besid
 constexpr int64_t kChunkTiles = 16;            // row tiles whose sums stay in L1, nearly
 constexpr int64_t kSumsBytes = kChunkTiles * kTileRows * kLine * sizeof(float);
 constexpr int64_t kRunBytes = 256 << 10;       // of panels that a thread takes at once
+constexpr int64_t kMadeSteps = 8;              // of a pair of panels whose tiles are made
+constexpr int64_t kMadeBytes = kMadeSteps * 2 * kTileBytes;
 constexpr int kCacheLine = 64;
 
 // Registers: a row tile's sums are two, by the panels of a pair, whose tiles are kW and the next.
@@ -43,9 +46,9 @@ class TileRows {
  public:
   void arrange(const BFloat16* x, const std::vector<Row>& rows, int64_t inputs) {
     num_rows_ = rows.size();
-    steps_ = (inputs + 2 * kTileDepth - 1) / (2 * kTileDepth);
+    steps_ = (inputs + kStepInputs - 1) / kStepInputs;
     const int64_t bytes = num_tiles() * kTileRows * steps_ * sizeof(Values);
-    lines_ = reinterpret_cast<Values*>(scratch_.of(bytes + kSumsBytes + 2 * steps_ * kTileBytes));
+    lines_ = reinterpret_cast<Values*>(scratch_.of(bytes + kSumsBytes + kMadeBytes));
     constexpr int64_t kValues = sizeof(Values) / sizeof(BFloat16);
     for (int64_t row = 0; row < num_rows_; ++row) {
       const BFloat16* from = x + rows[row].from * inputs;
@@ -69,7 +72,7 @@ class TileRows {
   }
   // [kChunkTiles * 16, kLine], beside them.
   float* sums() const { return reinterpret_cast<float*>(lines_ + num_tiles() * kTileRows * steps_); }
-  // And [2, steps] tiles that may be made of panels.
+  // And kMadeBytes of tiles that may be made of panels.
   char* made() const { return reinterpret_cast<char*>(sums()) + kSumsBytes; }
   // From a step to the next.
   int64_t step_bytes(int64_t tile) const { return rows_of(tile) * kRowBytes; }
@@ -83,12 +86,14 @@ class TileRows {
   int64_t num_rows_ = 0, steps_ = 0;
 };
 
-// Two panels as they are multiplied. What follows a panel may be anything, so the end of one that is no whole tile is copied,
-// with zeros behind it.
-class PanelPair {
+// Two panels as they are multiplied, that lie ready in memory. What follows a panel may be anything, so the end of one that is no
+// whole tile is copied, with zeros behind it.
+class DensePair {
  public:
+  static constexpr bool kLieReady = true;
+
   // depth: pairs of inputs.
-  PanelPair(const char* first, const char* second, int64_t depth) : whole_(depth / kTileDepth), panels_{first, second} {
+  DensePair(const char* first, const char* second, int64_t depth) : whole_(depth / kTileDepth), panels_{first, second} {
     const int64_t rest = depth % kTileDepth * kRowBytes;
     for (int64_t i = 0; i < 2 && rest > 0; ++i) {
       std::memset(ends_[i], 0, kTileBytes);
@@ -96,11 +101,11 @@ class PanelPair {
     }
   }
 
-  // Steps of whole tiles: from one of them to the next are kTileBytes.
-  int64_t whole() const { return whole_; }
   const char* at(int panel, int64_t step) const {
     return step < whole_ ? panels_[panel] + step * kTileBytes : ends_[panel];
   }
+  // Makes the tiles of a step, where they do not lie ready.
+  void make(int64_t) const {}
 
  private:
   int64_t whole_;
@@ -117,10 +122,9 @@ struct DensePanels {
   // In memory, of one.
   int64_t num_bytes() const { return depth() * kRowBytes; }
   const char* at(int64_t panel) const { return w + panel * num_bytes(); }
-  // Whether they are to be fetched while others are multiplied.
-  static constexpr bool kLieReady = true;
   // That of `panel` and the next, or the last one twice.
-  PanelPair pair(int64_t panel, char*) const { return {at(panel), at(std::min(panel + 1, count - 1)), depth()}; }
+  using Pair = DensePair;
+  DensePair pair(int64_t panel, char*) const { return {at(panel), at(std::min(panel + 1, count - 1)), depth()}; }
 };
 
 // What a thread does between the products of tiles, some at every step: vector units and memory are free meanwhile.
@@ -204,12 +208,13 @@ inline void meet_panel(const char* w) {
 }
 
 // sums[kRowTiles * 16, kLine] (+)= one row tile or two, from number `tile` on, times two panels, over the steps from `begin` to
-// `end` along K. kOnce: the panels come from memory, and no other rows follow.
-template <int kRowTiles, bool kOnce, typename Out>
-void multiply_block(const TileRows& rows, int64_t tile, const PanelPair& panels, int64_t begin, int64_t end, float* sums,
+// `end` along K. kOnce: no other rows follow, so panels that lie ready come from memory, and others are made as they are met, each
+// step while the one before is multiplied.
+template <int kRowTiles, bool kOnce, class Pair, typename Out>
+void multiply_block(const TileRows& rows, int64_t tile, const Pair& panels, int64_t begin, int64_t end, float* sums,
                     Between<Out>& between) {
-  const int64_t finished = (2 * kTileRows + end - begin - 1) / (end - begin), whole = std::min(end, panels.whole());
-  const char *x = rows.at(tile, begin), *w = panels.at(0, begin), *next_w = panels.at(1, begin);
+  const int64_t finished = (2 * kTileRows + end - begin - 1) / (end - begin);
+  const char* x = rows.at(tile, begin);
   const char* next_x = kRowTiles == 2 ? rows.at(tile + 1, begin) : nullptr;
   const int64_t x_bytes = rows.step_bytes(tile), next_x_bytes = kRowTiles == 2 ? rows.step_bytes(tile + 1) : 0;
   float* const next_sums = sums + kTileRows * kLine;
@@ -220,39 +225,36 @@ void multiply_block(const TileRows& rows, int64_t tile, const PanelPair& panels,
     load_sums<kSums>(sums);
     if constexpr (kRowTiles == 2) load_sums<kNextSums>(next_sums);
   }
-  const auto meet = [&] {
+  for (int64_t step = begin; step < end; ++step, x += x_bytes, next_x += next_x_bytes) {
+    if (kOnce && step + 1 < end) panels.make(step + 1);
     load_tile<kX>(x, kRowBytes);
     if constexpr (kRowTiles == 2) load_tile<kNextX>(next_x, kRowBytes);
-    meet_panel<kRowTiles, kOnce, 0>(w);
-    meet_panel<kRowTiles, kOnce, 1>(next_w);
-    x += x_bytes, next_x += next_x_bytes, w += kTileBytes, next_w += kTileBytes;
+    meet_panel<kRowTiles, kOnce && Pair::kLieReady, 0>(panels.at(0, step));
+    meet_panel<kRowTiles, kOnce && Pair::kLieReady, 1>(panels.at(1, step));
     between.step(finished);
-  };
-  for (int64_t step = begin; step < whole; ++step) meet();
-  if (whole < end) {
-    w = panels.at(0, whole), next_w = panels.at(1, whole);
-    meet();
   }
   store_sums<kSums>(sums);
   if constexpr (kRowTiles == 2) store_sums<kNextSums>(next_sums);
 }
 
-// sums[rows, kLine] = row tiles `first` to `end` times a pair of panels, the first of them number `panel`.
-// kOnce: the panels come from memory, if rows are few.
-template <bool kOnce, typename Out>
-void multiply_pair(const TileRows& rows, int64_t first, int64_t end, const PanelPair& panels, int64_t panel,
-                   Between<Out>& between, SumShapes& shapes, float* sums) {
+// The sums of row tiles `first` to `end` times a pair of panels, the first of them number `panel`.
+template <class Panels, typename Out>
+void multiply_pair(const TileRows& rows, int64_t first, int64_t end, const Panels& panels, int64_t panel,
+                   Between<Out>& between, SumShapes& shapes) {
+  using Pair = typename Panels::Pair;
   const bool few = rows.num_rows() <= kFewRows;
   const int64_t steps = rows.steps(), num_blocks = few ? 1 : (steps + kBlockSteps - 1) / kBlockSteps;
+  const Pair pair = panels.pair(panel, rows.made());
   for (int64_t block = 0; block < num_blocks; ++block) {
     const int64_t k = block * steps / num_blocks, k_end = (block + 1) * steps / num_blocks;
+    for (int64_t step = k; step < (few ? std::min<int64_t>(k + 2, k_end) : k_end); ++step) pair.make(step);
     for (int64_t tile = first; tile < end; tile += 2) {
-      float* const out = sums + (tile - first) * kTileRows * kLine;
+      float* const out = rows.sums() + (tile - first) * kTileRows * kLine;
       const bool two = tile + 1 < end;
       shapes.set(rows.rows_of(tile), two ? rows.rows_of(tile + 1) : kTileRows);
-      const auto multiply = two ? few ? multiply_block<2, kOnce, Out> : multiply_block<2, false, Out>
-                                : few ? multiply_block<1, kOnce, Out> : multiply_block<1, false, Out>;
-      multiply(rows, tile, panels, k, k_end, out, between);
+      const auto multiply = two ? few ? multiply_block<2, true, Pair, Out> : multiply_block<2, false, Pair, Out>
+                                : few ? multiply_block<1, true, Pair, Out> : multiply_block<1, false, Pair, Out>;
+      multiply(rows, tile, pair, k, k_end, out, between);
       if (block + 1 == num_blocks)
         between.follow(out, tile * kTileRows, std::min((tile + 2) * kTileRows, rows.num_rows()), panel);
     }
@@ -270,10 +272,10 @@ void multiply_run(const TileRows& rows, const std::vector<Row>& places, const Pa
     const int64_t end_tile = std::min(first + chunk, rows.num_tiles()), num_blocks = (end_tile - first + 1) / 2;
     for (int64_t panel = begin; panel < end; panel += 2) {
       // The first chunk brings the panels into L2, where the others find them. One row tile has asked for its own.
-      const bool fetches = Panels::kLieReady && first == 0 && rows.num_tiles() > 1;
+      const bool fetches = Panels::Pair::kLieReady && first == 0 && rows.num_tiles() > 1;
       between.next = panels.at(panel + 2);
       between.lines = fetches ? (2 * kTileBytes / kCacheLine + num_blocks - 1) / num_blocks : 0;
-      multiply_pair<Panels::kLieReady>(rows, first, end_tile, panels.pair(panel, rows.made()), panel, between, shapes, rows.sums());
+      multiply_pair(rows, first, end_tile, panels, panel, between, shapes);
     }
   }
   between.finish_all();

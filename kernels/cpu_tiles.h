@@ -1,5 +1,5 @@
-// AMX: eight registers that hold a tile each, up to 16 rows of 64 bytes, and the product of two tiles of bfloat16. Beside the
-// instructions stands what they do in plain C++, for tests of the kernels on processors that have none.
+// AMX: eight registers that hold a tile each, up to 16 rows of 64 bytes, and products of two tiles of bfloat16 or bytes. Beside
+// the instructions stands what they do in plain C++, for tests of the kernels on processors that have none.
 
 #pragma once
 
@@ -46,6 +46,8 @@ template <int kTile> void load_tile_once(const void* from, int64_t stride);
 template <int kTile> void store_tile(void* to, int64_t stride);
 // sums[m, n] += x[m, 2 k] * w[k, n, 0] + x[m, 2 k + 1] * w[k, n, 1] for all k.
 template <int kSums, int kX, int kW> void multiply_tiles();
+// Of integers: sums[m, n] += x[m, 4 k + b] * w[k, n, b] for all k and the four bytes b, signed in x, unsigned in w.
+template <int kSums, int kX, int kW> void multiply_bytes();
 
 #ifdef __AMX_BF16__
 
@@ -72,6 +74,10 @@ inline void store_tile(void* to, int64_t stride) {
 template <int kSums, int kX, int kW>
 inline void multiply_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kX), "i"(kW));
+}
+template <int kSums, int kX, int kW>
+inline void multiply_bytes() {
+  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kX), "i"(kW));
 }
 
 #else
@@ -111,7 +117,7 @@ template <int kTile>
 void load_tile(const void* from, int64_t stride) {
   clear_tile<kTile>();
   for (int row = 0; row < emulated.shapes.rows[kTile]; ++row)
-    std::memcpy(emulated.values[kTile][row], static_cast<const char*>(from) + row * stride, kRowBytes);
+    std::memcpy(emulated.values[kTile][row], static_cast<const char*>(from) + row * stride, emulated.shapes.bytes[kTile]);
 }
 template <int kTile>
 void load_tile_once(const void* from, int64_t stride) {
@@ -146,6 +152,18 @@ void multiply_tiles() {
       std::memcpy(&place, &sum, sizeof sum);
     }
   }
+}
+template <int kSums, int kX, int kW>
+void multiply_bytes() {
+  const auto& shapes = emulated.shapes;
+  demand(emulated.shaped && shapes.rows[kSums] == shapes.rows[kX] && shapes.rows[kW] * 4 == shapes.bytes[kX]);
+  for (int m = 0; m < shapes.rows[kSums]; ++m)
+    for (int k = 0; k < shapes.rows[kW]; ++k)
+      for (int n = 0; n < kTileDepth; ++n)
+        for (int b = 0; b < 32; b += 8) {
+          const int32_t x = static_cast<int8_t>(emulated.values[kX][m][k] >> b);
+          emulated.values[kSums][m][n] += x * static_cast<int32_t>(emulated.values[kW][k][n] >> b & 255);
+        }
 }
 
 #endif

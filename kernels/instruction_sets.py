@@ -75,7 +75,7 @@ AVX512_VNNI = InstructionSet("avx512_vnni", (*AVX512.features, "avx512vnni"))
 # vdpbf16ps does on Intel half the operations of a float32 FMA, on AMD (Zen 4, Zen 5) twice as many.
 AVX512_BF16 = InstructionSet("avx512_bf16", (*AVX512_VNNI.features, "avx512bf16"), slow_on=INTEL)
 # Every processor with AMX has the vectors of bfloat16 too, of which the kernels take the conversion alone.
-AMX = InstructionSet("amx", (*AVX512_BF16.features, "amx-tile", "amx-bf16"))
+AMX = InstructionSet("amx", (*AVX512_BF16.features, "amx-tile", "amx-bf16", "amx-int8"))
 # The kernels for AMX, its instructions in plain C++ (cpu_tiles.h), for tests.
 AMX_EMULATED = InstructionSet("amx_emulated", AVX2.features, ("-DJAXSERVE_EMULATED_TILES",))
 BEST_FIRST = AMX, AVX512_BF16, AVX512_VNNI, AVX512, AVX2, GENERIC

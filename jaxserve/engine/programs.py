@@ -267,8 +267,9 @@ class StepPrograms:
         return self._lower(partial(suggested, most), *arguments, donate_argnums=0, out_shardings=self.replicated)
 
     def lower_score(self, rows: int) -> jax.stages.Lowered:
-        """Of the parameters outside the layers, a step's hidden states and target tokens ``int32[rows]``."""
-        return self._lower(self._score, self._abstract_outside(), self.forward.abstract_hidden(rows), self._ints(rows))
+        """Of the parameters outside the layers, a step's hidden states and ``wanted_scores``, ``int32[1 + rows]``."""
+        hidden = self.forward.abstract_hidden(rows)
+        return self._lower(self._score, self._abstract_outside(), hidden, self._ints(1 + rows))
 
     def lower_swap_out(self) -> jax.stages.Lowered:
         """Of the KV cache and ``int32[SWAP_BLOCKS]``, numbers of blocks, whose contents come out."""
@@ -351,9 +352,15 @@ class StepPrograms:
         history = sequences.history.at[slots, positions].set(outputs.tokens, mode="drop")
         return SequenceState(history, sequences.lengths.at[slots].set(positions + 1, mode="drop")), outputs
 
-    def _score(self, outside: list[Parameter], hidden: jax.Array, targets: jax.Array) -> TokenLogprobs[jax.Array]:
-        model, score = self.forward.head(outside), partial(token_logprobs, self.num_logprobs)
-        return over_rows(score, self.mesh, model.logits(self.forward.normed(model, hidden)), targets)
+    def _score(self, outside: list[Parameter], hidden: jax.Array, wanted: jax.Array) -> TokenLogprobs[jax.Array]:
+        wants_top, targets = wanted[0] > 0, wanted[1:]
+
+        def score(logits: jax.Array, tokens: jax.Array) -> TokenLogprobs[jax.Array]:
+            return token_logprobs(self.num_logprobs, logits, tokens, wants_top)
+
+        model, rows = self.forward.head(outside), jnp.arange(len(targets), dtype=jnp.int32)
+        logits = model.logits(self.forward.normed(model, hidden), jnp.where(targets >= 0, rows, -1))
+        return over_rows(score, self.mesh, logits, jnp.maximum(targets, 0))
 
 
 def zeros(abstract: jax.ShapeDtypeStruct) -> jax.Array:

@@ -27,7 +27,7 @@ from jaxserve.engine.programs import SWAP_BLOCKS, StepPrograms
 from jaxserve.engine.sampler import TokenLogprobs
 from jaxserve.engine.speculation import no_suggestions
 from jaxserve.engine.startup import timed
-from jaxserve.engine.step import Step, StepLayout, StepOutputs, prompt_targets
+from jaxserve.engine.step import Step, StepLayout, StepOutputs, wanted_scores
 from jaxserve.engine.swapped import SwappedBlocks
 from jaxserve.errors import ConfigError, ModelError
 from jaxserve.models.loading.checkpoint import Checkpoint, OrbaxCheckpoint, open_checkpoint
@@ -221,7 +221,7 @@ class ModelRunner:
     def score(self, step: Step) -> TokenLogprobs[jax.Array]:
         """Log-probabilities of the prompt tokens that follow the rows of ``step``, which the last launch returned."""
         rows = step.record.num_rows
-        return self.run(Kind.SCORE, rows, prompt_targets(rows, step.chunks))
+        return self.run(Kind.SCORE, rows, wanted_scores(rows, step.chunks))
 
     def prepare_rare(self) -> None:
         """Compile the programs of scores and of edits in the background: rare, so nobody's start waits for them.
@@ -344,8 +344,8 @@ class ModelRunner:
         numbers, places = copies.reshape(-1, 2).T
         return self._put(np.pad(numbers, (0, SWAP_BLOCKS - len(numbers)))), places.tolist()
 
-    def _score(self, rows: int, targets: np.ndarray) -> TokenLogprobs[jax.Array]:
-        return self._compiled[Kind.SCORE, rows](self._outside, self._drawn.hidden, self._put(targets))
+    def _score(self, rows: int, wanted: np.ndarray) -> TokenLogprobs[jax.Array]:
+        return self._compiled[Kind.SCORE, rows](self._outside, self._drawn.hidden, self._put(wanted))
 
     def _admission(self, slot: int, token_ids: Sequence[int]) -> np.ndarray:
         packed = np.zeros(2 + self.config.max_model_len, np.int32)

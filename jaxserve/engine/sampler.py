@@ -180,25 +180,33 @@ def _distance(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.abs(x), jnp.uint32)
 
 
-def token_logprobs(num_top: int, logits: jax.Array, tokens: jax.Array) -> TokenLogprobs[jax.Array]:
+def token_logprobs(
+    num_top: int, logits: jax.Array, tokens: jax.Array, wants_top: jax.Array | None = None
+) -> TokenLogprobs[jax.Array]:
     """Of ``tokens`` ``[R]`` and the ``num_top`` likeliest under the unmodified distribution of ``logits``
-    ``[R, vocab]``."""
-    # Relative to the largest: logits far from zero would cost the difference its last digits.
-    logits = logits - logits.max(axis=-1, keepdims=True)
-    norm = jnp.log(jnp.exp(logits).sum(axis=-1))
+    ``[R, vocab]``. Where the scalar ``wants_top`` is not set, zeros instead of the latter."""
+    largest = logits.max(axis=-1, keepdims=True)
+    norm = jnp.log(jnp.exp(logits - largest).sum(axis=-1, keepdims=True))
+
+    def normed(some: jax.Array) -> jax.Array:
+        # Relative to the largest first: logits far from zero would cost the difference its last digits.
+        return some - largest - norm
+
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
     rank = (logits > chosen).sum(axis=-1, dtype=jnp.int32) + 1
-    top, top_ids = jax.lax.top_k(logits, num_top)
-    return TokenLogprobs(chosen[:, 0] - norm, rank, top_ids, top - norm[:, None])
+    find_top = partial(jax.lax.top_k, logits, num_top)
+    top, top_ids = find_top() if wants_top is None else _optional(wants_top, find_top)
+    return TokenLogprobs(normed(chosen)[:, 0], rank, top_ids, normed(top))
 
 
 def optional_logprobs(
     wanted: jax.Array, num_top: int, logits: jax.Array, tokens: jax.Array
 ) -> TokenLogprobs[jax.Array]:
     """``token_logprobs`` when the scalar ``wanted`` is set, zeros otherwise, decided on the device."""
-    shapes = jax.eval_shape(partial(token_logprobs, num_top), logits, tokens)
-    return jax.lax.cond(
-        wanted,
-        lambda: token_logprobs(num_top, logits, tokens),
-        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
-    )
+    return _optional(wanted, partial(token_logprobs, num_top, logits, tokens))
+
+
+def _optional[T](wanted: jax.Array, compute: Callable[[], T]) -> T:
+    """What ``compute`` gives, or zeros of its shapes."""
+    shapes = jax.eval_shape(compute)
+    return jax.lax.cond(wanted, compute, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))

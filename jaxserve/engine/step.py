@@ -324,12 +324,16 @@ def scored_tokens(chunk: Chunk) -> range:
     return range(max(chunk.start + 1, first), stop)
 
 
-def prompt_targets(num_rows: int, chunks: Iterable[Chunk]) -> np.ndarray:
-    """``int32[num_rows]``: the prompt token that follows each row of the batch, 0 where there is none."""
-    targets = np.zeros(num_rows, np.int32)
-    row = 0
+def wanted_scores(num_rows: int, chunks: Iterable[Chunk]) -> np.ndarray:
+    """``int32[1 + num_rows]``: whether the likeliest tokens are wanted beside those of the prompts; then the prompt
+    token that each row of the batch predicts, -1 where nobody wants its logprob."""
+    wanted = np.full(1 + num_rows, -1, np.int32)
+    wants_top, row = False, 1
     for chunk in chunks:
-        following = chunk.request.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.num_tokens + 1]
-        targets[row : row + len(following)] = following
+        if scored := scored_tokens(chunk):
+            wants_top |= chunk.request.params.prompt_logprobs != 0
+            first = row + scored.start - 1 - chunk.start
+            wanted[first : first + len(scored)] = chunk.request.prompt_token_ids[scored.start : scored.stop]
         row += chunk.num_tokens
-    return targets
+    wanted[0] = wants_top
+    return wanted

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.engine.forward import SequenceState, rows_of
-from jaxserve.engine.step import FIELDS, Packer, Step, StepLayout, prompt_targets, scored_tokens, wants_prompt_logprobs
+from jaxserve.engine.step import (
+    FIELDS,
+    Packer,
+    Step,
+    StepLayout,
+    scored_tokens,
+    wanted_scores,
+    wants_prompt_logprobs,
+)
 from jaxserve.kernels.backend import CPU_TILING
 from jaxserve.kernels.plan import PlanLimits
 from jaxserve.request import Request, RequestMetrics
@@ -30,7 +38,7 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
         min_p=draw(st.floats(0, 1, width=32)),
         top_k=draw(st.integers(-1, 50)),
         logprobs=draw(st.sampled_from([None, 0, 5])),
-        prompt_logprobs=(scored := draw(st.sampled_from([None, None, 3]))),
+        prompt_logprobs=(scored := draw(st.sampled_from([None, None, 0, 3]))),
         logprob_start_len=0 if scored is None else draw(st.sampled_from([0, 1, 9, 70])),
         max_tokens=MAX_MODEL_LEN,
     )
@@ -183,21 +191,23 @@ def test_slots_forget_the_requests_before(first: list[Chunk], second: list[Chunk
 
 @settings(max_examples=100, deadline=None)
 @given(batches(), st.integers(0, 20))
-def test_prompt_targets(batch: list[Chunk], padding: int) -> None:
-    """The token that follows each row, as far as it belongs to the prompt."""
-    layout, expected = layout_for(batch, padding), []
+def test_wanted_scores(batch: list[Chunk], padding: int) -> None:
+    """The token that follows each row, as far as it belongs to the prompt and its logprob is wanted."""
+    layout, wants_top, expected = layout_for(batch, padding), False, list[int]()
     for chunk in batch:
         prompt, scored = chunk.request.prompt_token_ids, list[int]()
         for position in range(chunk.start, chunk.start + chunk.num_tokens):
             predicts = position + 1 < len(prompt)
-            expected.append(prompt[position + 1] if predicts else 0)
             wanted = chunk.request.params.prompt_logprobs is not None
-            if wanted and predicts and position + 1 >= chunk.request.params.logprob_start_len:
+            wanted &= predicts and position + 1 >= chunk.request.params.logprob_start_len
+            expected.append(prompt[position + 1] if wanted else -1)
+            if wanted:
                 scored.append(position + 1)
         assert list(scored_tokens(chunk)) == scored
         assert wants_prompt_logprobs(chunk) == bool(scored)
-    expected += [0] * (layout.limits.num_rows - len(expected))
-    np.testing.assert_array_equal(prompt_targets(layout.limits.num_rows, batch), expected)
+        wants_top |= bool(scored) and chunk.request.params.prompt_logprobs != 0
+    expected += [-1] * (layout.limits.num_rows - len(expected))
+    np.testing.assert_array_equal(wanted_scores(layout.limits.num_rows, batch), [wants_top, *expected])
 
 
 @settings(max_examples=30, deadline=None)

@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent
 WITH_TILES = {
     "test_cpu_gemm.py": "gates or amx or bfloat16 and (wanted or panel or numbers)",
     "test_attention.py": "native and bfloat16",
-    "test_cpu_codes.py": "last_bit or batch_mates and bfloat16",
+    "test_cpu_codes.py": "last_bit or int8 or batch_mates and bfloat16",
 }
 """What goes through them."""
 

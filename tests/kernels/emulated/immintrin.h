@@ -85,6 +85,18 @@ inline float _mm512_reduce_max_ps(__m512 x) {
   for (int i = 1; i < 16; ++i) most = x[i] > most ? x[i] : most;
   return most;
 }
+inline int _mm512_reduce_add_epi32(__m512i x) {
+  const auto lanes = bits_as<Lanes<int32_t>>(x);
+  int sum = 0;
+  for (int i = 0; i < 16; ++i) sum += lanes.of[i];
+  return sum;
+}
+inline int _mm512_reduce_max_epi32(__m512i x) {
+  const auto lanes = bits_as<Lanes<int32_t>>(x);
+  int most = lanes.of[0];
+  for (int i = 1; i < 16; ++i) most = lanes.of[i] > most ? lanes.of[i] : most;
+  return most;
+}
 inline __m512i _mm512_add_epi16(__m512i a, __m512i b) {
   auto x = bits_as<Lanes<uint16_t>>(a), y = bits_as<Lanes<uint16_t>>(b);
   for (int i = 0; i < 32; ++i) x.of[i] += y.of[i];
