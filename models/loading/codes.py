@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxserve.models.loading.quantised.packing import PAIR_BITS, pair
 from jaxserve.models.loading.quantised.tensor import Encoding, QuantisedTensor
 from jaxserve.models.matrix import MatrixLayout, QuantisedMatrix
 from jaxserve.models.matrix.coded import Division
@@ -56,8 +60,17 @@ def plan(
 def load(
     source: CodeSource, planned: Mapping[str, QuantisedMatrix], weights: Mapping[str, Weight]
 ) -> Iterator[tuple[str, QuantisedMatrix]]:
-    """The matrices that ``plan`` has given, each when it is asked for. Raises ModelError."""
-    return ((name, _assembled(source, matrix, weights[name])) for name, matrix in planned.items())
+    """The matrices that ``plan`` has given, one after the other; the next are read meanwhile. Raises ModelError."""
+    workers = min(4, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:  # numpy does most of it without Python's lock
+        pending: deque[tuple[str, Future[QuantisedMatrix]]] = deque()
+        for name, matrix in planned.items():
+            pending.append((name, pool.submit(_assembled, source, matrix, weights[name])))
+            if len(pending) > workers:
+                first, future = pending.popleft()
+                yield first, future.result()
+        for name, future in pending:
+            yield name, future.result()
 
 
 def _planned(
@@ -134,8 +147,10 @@ def _assembled(source: CodeSource, abstract: QuantisedMatrix, weight: Weight) ->
         tensor = source.quantised(name).unsigned()
         for rows in all_rows:
             if rows.name == name:
+                numbers = rows.numbers
+                in_order = np.array_equal(numbers.ravel(), np.arange(len(tensor.codes)))
                 for array, values in _filled(arrays, tensor):
-                    array[rows.place] = values[rows.numbers]
+                    array[rows.place] = values.reshape(*numbers.shape, -1) if in_order else values[numbers]
         if tensor.order is not None:
             arrays = replace(arrays, order=tensor.order)
     return jax.tree.map(
@@ -146,14 +161,17 @@ def _assembled(source: CodeSource, abstract: QuantisedMatrix, weight: Weight) ->
 
 def _filled(matrix: QuantisedMatrix, tensor: QuantisedTensor) -> Iterator[tuple[Any, np.ndarray]]:
     """Arrays of ``matrix``, each with the values of all rows of ``tensor`` in its terms."""
-    codes, repeats = tensor.codes, tensor.group // matrix.group
+    repeats = tensor.group // matrix.group
     groups = matrix.scales.shape[-1]
 
     def by_group(values: np.ndarray) -> np.ndarray:
         everywhere = np.broadcast_to(values, tensor.scales.shape)
         return np.repeat(everywhere, repeats, axis=1)[:, :groups]
 
-    yield matrix.codes, codes if matrix.bits == 8 else codes[:, ::2] | codes[:, 1::2] << 4
+    if matrix.bits == PAIR_BITS:
+        yield matrix.codes, tensor.codes if tensor.is_paired else pair(tensor.codes)
+    else:
+        yield matrix.codes, tensor.codes_of()
     yield matrix.scales, by_group(tensor.scales)
     if matrix.zeros is not None:
         yield matrix.zeros, by_group(np.zeros((1, 1), np.uint8) if tensor.zeros is None else tensor.zeros)

@@ -224,7 +224,7 @@ def test_kinds_of_gguf(kind: Kind) -> None:
     encoding = gguf_codes.encoding((6, 64), kind)
     assert encoding is not None
     assert (encoding.zero, encoding.has_minima) == (int(found.unsigned().zeros[0, 0]), found.minima is not None)  # type: ignore[index]
-    assert found.unsigned().codes.max() < 1 << encoding.bits
+    assert found.unsigned().codes_of().max() < 1 << encoding.bits
     np.testing.assert_array_equal(found.unsigned().dequantised(), found.dequantised())
 
 

@@ -88,14 +88,12 @@ class CompressedTensors:
         if not scheme.is_packed:
             zeros = None if scheme.symmetric else by_row(tensors["weight_zero_point"], found.shape, blocks)
             return QuantisedTensor(tensors["weight"], scales, zeros, found.group)
-        outputs, inputs = found.shape
-        codes = unpack(tensors["weight_packed"], scheme.bits, inputs)
+        outputs, _ = found.shape
         if found.zero is not None:
             zeros = np.array([[found.zero]], np.uint8)
         else:
             zeros = unpack(tensors["weight_zero_point"].T, scheme.bits, outputs).T
-        codes = codes if found.order is None else codes[:, found.order]
-        return QuantisedTensor(codes, scales, zeros, found.group, found.order)
+        return QuantisedTensor.of_words(tensors["weight_packed"], found, scales, zeros)
 
     def _scheme_of(self, module: str) -> Scheme:
         if _matches(module, self.ignored):

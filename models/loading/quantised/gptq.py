@@ -92,16 +92,15 @@ class GPTQ:
 
     def decode(self, module: str, tensors: Tensors) -> QuantisedTensor:
         found = self.encoding(module, tensors)
-        (outputs, inputs), bits = found.shape, found.bits
-        codes = unpack(np.ascontiguousarray(tensors["qweight"].T), bits, inputs)
+        (outputs, _), bits = found.shape, found.bits
+        words = np.ascontiguousarray(tensors["qweight"].T)
         if found.zero is not None:
             zeros = np.array([[found.zero]], np.uint8)
         else:
             zeros = unpack(tensors["qzeros"], bits, outputs).T
             if self.zeros_from_one:
                 zeros = (zeros + np.uint8(1)) & np.uint8((1 << bits) - 1)
-        codes = codes if found.order is None else codes[:, found.order]
-        return QuantisedTensor(codes, tensors["scales"].T, zeros, found.group, found.order)
+        return QuantisedTensor.of_words(words, found, tensors["scales"].T, zeros)
 
     def _scheme_of(self, module: str) -> Scheme:
         for rule in self.rules:

@@ -7,6 +7,8 @@ import math
 import numpy as np
 
 WORD_BITS = 32
+PAIR_BITS = 4
+"""Of a code of which a byte holds two."""
 
 
 def num_words(num_codes: int, bits: int) -> int:
@@ -31,3 +33,20 @@ def unpack(words: np.ndarray, bits: int, num_codes: int) -> np.ndarray:
             code |= runs[..., word + 1] << (WORD_BITS - offset)
         codes[..., place] = code & ((1 << bits) - 1)
     return codes.reshape(*words.shape[:-1], -1)[..., :num_codes]
+
+
+def pairs_of(words: np.ndarray, bits: int, num_codes: int) -> np.ndarray | None:
+    """The codes of ``int32[..., words]`` as they lie, ``uint8[..., num_codes / 2]``: two to a byte, first the
+    low half. None where they do not fill the words so."""
+    fills = bits == PAIR_BITS and num_codes * bits == words.shape[-1] * WORD_BITS
+    return np.ascontiguousarray(words).view(np.uint8) if fills else None
+
+
+def pair(codes: np.ndarray) -> np.ndarray:
+    """``uint8[..., n]`` of 4 bits -> ``[..., n / 2]``."""
+    return codes[..., ::2] | codes[..., 1::2] << PAIR_BITS
+
+
+def unpair(pairs: np.ndarray) -> np.ndarray:
+    """``uint8[..., n]`` -> ``[..., 2 n]``."""
+    return np.stack([pairs & 15, pairs >> PAIR_BITS], axis=-1).reshape(*pairs.shape[:-1], -1)

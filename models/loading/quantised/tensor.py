@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import ml_dtypes
 import numpy as np
 
+from jaxserve.models.loading.quantised.packing import pairs_of, unpack, unpair
+
 _CHUNK_VALUES = 1 << 17
 _FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 _VALUES = {dtype: np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32) for dtype in _FLOAT8}
@@ -34,7 +36,7 @@ class QuantisedTensor:
     """``(codes - zeros) * scales + minima``, ``[out, in]``; a row's groups of inputs share scale, zero and minimum."""
 
     codes: np.ndarray
-    """``uint8``, ``int8`` or a float of 8 bits, ``[out, in]``."""
+    """``uint8``, ``int8`` or a float of 8 bits, ``[out, in]``; or pairs, ``uint8[out, in / 2]``."""
     scales: np.ndarray
     """Floats ``[out, G]``."""
     zeros: np.ndarray | None
@@ -45,6 +47,26 @@ class QuantisedTensor:
     """``int32[in]``: the matrix's column ``order[c]`` is column c of ``codes``, so that groups are contiguous."""
     minima: np.ndarray | None = None
     """Floats ``[out, G]``."""
+    is_paired: bool = False
+    """Whether a byte of ``codes`` is two of 4 bits, the first in the low half."""
+
+    @classmethod
+    def of_words(cls, words: np.ndarray, encoding: Encoding, scales: np.ndarray, zeros: np.ndarray) -> QuantisedTensor:
+        """From codes without gaps, ``int32[out, words]``, those of 4 bits as they lie."""
+        (_, inputs), bits, order = encoding.shape, encoding.bits, encoding.order
+        pairs = pairs_of(words, bits, inputs) if order is None else None
+        codes = unpack(words, bits, inputs) if pairs is None else pairs
+        codes = codes if order is None else codes[:, order]
+        return cls(codes, scales, zeros, encoding.group, order, is_paired=pairs is not None)
+
+    @property
+    def num_inputs(self) -> int:
+        return self.codes.shape[1] * (2 if self.is_paired else 1)
+
+    def codes_of(self, rows: slice = slice(None)) -> np.ndarray:
+        """Of some outputs, a byte each, ``[n, in]``."""
+        codes = self.codes[rows]
+        return unpair(codes) if self.is_paired else codes
 
     def unsigned(self) -> QuantisedTensor:
         """The same with integers, if it has such codes, as ``uint8``."""
@@ -57,7 +79,7 @@ class QuantisedTensor:
 
     def dequantised(self) -> np.ndarray:
         """The matrix, a new ``float32[out, in]``."""
-        outputs, inputs = self.codes.shape
+        outputs, inputs = len(self.codes), self.num_inputs
         values = np.empty((outputs, inputs), np.float32)
         # In chunks that stay in the CPU's cache, as for GGUF.
         step = max(1, _CHUNK_VALUES // inputs)
@@ -70,7 +92,7 @@ class QuantisedTensor:
         return values
 
     def _dequantise(self, rows: slice, values: np.ndarray) -> None:
-        codes = self.codes[rows]
+        codes = self.codes_of(rows)
         if codes.dtype in _VALUES:
             np.take(_VALUES[codes.dtype], codes.view(np.uint8), out=values)
         else:
