@@ -38,6 +38,7 @@ from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import abstract_model, abstract_parameters, divided
 from tests.models.golden import Golden, load, paged_logits
 from tests.models.quantised_cases import CASES
+from tests.models.test_gguf import random_blocks
 from tests.models.test_quantised_models import rewritten, written
 
 FORMATS = ("gptq 4 bits", "gptq 3 bits", "awq", "packed 4 bits", "packed 8 bits", "int8", "int8, zeros", "fp8 blocks")
@@ -215,21 +216,22 @@ def test_no_dequantised_copy_is_kept() -> None:
     assert memory.temp_size_in_bytes < np.prod(shape)
 
 
-@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0])
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K])
 def test_kinds_of_gguf(kind: Kind) -> None:
-    """As the gguf package reads them, to the last bit."""
-    stored = quants.quantize(np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32), kind)
+    """As the gguf package reads them, to the last bit, in chunks of rows too."""
+    stored = random_blocks(kind, 700, 512)
     found = gguf_codes.quantised(stored, kind)
     np.testing.assert_array_equal(found.dequantised(), quants.dequantize(stored, kind))
-    encoding = gguf_codes.encoding((6, 64), kind)
+    encoding = gguf_codes.encoding((700, 512), kind)
     assert encoding is not None
+    assert (encoding.group, encoding.scale_type) == (found.group, found.scales.dtype)
     assert (encoding.zero, encoding.has_minima) == (int(found.unsigned().zeros[0, 0]), found.minima is not None)  # type: ignore[index]
     assert found.unsigned().codes_of().max() < 1 << encoding.bits
     np.testing.assert_array_equal(found.unsigned().dequantised(), found.dequantised())
 
 
 def test_other_kinds_of_gguf() -> None:
-    assert gguf_codes.encoding((6, 256), Kind.Q6_K) is None
+    assert gguf_codes.encoding((6, 256), Kind.Q3_K) is None
     assert gguf_codes.encoding((32,), Kind.Q8_0) is None
 
 
