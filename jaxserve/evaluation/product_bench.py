@@ -17,7 +17,9 @@ from jaxserve.models.matrix import Matrix, MatrixLayout, PanelCodes, PanelMatrix
 SHAPES = {"qkv": (960, 576), "gate-up": (3072, 576), "down": (576, 1536), "4096": (4096, 4096)}
 """``[outputs, inputs]``: SmolLM2-135M's, and one of a larger model."""
 ROWS = (1, 4, 16, 64, 256)
-KINDS = ("float32", "bfloat16", "W4A16", "W4A8", "W8A16", "W8A8", "W4A16 bfloat16", "W8A16 bfloat16")
+KINDS = (
+    "float32", "bfloat16", "W4A16", "W4A8", "W8A16", "W8A8", "W4A16 bfloat16", "W4A8 bfloat16", "W8A16 bfloat16",
+)  # fmt: skip
 """Of weights; rows are float32, but where it says bfloat16."""
 GROUP = 32
 LEAST_BYTES = 1 << 27
@@ -55,7 +57,7 @@ def _random(kind: str, outputs: int, inputs: int) -> Matrix:
     matrix = QuantisedMatrix(
         codes, scales, None, minima, None, layout, bits, GROUP, zero=0, dtype=jnp.dtype("float32"), division=None
     )
-    return PanelCodes.of(matrix, is_int8=kind.endswith("A8"))
+    return PanelCodes.of(matrix, is_int8="A8" in kind)
 
 
 def _seconds(matrices: list[Matrix], kind: str, rows: int, inputs: int, effort: Effort) -> float:
