@@ -274,7 +274,7 @@ class ModelRunner:
                 if graphs:
                     blank = self.edits.blank(layout.num_draws)
                     jax.block_until_ready(self.run(Kind.SAMPLE_EDITED, layout.num_draws, blank))
-                    jax.block_until_ready(self.run(Kind.SCORE, rows, np.zeros(rows, np.int32)))
+                    jax.block_until_ready(self.run(Kind.SCORE, rows, wanted_scores(rows, ())))
 
     def close(self) -> None:
         """Wait for the devices and give their memory back. A step that failed may have taken the state with it."""

@@ -166,7 +166,7 @@ def _filled(matrix: QuantisedMatrix, tensor: QuantisedTensor) -> Iterator[tuple[
 
     def by_group(values: np.ndarray) -> np.ndarray:
         everywhere = np.broadcast_to(values, tensor.scales.shape)
-        return np.repeat(everywhere, repeats, axis=1)[:, :groups]
+        return everywhere if repeats == 1 else np.repeat(everywhere, repeats, axis=1)[:, :groups]
 
     if matrix.bits == PAIR_BITS:
         yield matrix.codes, tensor.codes if tensor.is_paired else pair(tensor.codes)

@@ -28,6 +28,8 @@ from jaxserve.models.loading.checkpoint import open_checkpoint
 from jaxserve.models.loading.quantised.tensor import Encoding, QuantisedTensor
 from jaxserve.models.matrix import (
     MatrixLayout,
+    PanelCodes,
+    PanelMatrix,
     QuantisedMatrix,
     RowScaledMatrix,
     coded_kind,
@@ -228,6 +230,25 @@ def test_kinds_of_gguf(kind: Kind) -> None:
     assert (encoding.zero, encoding.has_minima) == (int(found.unsigned().zeros[0, 0]), found.minima is not None)  # type: ignore[index]
     assert found.unsigned().codes_of().max() < 1 << encoding.bits
     np.testing.assert_array_equal(found.unsigned().dequantised(), found.dequantised())
+
+
+@pytest.mark.skipif(not native.available(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("kind", [Kind.Q4_K, Kind.Q5_K, Kind.Q6_K])
+def test_products_of_k_kinds_are_those_of_their_numbers(kind: Kind) -> None:
+    """To the last bit, though scales have more than 16: both round what code and scale make exactly."""
+    tensor = gguf_codes.quantised(random_blocks(kind, 40, 512), kind)
+    codes, scales, minima = (
+        None if a is None else jnp.asarray(a) for a in (tensor.codes, tensor.scales, tensor.minima)
+    )
+    zero, bits = int(tensor.zeros[0, 0]), 4 if tensor.is_paired else 8  # type: ignore[index]
+    matrix = QuantisedMatrix(
+        codes, scales, None, minima, None, MatrixLayout(), bits, tensor.group, zero, jnp.dtype("float32"), None  # type: ignore[arg-type]
+    )  # fmt: skip
+    dense = PanelMatrix.of(jnp.asarray(tensor.dequantised()), MatrixLayout())
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(20, 512)), jnp.float32)
+    coded = PanelCodes.of(matrix)
+    for rows in (1, 3, 20):
+        np.testing.assert_array_equal(coded.multiply(x[:rows]), dense.multiply(x[:rows]))
 
 
 def test_other_kinds_of_gguf() -> None:
