@@ -224,12 +224,13 @@ def measure_floor(engine: Engine, *, prompt_tokens: int, seed: int = 0) -> Floor
     stream, beside = (Asked(prompt, forced(40)) for prompt in random_prompts(2, 64, vocab, seed))
     run(engine, [stream])
     (long,) = random_prompts(1, prompt_tokens, vocab, seed + 1)
-    beside.params, prompt = forced(engine.max_model_len - 64), Asked(long, forced(1), 1.0)
+    alone = float(np.median(stream.metrics.tbt_seconds))
+    # The prompt comes once the stream decodes, and long before its end, however fast steps are.
+    beside.params, prompt = forced(engine.max_model_len - 64), Asked(long, forced(1), 40 * alone)
     engine.on_step.append(observe)
     run(engine, [prompt], [beside])
     engine.on_step.remove(observe)
     times = np.array(beside.metrics.token_seconds)
     during = np.diff(times)[times[1:] > prompt.metrics.arrival_seconds]
-    alone = float(np.median(stream.metrics.tbt_seconds))
     # The first step with several tokens is the stream's own prompt.
     return FloorRound(alone, during, ttft_seconds([prompt])[0], np.array(steps[1:]))
