@@ -192,11 +192,14 @@ def token_logprobs(
         # Relative to the largest first: logits far from zero would cost the difference its last digits.
         return some - largest - norm
 
+    def find_top() -> tuple[jax.Array, jax.Array]:
+        top, top_ids = jax.lax.top_k(logits, num_top)
+        return normed(top), top_ids
+
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
     rank = (logits > chosen).sum(axis=-1, dtype=jnp.int32) + 1
-    find_top = partial(jax.lax.top_k, logits, num_top)
     top, top_ids = find_top() if wants_top is None else _optional(wants_top, find_top)
-    return TokenLogprobs(normed(chosen)[:, 0], rank, top_ids, normed(top))
+    return TokenLogprobs(normed(chosen)[:, 0], rank, top_ids, top)
 
 
 def optional_logprobs(
