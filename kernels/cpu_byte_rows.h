@@ -20,26 +20,6 @@ inline int64_t part_of(int64_t group) {
   return divisor >= kLeastPart ? divisor : group;
 }
 
-inline int32_t sum_of(Ints v) {
-#ifdef __AVX512F__
-  return _mm512_reduce_add_epi32((__m512i)v);
-#else
-  int32_t sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
-#endif
-}
-
-inline int32_t max_of(Ints v) {
-#ifdef __AVX512F__
-  return _mm512_reduce_max_epi32((__m512i)v);
-#else
-  int32_t best = v[0];
-  for (int i = 1; i < kLanes; ++i) best = std::max(best, v[i]);
-  return best;
-#endif
-}
-
 // scale * values is x, rounded; sum is that of these. From kStepBytes of values to the next are step_bytes.
 template <typename In>
 void quantise(const In* x, int64_t count, int8_t* values, int64_t step_bytes, float* scale, float* sum) {

@@ -82,25 +82,25 @@ inline void store_some(T* p, Vec v, int64_t count) {
 
 inline Vec max_of(Vec a, Vec b) { return a > b ? a : b; }
 
-inline float sum_of(Vec v) {
 #ifdef __AVX512F__
-  return _mm512_reduce_add_ps((__m512)v);
+inline float sum_of(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
+inline float max_of(Vec v) { return _mm512_reduce_max_ps((__m512)v); }
+inline int32_t sum_of(Ints v) { return _mm512_reduce_add_epi32((__m512i)v); }
+inline int32_t max_of(Ints v) { return _mm512_reduce_max_epi32((__m512i)v); }
 #else
-  float sum = 0;
+template <typename V>
+inline auto sum_of(V v) {
+  decltype(v[0] + v[0]) sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += v[i];
   return sum;
-#endif
 }
-
-inline float max_of(Vec v) {
-#ifdef __AVX512F__
-  return _mm512_reduce_max_ps((__m512)v);
-#else
-  float best = v[0];
+template <typename V>
+inline auto max_of(V v) {
+  auto best = v[0];
   for (int i = 1; i < kLanes; ++i) best = std::max(best, v[i]);
   return best;
-#endif
 }
+#endif
 
 // exp(x) for x <= 0, to 2 units in the last place (the polynomial is that of Cephes' expf); never less than exp(-87).
 inline Vec exp_of_negative(Vec x) {
